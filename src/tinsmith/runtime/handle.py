@@ -1,0 +1,47 @@
+"""The one interface between control and an engine, wherever the engine lives."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tinsmith.types.operations import BaseModelCard, Operation
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One submitted operation."""
+
+    ticket: int
+    """Names the call, for `CancelSample`."""
+    answer: asyncio.Future[Any]
+    """Resolves in the event loop that called `submit`, with the operation's answer or an error of `types.errors`."""
+
+
+class EngineHandle(Protocol):
+    """One engine with one base model.
+
+    Nothing an engine holds survives its end: adapters, gradients, optimizer state and snapshots are gone, and every
+    open call fails with `EngineDied`. Checkpoint folders it answered for are on disk.
+    """
+
+    @property
+    def card(self) -> BaseModelCard:
+        """The loaded base model. Raises `RuntimeError` before `start` has returned."""
+        ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    async def start(self) -> BaseModelCard:
+        """Load the base model. Raises `UserError` if it cannot be found or is not supported."""
+        ...
+
+    def submit(self, operation: Operation) -> EngineCall:
+        """Hand over one operation; never blocks. Raises `EngineDied` if the engine is gone."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what is running, fail what waits, release the model. Idempotent."""
+        ...

@@ -1,0 +1,236 @@
+"""What control asks of an engine, and what an engine answers. Plain values: they cross a process boundary.
+
+Every operation is answered exactly once, with its result or with an error of `types.errors`.
+Operations that touch one adapter are executed in the order they were submitted.
+"""
+
+# N token position, K target or alternative per position
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tinsmith.types.datum import Datum
+from tinsmith.types.errors import InvalidInput, TinsmithError
+from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
+from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """A complete adapter shape: `LoraConfig` with the seed drawn and alpha fixed."""
+
+    rank: int
+    seed: int
+    alpha: float = DEFAULT_LORA_ALPHA
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InvalidInput(f"lora_config.rank must be at least 1, not {self.rank!r}")
+        if not self.alpha > 0:
+            raise InvalidInput(f"lora_config.alpha must be above 0, not {self.alpha!r}")
+        if not (self.train_unembed or self.train_mlp or self.train_attn):
+            raise InvalidInput(
+                "lora_config: train_unembed, train_mlp and train_attn are all false; nothing would train"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModelCard:
+    """What an engine says of its base model once it is loaded."""
+
+    name: str
+    """As users call it: a hub id, `tinsmith/tiny`, or the NAME of NAME=FOLDER."""
+    source: str
+    """Hub id or folder it was loaded from; a tokenizer can be loaded from there."""
+    architecture: str
+    vocab_size: int
+    max_context: int
+    """Most tokens a sequence may have, prompt and answer together."""
+    num_parameters: int
+    dtype: str
+    device: str
+    eos_token_ids: tuple[int, ...]
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateAdapter:
+    """A fresh adapter: A random by its seed, B zero, so that it changes nothing yet. Answer: `None`."""
+
+    model_id: str
+    lora: LoraSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadAdapter:
+    """Create an adapter from a checkpoint folder, or overwrite `model_id` if it exists. Answer: `LoraSpec`.
+
+    Raises `CheckpointDamaged` if a file does not match its recorded hash, `InvalidInput` if the checkpoint has no
+    optimizer state but `optimizer` is set, or if it belongs to another base model's geometry.
+    """
+
+    model_id: str
+    folder: str
+    optimizer: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropAdapter:
+    """Forget an adapter, its gradients and its optimizer. Answer: `None`. Unknown ids are no error."""
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainItem:
+    """One `forward` or `forward_backward` request on one adapter. The data were validated by the caller."""
+
+    model_id: str
+    data: tuple[Datum, ...]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float | str] = field(default_factory=dict)
+    forward_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """Requests of any adapters, losses and ranks to pass through the model together.
+
+    Answer: a list with, per item, a `ForwardBackwardOutput` or the `TinsmithError` that only this item met.
+    """
+
+    items: tuple[TrainItem, ...]
+
+
+TrainOutcome: TypeAlias = ForwardBackwardOutput | TinsmithError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimStep:
+    """One AdamW step over the gradients since the last; clears them. Answer: metrics, `step_applied` among them.
+
+    Without gradients it succeeds and moves nothing (`step_applied` 0). Raises `AdapterCorrupted` if a gradient is not
+    finite: nothing was applied, and the adapter refuses further training.
+    """
+
+    model_id: str
+    params: AdamParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveAdapter:
+    """Write a complete checkpoint folder; it appears under its name whole or not at all. Answer: `SavedCheckpoint`.
+
+    `record` goes into `checkpoint.json` beside what the engine adds. Raises `StorageError` if the disk refuses.
+    """
+
+    model_id: str
+    folder: str
+    optimizer: bool
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCheckpoint:
+    size_bytes: int
+    digest: str
+    """Hash of the adapter's weights; equal digests sample equally."""
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishSnapshot:
+    """Freeze the adapter's present weights under `snapshot_id` for sampling. Answer: the digest."""
+
+    model_id: str
+    snapshot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSnapshot:
+    """The same from a checkpoint folder. Answer: the digest."""
+
+    snapshot_id: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropSnapshot:
+    """Forget a snapshot once the samples that use it are done. Answer: `None`."""
+
+    snapshot_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Draw `num_samples` continuations of one prompt. Answer: `SampleResponse` (sequence ids left empty).
+
+    Log-probabilities of drawn tokens are over the full vocabulary at `temperature` (at 0: of the unscaled model).
+    A stop token, or the tokens that complete a stop string, are the last of `tokens`.
+    """
+
+    prompt: np.ndarray
+    """Token ids, int64 `[N]`, N >= 1."""
+    num_samples: int
+    snapshot_id: str | None
+    """`None` samples the base model."""
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelSample:
+    """Stop drawing for the operation submitted under `ticket`; it is answered with a `UserError`. Answer: `None`."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """Answer: `EngineStatus`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    num_adapters: int
+    num_snapshots: int
+    num_running: int
+    num_waiting: int
+    rss_bytes: int
+    tokens_trained: int
+    tokens_sampled: int
+
+
+Operation: TypeAlias = (
+    CreateAdapter
+    | LoadAdapter
+    | DropAdapter
+    | TrainBatch
+    | OptimStep
+    | SaveAdapter
+    | PublishSnapshot
+    | LoadSnapshot
+    | DropSnapshot
+    | Sample
+    | CancelSample
+    | Ping
+)
+Answer: TypeAlias = (
+    LoraSpec | list[TrainOutcome] | dict[str, float] | SavedCheckpoint | str | SampleResponse | EngineStatus | None
+)

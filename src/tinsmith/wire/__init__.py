@@ -1,0 +1,1 @@
+"""How it travels: codecs of the Tinker wire, chunking of requests, reduction of metrics."""
