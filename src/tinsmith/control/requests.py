@@ -134,6 +134,20 @@ class DrawSamples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RejectedSample:
+    """A sample request whose content was found bad while decoding; its future fails with `error`."""
+
+    sampling_session_id: str
+    seq_id: int
+    num_samples: int
+    """As asked for, if that could be read; the reply needs as many sequence ids."""
+    error: TinsmithError
+
+
+SampleRequest: TypeAlias = DrawSamples | RejectedSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """The receipt of a request."""
 

@@ -1,0 +1,518 @@
+"""A deterministic engine without a model: for tests of everything above the runtime, and for trying a client.
+
+It answers every operation of `types.operations` with plausible values: log-probabilities from a hash of the tokens,
+losses that fall with every optimizer step, checkpoints that are real (tiny) folders. Faults are scripted:
+
+    engine = FakeEngine()
+    engine.fail_next(SaveAdapter, StorageError("disk full"))   # the next save fails
+    engine.fail_items("model", InvalidInput("bad datum"))      # the next TrainBatch item of that model fails
+    engine.pause(); engine.resume()                            # nothing is answered in between
+    engine.die("killed")                                       # every open call fails with EngineDied
+
+Its text of a token is one letter: `chr(97 + token % 26)`, so that stop strings can be tried.
+"""
+
+# N token position, K target per position, R rank
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tinsmith.runtime.handle import EngineCall
+from tinsmith.types.errors import (
+    AdapterCorrupted,
+    CheckpointDamaged,
+    EngineDied,
+    InvalidInput,
+    NotFound,
+    ServerError,
+    StorageError,
+    TinsmithError,
+    UserError,
+)
+from tinsmith.types.operations import (
+    Answer,
+    BaseModelCard,
+    CancelSample,
+    CreateAdapter,
+    DropAdapter,
+    DropSnapshot,
+    EngineStatus,
+    LoadAdapter,
+    LoadSnapshot,
+    LoraSpec,
+    Operation,
+    OptimStep,
+    Ping,
+    PublishSnapshot,
+    Sample,
+    SaveAdapter,
+    SavedCheckpoint,
+    TrainBatch,
+    TrainItem,
+    TrainOutcome,
+)
+from tinsmith.types.results import ForwardBackwardOutput, SampledSequence, SampleResponse, TopkLogprobs
+from tinsmith.types.tensor import TensorData
+
+FAKE_CARD = BaseModelCard(
+    name="tinsmith/fake",
+    source="tinsmith/fake",
+    architecture="FakeForCausalLM",
+    vocab_size=512,
+    max_context=256,
+    num_parameters=1000,
+    dtype="float32",
+    device="cpu",
+    eos_token_ids=(0,),
+    max_rank=64,
+)
+
+STEP_FACTOR = 0.8
+"""Log-probabilities shrink towards 0 by this factor with every optimizer step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What a real adapter's weights would be a function of here."""
+
+    lora: LoraSpec
+    step: int = 0
+    num_effects: int = 0
+    """Optimizer steps that had gradients and a learning rate."""
+    corrupted: bool = False
+
+    @property
+    def factor(self) -> float:
+        return STEP_FACTOR**self.num_effects
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([asdict(self.lora), self.num_effects]).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class _Adapter:
+    weights: _Weights
+    gradient_norm: float = 0.0
+    has_gradients: bool = False
+
+
+@dataclass(slots=True)
+class _Job:
+    ticket: int
+    operation: Operation
+    answer: asyncio.Future[Any]
+
+
+class FakeEngine:
+    """An `EngineHandle`. `operations` lists what was submitted, in order."""
+
+    def __init__(
+        self, card: BaseModelCard = FAKE_CARD, *, delay_s: float = 0.0, start_error: UserError | None = None
+    ) -> None:
+        self.operations: list[Operation] = []
+        self.delay_s = delay_s
+        self._card = card
+        self._start_error = start_error
+        self._started = False
+        self._dead: str | None = None
+        self._adapters: dict[str, _Adapter] = {}
+        self._snapshots: dict[str, _Weights] = {}
+        self._faults: deque[tuple[type, TinsmithError]] = deque()
+        self._item_faults: deque[tuple[str, TinsmithError]] = deque()
+        self._tickets = itertools.count(1)
+        self._lanes = {lane: _Lane(self) for lane in ("train", "sample")}
+        self._tokens_trained = 0
+        self._tokens_sampled = 0
+        self._handlers: dict[type, Callable[[Any], Answer]] = {
+            CreateAdapter: self._create,
+            LoadAdapter: self._load,
+            DropAdapter: self._drop,
+            TrainBatch: self._train,
+            OptimStep: self._optim_step,
+            SaveAdapter: self._save,
+            PublishSnapshot: self._publish,
+            LoadSnapshot: self._load_snapshot,
+            DropSnapshot: self._drop_snapshot,
+            Sample: self._sample,
+            CancelSample: self._cancel,
+            Ping: self._status,
+        }
+
+    # ---- EngineHandle ----
+
+    @property
+    def card(self) -> BaseModelCard:
+        if not self._started:
+            raise RuntimeError("the engine has not started")
+        return self._card
+
+    @property
+    def is_alive(self) -> bool:
+        return self._started and self._dead is None
+
+    async def start(self) -> BaseModelCard:
+        if self._start_error is not None:
+            raise self._start_error
+        self._started = True
+        for lane in self._lanes.values():
+            lane.start()
+        return self._card
+
+    def submit(self, operation: Operation) -> EngineCall:
+        if not self.is_alive:
+            raise EngineDied(self._dead or "the engine has not started")
+        self.operations.append(operation)
+        job = _Job(next(self._tickets), operation, asyncio.get_running_loop().create_future())
+        if isinstance(operation, CancelSample | Ping):
+            self._execute(job)
+        else:
+            sampling = isinstance(operation, Sample | LoadSnapshot | DropSnapshot)
+            self._lanes["sample" if sampling else "train"].put(job)
+        return EngineCall(job.ticket, job.answer)
+
+    async def close(self) -> None:
+        self._dead = self._dead or "the engine was closed"
+        for lane in self._lanes.values():
+            await lane.close(EngineDied(self._dead))
+
+    # ---- faults ----
+
+    def fail_next(self, operation_type: type, error: TinsmithError) -> None:
+        """The next operation of this type is answered with `error` and has no effect."""
+        self._faults.append((operation_type, error))
+
+    def fail_items(self, model_id: str, error: TinsmithError) -> None:
+        """The next `TrainItem` of this model is answered with `error` and has no effect; its neighbours succeed."""
+        self._item_faults.append((model_id, error))
+
+    def pause(self) -> None:
+        for lane in self._lanes.values():
+            lane.open.clear()
+
+    def resume(self) -> None:
+        for lane in self._lanes.values():
+            lane.open.set()
+
+    def die(self, reason: str = "the engine was killed") -> None:
+        self._dead = reason
+        for lane in self._lanes.values():
+            lane.fail_all(EngineDied(reason))
+
+    # ---- execution ----
+
+    def _execute(self, job: _Job) -> None:
+        if job.answer.done():
+            return
+        try:
+            fault = self._take_fault(type(job.operation))
+            if fault is not None:
+                raise fault
+            job.answer.set_result(self._handlers[type(job.operation)](job.operation))
+        except TinsmithError as error:
+            job.answer.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - the boundary of an operation: a bug must answer, not hang
+            job.answer.set_exception(ServerError(f"fake engine: {error!r}"))
+
+    def _take_fault(self, operation_type: type) -> TinsmithError | None:
+        for entry in self._faults:
+            if entry[0] is operation_type:
+                self._faults.remove(entry)
+                return entry[1]
+        return None
+
+    def _adapter(self, model_id: str) -> _Adapter:
+        if model_id not in self._adapters:
+            raise NotFound(f"no adapter {model_id!r} in this engine")
+        return self._adapters[model_id]
+
+    def _create(self, operation: CreateAdapter) -> None:
+        self._adapters[operation.model_id] = _Adapter(_Weights(operation.lora))
+
+    def _load(self, operation: LoadAdapter) -> LoraSpec:
+        weights = _read_folder(Path(operation.folder))
+        if operation.optimizer and not (Path(operation.folder) / "optimizer.safetensors").exists():
+            raise InvalidInput(f"checkpoint {operation.folder!r} has no optimizer state")
+        self._adapters[operation.model_id] = _Adapter(weights if operation.optimizer else replace(weights, step=0))
+        return weights.lora
+
+    def _drop(self, operation: DropAdapter) -> None:
+        self._adapters.pop(operation.model_id, None)
+
+    def _train(self, operation: TrainBatch) -> list[TrainOutcome]:
+        return [self._train_item(item) for item in operation.items]
+
+    def _train_item(self, item: TrainItem) -> TrainOutcome:
+        for entry in self._item_faults:
+            if entry[0] == item.model_id:
+                self._item_faults.remove(entry)
+                return entry[1]
+        try:
+            adapter = self._adapter(item.model_id)
+        except NotFound as error:
+            return error
+        if adapter.weights.corrupted:
+            return AdapterCorrupted(f"adapter {item.model_id!r} is corrupted")
+        output = _forward(item, adapter.weights.factor)
+        self._tokens_trained += int(output.metrics["tokens:sum"])
+        if not item.forward_only:
+            adapter.has_gradients = True
+            adapter.gradient_norm += abs(output.metrics["loss:sum"])
+        return output
+
+    def _optim_step(self, operation: OptimStep) -> dict[str, float]:
+        adapter = self._adapter(operation.model_id)
+        applied = adapter.has_gradients
+        effect = applied and operation.params.learning_rate > 0
+        norm, adapter.gradient_norm, adapter.has_gradients = adapter.gradient_norm, 0.0, False
+        old = adapter.weights
+        adapter.weights = replace(old, step=old.step + applied, num_effects=old.num_effects + effect)
+        return {"step_applied": float(applied), "grad_norm": norm, "step": float(adapter.weights.step)}
+
+    def _save(self, operation: SaveAdapter) -> SavedCheckpoint:
+        weights = self._adapter(operation.model_id).weights
+        return _write_folder(Path(operation.folder), weights, optimizer=operation.optimizer, record=operation.record)
+
+    def _publish(self, operation: PublishSnapshot) -> str:
+        weights = self._adapter(operation.model_id).weights
+        self._snapshots[operation.snapshot_id] = weights
+        return weights.digest
+
+    def _load_snapshot(self, operation: LoadSnapshot) -> str:
+        weights = _read_folder(Path(operation.folder))
+        self._snapshots[operation.snapshot_id] = weights
+        return weights.digest
+
+    def _drop_snapshot(self, operation: DropSnapshot) -> None:
+        self._snapshots.pop(operation.snapshot_id, None)
+
+    def _sample(self, operation: Sample) -> SampleResponse:
+        if operation.snapshot_id is None:
+            factor = 1.0
+        elif operation.snapshot_id in self._snapshots:
+            factor = self._snapshots[operation.snapshot_id].factor
+        else:
+            raise NotFound(f"no snapshot {operation.snapshot_id!r} in this engine")
+        response = _draw_all(operation, factor, self._card.vocab_size)
+        self._tokens_sampled += sum(len(sequence.tokens) for sequence in response.sequences)
+        return response
+
+    def _cancel(self, operation: CancelSample) -> None:
+        self._lanes["sample"].fail_ticket(operation.ticket, UserError("the sample was cancelled"))
+
+    def _status(self, operation: Ping) -> EngineStatus:
+        return EngineStatus(
+            num_adapters=len(self._adapters),
+            num_snapshots=len(self._snapshots),
+            num_running=0,
+            num_waiting=sum(lane.num_waiting for lane in self._lanes.values()),
+            rss_bytes=0,
+            tokens_trained=self._tokens_trained,
+            tokens_sampled=self._tokens_sampled,
+        )
+
+
+class _Lane:
+    """Operations that are executed one after another, in order."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.open = asyncio.Event()
+        self.open.set()
+        self._engine = engine
+        self._jobs: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._jobs)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    def put(self, job: _Job) -> None:
+        self._jobs.append(job)
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._jobs:
+                await self.open.wait()
+                await asyncio.sleep(self._engine.delay_s)
+                if self._jobs and self.open.is_set():
+                    self._engine._execute(self._jobs.popleft())
+
+    def fail_all(self, error: TinsmithError) -> None:
+        for job in self._jobs:
+            _fail(job, error)
+        self._jobs.clear()
+
+    def fail_ticket(self, ticket: int, error: TinsmithError) -> None:
+        for job in self._jobs:
+            if job.ticket == ticket:
+                _fail(job, error)
+
+    async def close(self, error: TinsmithError) -> None:
+        self.fail_all(error)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+
+def _fail(job: _Job, error: TinsmithError) -> None:
+    if not job.answer.done():
+        job.answer.set_exception(error)
+
+
+# ---- the "model" ----
+
+
+def _forward(item: TrainItem, factor: float) -> ForwardBackwardOutput:
+    outputs, loss, tokens = [], 0.0, 0
+    for datum in item.data:
+        inputs = {key: tensor.to_numpy() for key, tensor in datum.loss_fn_inputs.items()}
+        previous, targets = datum.model_input.to_numpy(), inputs["target_tokens"]
+        if targets.ndim == 2:
+            previous = previous[:, None]
+        logprobs = token_logprobs(previous, targets) * factor
+        if item.loss_fn == "cross_entropy":
+            loss -= float((logprobs * inputs["weights"]).sum())
+        else:
+            loss -= float((np.exp(logprobs - inputs["logprobs"]) * inputs["advantages"]).sum())
+        tokens += len(targets)
+        outputs.append({"logprobs": TensorData.from_numpy(logprobs.astype(np.float32))})
+    return ForwardBackwardOutput("ArrayRecord", outputs, {"loss:sum": loss, "tokens:sum": float(tokens)})
+
+
+def token_logprobs(previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """What the untrained fake gives `targets` after `previous`: between -6 and -1, float64, broadcast together."""
+    return -(1.0 + 5.0 * _unit(previous.astype(np.uint64) * np.uint64(1_000_003) + targets.astype(np.uint64)))
+
+
+def _unit(keys: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1) from integers (splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = keys + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _draw_all(operation: Sample, factor: float, vocab_size: int) -> SampleResponse:
+    prompt = operation.prompt
+    sequences = [_draw(operation, index, factor, vocab_size) for index in range(operation.num_samples)]
+    response = SampleResponse(sequences=sequences)
+    if operation.prompt_logprobs:
+        scored = token_logprobs(prompt[:-1], prompt[1:]) * factor
+        response.prompt_logprobs_np = np.concatenate([[np.nan], scored]).astype(np.float32)
+    if operation.topk_prompt_logprobs:
+        topk = _topk(prompt[:-1], operation.topk_prompt_logprobs, factor, vocab_size)
+        response.topk_prompt_logprobs_np = TopkLogprobs(
+            np.concatenate([np.zeros((1, operation.topk_prompt_logprobs), dtype=np.int64), topk.token_ids]),
+            np.concatenate(
+                [np.full((1, operation.topk_prompt_logprobs), TopkLogprobs.UNUSED_LOGPROB), topk.logprobs]
+            ).astype(np.float32),
+        )
+    return response
+
+
+def _draw(operation: Sample, index: int, factor: float, vocab_size: int) -> SampledSequence:
+    greedy = operation.temperature == 0
+    salt = 0 if greedy else (operation.seed * 1009 + index * 9176 + 1) % 2**32
+    previous, tokens, text = int(operation.prompt[-1]), [], ""
+    stop_reason = "length"
+    for position in range(operation.max_tokens):
+        key = np.asarray([previous + 7919 * position + 104_729 * salt + int(1e6 * factor)], dtype=np.uint64)
+        previous = int(_unit(key)[0] * vocab_size)
+        tokens.append(previous)
+        text += chr(97 + previous % 26)
+        if previous in operation.stop_token_ids or any(text.endswith(stop) for stop in operation.stop_strings):
+            stop_reason = "stop"
+            break
+    context = np.asarray([int(operation.prompt[-1]), *tokens[:-1]], dtype=np.int64)
+    drawn = np.asarray(tokens, dtype=np.int64)
+    sequence = SampledSequence(
+        stop_reason="stop" if stop_reason == "stop" else "length",
+        tokens_np=drawn,
+        logprobs_np=(token_logprobs(context, drawn) * factor).astype(np.float32),
+    )
+    if operation.topk_sample_logprobs:
+        sequence.topk_logprobs_np = _topk(context, operation.topk_sample_logprobs, factor, vocab_size)
+    return sequence
+
+
+def _topk(previous: np.ndarray, k: int, factor: float, vocab_size: int) -> TopkLogprobs:
+    logprobs_NV = token_logprobs(previous[:, None], np.arange(vocab_size)[None, :]) * factor
+    ids_NK = np.argsort(-logprobs_NV, axis=1)[:, :k]
+    return TopkLogprobs(ids_NK, np.take_along_axis(logprobs_NV, ids_NK, axis=1).astype(np.float32))
+
+
+# ---- folders ----
+
+
+def _write_folder(folder: Path, weights: _Weights, *, optimizer: bool, record: Any) -> SavedCheckpoint:
+    """Raises `StorageError` if the folder exists or cannot be written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    if folder.exists():
+        raise StorageError(f"{folder} exists already")
+    rank = weights.lora.rank
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        arrays = {"lora_A": np.full((rank, 4), weights.lora.seed % 97, dtype=np.float32)}
+        arrays["lora_B"] = np.full((4, rank), weights.num_effects, dtype=np.float32)
+        save_file(arrays, partial / "adapter_model.safetensors")
+        if optimizer:
+            save_file({"step": np.asarray([weights.step])}, partial / "optimizer.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": weights.lora.alpha}
+        (partial / "adapter_config.json").write_text(json.dumps(config))
+        state = {
+            **record,
+            "lora": asdict(weights.lora),
+            "step": weights.step,
+            "num_effects": weights.num_effects,
+            "digest": weights.digest,
+            "files": {path.name: _file_hash(path) for path in sorted(partial.iterdir())},
+        }
+        (partial / "checkpoint.json").write_text(json.dumps(state, indent=1, default=str))
+        size = sum(path.stat().st_size for path in partial.iterdir())
+        os.rename(partial, folder)
+    except OSError as error:
+        raise StorageError(f"cannot write checkpoint {folder}: {error}") from error
+    return SavedCheckpoint(size_bytes=size, digest=weights.digest, step=weights.step)
+
+
+def _read_folder(folder: Path) -> _Weights:
+    try:
+        state = json.loads((folder / "checkpoint.json").read_text())
+        for name, recorded in state["files"].items():
+            if _file_hash(folder / name) != recorded:
+                raise CheckpointDamaged(f"{folder / name} does not match its recorded hash")
+        load_file(folder / "adapter_model.safetensors")
+    except OSError as error:
+        raise StorageError(f"cannot read checkpoint {folder}: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise CheckpointDamaged(f"{folder / 'checkpoint.json'} is not readable: {error!r}") from error
+    return _Weights(LoraSpec(**state["lora"]), state["step"], state["num_effects"])
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
