@@ -1,1 +1,33 @@
+"""Conversations and what becomes of them before a model sees them: files, renderers, datums, batches."""
 
+from tinsmith.data.batches import BatchPlan, epoch_order, hold_out
+from tinsmith.data.conversations import Conversation, Message, Role
+from tinsmith.data.dataset import ConversationDataset, TooLong, build_dataset
+from tinsmith.data.datum import to_datum
+from tinsmith.data.errors import DataError, RenderError
+from tinsmith.data.jsonl import ConversationFile, conversation_from_record, read_conversations
+from tinsmith.data.renderer import ChatTemplateRenderer, RenderedConversation, TrainOn
+from tinsmith.data.tokenizers import ChatTokenizer, load_tokenizer
+
+__all__ = [
+    "BatchPlan",
+    "ChatTemplateRenderer",
+    "ChatTokenizer",
+    "Conversation",
+    "ConversationDataset",
+    "ConversationFile",
+    "DataError",
+    "Message",
+    "RenderError",
+    "RenderedConversation",
+    "Role",
+    "TooLong",
+    "TrainOn",
+    "build_dataset",
+    "conversation_from_record",
+    "epoch_order",
+    "hold_out",
+    "load_tokenizer",
+    "read_conversations",
+    "to_datum",
+]
