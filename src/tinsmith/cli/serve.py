@@ -1,0 +1,55 @@
+"""`tinsmith serve`: the Tinker API on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+DtypeChoice = Literal["auto", "float32", "bfloat16"]
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
+
+LOCAL_API_KEY = "tml-local"
+"""Any key will do on loopback; the official SDK only wants one that looks like its own."""
+
+
+def serve(
+    base_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--base-model",
+            metavar="ID|FOLDER|NAME=FOLDER",
+            help="Base model to serve; repeatable. Default: tinsmith/tiny, which ships.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoints and registry. Default: $TINSMITH_DATA_DIR or ~/.local/share/tinsmith."),
+    ] = None,
+    dtype: Annotated[DtypeChoice, typer.Option(help="Of base weights and activations.")] = "auto",
+    device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Serve the Tinker API; prints one line when ready and runs until Ctrl-C."""
+    from tinsmith.server.app import create_app
+    from tinsmith.server.assemble import default_data_dir, open_control
+    from tinsmith.server.run import allow_many_connections, bind, configure_logging, run_app, url_of
+    from tinsmith.types.engine_options import EngineOptions, ModelSource
+    from tinsmith.types.errors import TinsmithError
+
+    configure_logging()
+    try:
+        sources = [ModelSource.parse(text) for text in base_model or ["tinsmith/tiny"]]
+        listener = bind(host, port)
+        allow_many_connections()
+        options = EngineOptions(dtype=dtype, device=device)
+        control = open_control(sources, options, data_dir or default_data_dir(), home="process")
+        url = url_of(listener)
+        names = ", ".join(source.name for source in sources)
+        ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"
+        run_app(create_app(control), listener, on_ready=lambda: print(ready, flush=True))
+    except TinsmithError as error:
+        typer.echo(f"tinsmith serve: {error}", err=True)
+        raise typer.Exit(1) from error

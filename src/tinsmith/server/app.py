@@ -1,0 +1,94 @@
+"""The HTTP application: routes of the dialects over one `Control`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from tinsmith import __version__
+from tinsmith.control.service import Control
+from tinsmith.server import tinker
+from tinsmith.server.errors import (
+    Guard,
+    handle_http_exception,
+    handle_tinsmith_error,
+    handle_validation_error,
+    json_response,
+)
+from tinsmith.server.openapi import build_openapi
+from tinsmith.server.service import Service, ServiceDep
+from tinsmith.server.settings import ServerSettings
+from tinsmith.types.errors import TinsmithError
+
+
+def create_app(control: Control, settings: ServerSettings | None = None) -> FastAPI:
+    """An application whose lifespan starts and closes `control`; `app.state.service` is what its routes share.
+
+    Entering the lifespan raises `UserError` if a base model cannot be loaded.
+    """
+    settings = settings or ServerSettings()
+    service = Service(control, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            await control.start()
+            yield
+        finally:
+            service.close()
+            await control.close()
+
+    app = FastAPI(
+        title="Tinsmith",
+        summary="Post-training of language models through the Tinker API.",
+        version=__version__,
+        lifespan=lifespan,
+        routes=list(tinker.raw_routes()),
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(_about)
+    for router in tinker.routers():
+        app.include_router(router, prefix=tinker.PREFIX)
+    app.add_exception_handler(TinsmithError, handle_tinsmith_error)
+    app.add_exception_handler(RequestValidationError, handle_validation_error)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes)
+    app.openapi = partial(build_openapi, app)  # type: ignore[method-assign]
+    return app
+
+
+_about = APIRouter(tags=["server"])
+
+
+@_about.get("/")
+async def about(service: ServiceDep) -> dict[str, Any]:
+    return {
+        "name": "tinsmith",
+        "version": __version__,
+        "models": [card.name for card in service.control.base_models()],
+        "links": {"api": tinker.PREFIX, "openapi": "/openapi.json", "docs": "/docs", "ready": "/readyz"},
+    }
+
+
+@_about.get("/healthz")
+@_about.get(f"{tinker.PREFIX}/healthz")
+async def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@_about.get("/readyz")
+@_about.get(f"{tinker.PREFIX}/readyz")
+async def readyz(service: ServiceDep) -> Response:
+    """503 with a reason while there is no engine to work with."""
+    if service.control.is_ready:
+        return json_response({"status": "ready"})
+    return json_response({"status": "not ready", "reason": service.control.readiness_reason}, 503)

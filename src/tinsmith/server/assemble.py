@@ -1,0 +1,48 @@
+"""Where a server is put together: engines in their homes, control over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from tinsmith.control.service import Control
+from tinsmith.control.settings import ControlSettings
+from tinsmith.runtime.handle import EngineHandle
+from tinsmith.types.engine_options import EngineOptions, ModelSource
+from tinsmith.types.errors import InvalidInput
+
+EngineHome: TypeAlias = Literal["process", "thread"]
+
+DATA_DIR_VARIABLE = "TINSMITH_DATA_DIR"
+
+
+def open_control(
+    sources: Sequence[ModelSource], options: EngineOptions, data_dir: Path, home: EngineHome = "process"
+) -> Control:
+    """A `Control` with one engine per base model, nothing started yet. Raises `InvalidInput` if a name comes twice."""
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidInput(f"base model {name!r} is given twice; give one of them another name with NAME=FOLDER")
+    engines = [_engine(source, options, home) for source in sources]
+    return Control(ControlSettings(data_dir=data_dir), engines)
+
+
+def _engine(source: ModelSource, options: EngineOptions, home: EngineHome) -> EngineHandle:
+    if home == "thread":
+        from tinsmith.runtime.thread import ThreadEngine
+
+        return ThreadEngine(source, options)
+    from tinsmith.runtime.process import ProcessEngine
+
+    return ProcessEngine(source, options)
+
+
+def default_data_dir() -> Path:
+    """`$TINSMITH_DATA_DIR`, or `tinsmith` where this user's programs keep data."""
+    if folder := os.environ.get(DATA_DIR_VARIABLE):
+        return Path(folder).expanduser()
+    share = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(share).expanduser() / "tinsmith"

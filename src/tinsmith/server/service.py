@@ -1,0 +1,80 @@
+"""What every route needs: control, the settings, the codec threads, and the polls that are open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from typing import Annotated, Any
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from tinsmith.control.futures import Outcome, Pending
+from tinsmith.control.service import Control
+from tinsmith.server.bodies import Codecs
+from tinsmith.server.settings import ServerSettings
+
+
+class Service:
+    def __init__(self, control: Control, settings: ServerSettings) -> None:
+        self.control = control
+        self.settings = settings
+        self.codecs = Codecs(threads=settings.codec_threads, offload_bytes=settings.offload_bytes)
+        self._polls: set[asyncio.Task[Any]] = set()
+        self._client_numbers = itertools.count(1)
+        self._is_draining = False
+
+    @property
+    def num_open_polls(self) -> int:
+        return len(self._polls)
+
+    async def poll(self, request: Request, request_id: str) -> Outcome | Pending:
+        """The outcome, or `Pending` once the hold time is over, the client has left or the server drains.
+
+        The body of `request` must have been read. Raises `NotFound` or `FutureExpired`.
+        """
+        now = await self.control.wait_future(request_id, 0)
+        if isinstance(now, Outcome) or self._is_draining:
+            return now
+        waiter = asyncio.create_task(self.control.wait_future(request_id, self.settings.poll_hold_s))
+        departure = asyncio.create_task(_departure(request))
+        self._polls.add(waiter)
+        try:
+            await asyncio.wait({waiter, departure}, return_when=asyncio.FIRST_COMPLETED)
+            if waiter.done() and not waiter.cancelled():
+                return waiter.result()
+            return now
+        finally:
+            self._polls.discard(waiter)
+            for task in (waiter, departure):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({waiter, departure})
+
+    def next_client_number(self) -> int:
+        """1, 2, … for clients that join a sampling session; the client that made it is 0."""
+        return next(self._client_numbers)
+
+    def drain(self) -> None:
+        """Answer every open poll with "still pending" and hold no more of them: the server is about to end."""
+        self._is_draining = True
+        for waiter in self._polls:
+            waiter.cancel()
+
+    def close(self) -> None:
+        self.drain()
+        self.codecs.close()
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(service_of)]

@@ -1,0 +1,84 @@
+"""Training runs and checkpoints. A checkpoint id holds a slash, `<kind>/<name>`, and so is two segments of a path."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from starlette.responses import Response
+
+from tinsmith.server.errors import brief
+from tinsmith.server.service import ServiceDep
+from tinsmith.server.tinker.schemas import TtlBody, WeightsInfoBody
+from tinsmith.server.tinker.sessions import Limit, Offset
+from tinsmith.types.errors import Unsupported
+from tinsmith.types.rest import (
+    CheckpointsListResponse,
+    Cursor,
+    TrainingRun,
+    TrainingRunsResponse,
+    WeightsInfoResponse,
+)
+
+router = APIRouter(tags=["checkpoints"])
+
+_CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
+
+
+@router.get("/training_runs", response_model_exclude_none=True)
+async def list_training_runs(
+    service: ServiceDep, limit: Limit = 20, offset: Offset = 0, project_id: Annotated[str | None, Query()] = None
+) -> TrainingRunsResponse:
+    if project_id:
+        raise Unsupported(f"project_id = {brief(project_id)}: this server has no projects yet")
+    runs, total = await service.control.list_training_runs(limit, offset)
+    return TrainingRunsResponse(training_runs=runs, cursor=Cursor(offset=offset, limit=limit, total_count=total))
+
+
+@router.get("/training_runs/{run_id}", response_model_exclude_none=True)
+async def get_training_run(run_id: str, service: ServiceDep) -> TrainingRun:
+    return await service.control.get_training_run(run_id)
+
+
+@router.get("/training_runs/{run_id}/checkpoints", response_model_exclude_none=True)
+async def list_checkpoints(run_id: str, service: ServiceDep) -> CheckpointsListResponse:
+    return CheckpointsListResponse(checkpoints=await service.control.list_checkpoints(run_id))
+
+
+@router.get("/checkpoints", response_model_exclude_none=True)
+async def list_user_checkpoints(service: ServiceDep, limit: Limit = 100, offset: Offset = 0) -> CheckpointsListResponse:
+    """Newest first."""
+    checkpoints, total = await service.control.list_user_checkpoints(limit, offset)
+    return CheckpointsListResponse(
+        checkpoints=checkpoints, cursor=Cursor(offset=offset, limit=limit, total_count=total)
+    )
+
+
+@router.post("/weights_info", response_model_exclude_none=True)
+async def weights_info(body: WeightsInfoBody, service: ServiceDep) -> WeightsInfoResponse:
+    return await service.control.weights_info(body.tinker_path)
+
+
+@router.delete(_CHECKPOINT, status_code=204)
+async def delete_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
+    await service.control.delete_checkpoint(run_id, f"{kind}/{name}")
+    return Response(status_code=204)
+
+
+@router.put(f"{_CHECKPOINT}/ttl", status_code=204)
+async def set_checkpoint_ttl(run_id: str, kind: str, name: str, body: TtlBody, service: ServiceDep) -> Response:
+    await service.control.set_checkpoint_ttl(run_id, f"{kind}/{name}", body.ttl_seconds)
+    return Response(status_code=204)
+
+
+@router.post(f"{_CHECKPOINT}/publish", status_code=204)
+async def publish_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
+    """Publishing twice is no error: the SDK would send a 409 again for minutes."""
+    await service.control.set_published(run_id, f"{kind}/{name}", True)
+    return Response(status_code=204)
+
+
+@router.delete(f"{_CHECKPOINT}/publish", status_code=204)
+async def unpublish_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
+    await service.control.set_published(run_id, f"{kind}/{name}", False)
+    return Response(status_code=204)

@@ -1,0 +1,234 @@
+"""JSON bodies of the Tinker dialect, as the official SDK sends them.
+
+Numbers are strict (`true` is no number, `1.0` no integer). A null counts as absent. A field that is not listed is one
+whose meaning this server does not implement: it is let through where it holds a value that says "off", and is an error
+elsewhere, so that newer SDKs work and nothing is ignored silently.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from tinsmith.server.errors import brief
+
+OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
+
+Int64 = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: item for key, item in value.items() if item is not None}
+        return value
+
+    @model_validator(mode="after")
+    def _unknown_fields_are_off(self) -> Body:
+        for name, value in (self.model_extra or {}).items():
+            if name != "type" and value not in OFF:
+                raise PydanticCustomError(
+                    "unknown_field",
+                    "{name} = {value} is not implemented by this server; leave the field out",
+                    {"name": name, "value": brief(value)},
+                )
+        return self
+
+
+# ---- service and sessions ----
+
+
+class ClientBody(Body):
+    """`client/config` and `client/dynamic_config`."""
+
+    sdk_version: str = ""
+
+
+class CreateSessionBody(Body):
+    tags: list[str] = []
+    user_metadata: dict[str, Any] = {}
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class SessionBody(Body):
+    session_id: str
+
+
+class FinishReason(Body):
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishBody(Body):
+    reason: FinishReason
+    detail: str | None = None
+
+
+# ---- models ----
+
+
+class LoraBody(Body):
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+    alpha: float | None = None
+    """Not sent by the official SDK."""
+
+
+class OptimizerConfigBody(Body):
+    type: str = "adamw"
+
+
+class CreateModelBody(Body):
+    session_id: str
+    model_seq_id: Int64
+    base_model: str
+    user_metadata: dict[str, str] = {}
+    lora_config: LoraBody = LoraBody()
+    optimizer_config: OptimizerConfigBody = OptimizerConfigBody()
+
+
+class ModelBody(Body):
+    model_id: str
+
+
+class ModelOperationBody(Body):
+    """What every operation in the order of a model has."""
+
+    model_id: str = Field(min_length=1)
+    seq_id: Int64
+
+
+class AdamBody(Body):
+    learning_rate: float = 0.0001
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class OptimStepBody(ModelOperationBody):
+    adam_params: AdamBody | None = None
+    optimizer_params: dict[str, Any] | None = None
+
+
+class SaveWeightsBody(ModelOperationBody):
+    path: str
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, str] | None = None
+
+
+class SaveWeightsForSamplerBody(ModelOperationBody):
+    path: str | None = None
+    sampling_session_seq_id: Int64 | None = None
+    kind: Literal["snapshot", "inflight"] = "snapshot"
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class LoadIntoModelBody(ModelOperationBody):
+    """`load_weights` into a live model."""
+
+    path: str
+    optimizer: bool = False
+    weights_access_token: str | None = None
+
+
+class LoadNewModelBody(Body):
+    """`load_weights` that makes a new model."""
+
+    session_id: str
+    model_seq_id: Int64
+    path: str
+    optimizer: bool = False
+    base_model: str | None = None
+    user_metadata: dict[str, str] = {}
+    optimizer_config: OptimizerConfigBody = OptimizerConfigBody()
+    weights_access_token: str | None = None
+
+
+class UnloadBody(Body):
+    model_id: str = Field(min_length=1)
+    seq_id: Int64 | None = None
+
+
+class TrainBody(ModelOperationBody):
+    """`forward_backward` and `forward` of SDKs older than the protobuf body; the data are decoded elsewhere."""
+
+    forward_backward_input: TrainInput | None = None
+    forward_input: TrainInput | None = None
+
+
+class TrainInput(Body):
+    data: list[Any]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] = {}
+
+
+# ---- sampling ----
+
+
+class CreateSamplingSessionBody(Body):
+    session_id: str
+    sampling_session_seq_id: Int64
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class SamplingSessionBody(Body):
+    sampling_session_id: str
+
+
+class SamplingParamsBody(Body):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class SampleBody(Body):
+    sampling_session_id: str
+    seq_id: Int64
+    num_samples: int = 1
+    prompt: dict[str, Any]
+    sampling_params: SamplingParamsBody = SamplingParamsBody()
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+
+
+# ---- futures ----
+
+
+class RetrieveFutureBody(Body):
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class CancelFutureBody(Body):
+    request_id: str
+
+
+# ---- checkpoints ----
+
+
+class WeightsInfoBody(Body):
+    tinker_path: str
+
+
+class TtlBody(Body):
+    ttl_seconds: int | None = None

@@ -1,0 +1,154 @@
+"""Raw routes that put work into a queue: the busy ones, without the cost of schemas and dependencies.
+
+Every answer is a receipt, at once and in any order of arrival. Faults of the content travel through the future.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinsmith.control import requests as ask
+from tinsmith.server.bodies import expand, fingerprint, parse_json_object
+from tinsmith.server.errors import error_response, json_response, new_incident
+from tinsmith.server.service import Service, service_of
+from tinsmith.server.tinker import decode
+from tinsmith.server.tinker.legible import head_of, ids_in_json, ids_in_protobuf, ids_in_sample
+from tinsmith.types.errors import InvalidInput, TinsmithError
+
+JsonDecoder: TypeAlias = Callable[[Mapping[str, Any]], ask.ModelRequest]
+
+
+async def forward_backward(request: Request) -> Response:
+    return await _train(request, forward_only=False)
+
+
+async def forward(request: Request) -> Response:
+    """Only older SDKs use this path; newer ones set `forward_only` in the protobuf body."""
+    return await _train(request, forward_only=True)
+
+
+async def _train(request: Request, *, forward_only: bool) -> Response:
+    service = service_of(request)
+    body = await request.body()
+    is_protobuf = "protobuf" in request.headers.get("content-type", "")
+
+    def work() -> tuple[ask.ModelRequest, bytes]:
+        if is_protobuf:
+            return _read_protobuf(request, body, service.settings.max_expanded_bytes)
+        return _read_json(
+            request, body, service, lambda fields: decode.train_from_json(fields, forward_only=forward_only)
+        )
+
+    return await _submit(service, len(body), work)
+
+
+def _read_protobuf(request: Request, body: bytes, max_bytes: int) -> tuple[ask.ModelRequest, bytes]:
+    """The decoded request, or a `Rejected` one if at least its ids can be read."""
+    try:
+        content = expand(request, body, max_bytes=max_bytes)
+        return decode.train_from_protobuf(content), fingerprint("train", content)
+    except Exception as error:
+        ids = ids_in_protobuf(head_of(body, request.headers.get("content-encoding", "")))
+        if ids is None:
+            raise _as_tinsmith_error(error, request) from error
+        rejected = ask.Rejected(model_id=ids[0], seq_id=ids[1], error=_as_tinsmith_error(error, request))
+        return rejected, fingerprint("train", body)
+
+
+def _read_json(request: Request, body: bytes, service: Service, decoder: JsonDecoder) -> tuple[ask.ModelRequest, bytes]:
+    content = expand(request, body, max_bytes=service.settings.max_expanded_bytes)
+    fields = parse_json_object(content)
+    digest = fingerprint(request.url.path, content)
+    try:
+        return decoder(fields), digest
+    except Exception as error:
+        ids = ids_in_json(fields)
+        if ids is None:
+            raise _as_tinsmith_error(error, request) from error
+        return ask.Rejected(model_id=ids[0], seq_id=ids[1], error=_as_tinsmith_error(error, request)), digest
+
+
+def _as_tinsmith_error(error: Exception, request: Request) -> TinsmithError:
+    if isinstance(error, TinsmithError):
+        return error
+    return new_incident(error, method=request.method, path=request.url.path)
+
+
+async def _submit(service: Service, size: int, work: Callable[[], tuple[ask.ModelRequest, bytes]]) -> Response:
+    try:
+        asked, digest = await service.codecs.run(size, work)
+        receipt = service.control.submit(asked, digest)
+    except TinsmithError as error:
+        return error_response(error)
+    return receipt_response(receipt)
+
+
+def receipt_response(receipt: ask.Submission) -> Response:
+    fields: dict[str, Any] = {"request_id": receipt.request_id}
+    if receipt.model_id is not None:
+        fields["model_id"] = receipt.model_id
+    return json_response(fields)
+
+
+def model_operation(decoder: JsonDecoder) -> Callable[[Request], Any]:
+    """The route of an operation on one model whose body is JSON."""
+
+    async def route(request: Request) -> Response:
+        service = service_of(request)
+        body = await request.body()
+        return await _submit(service, len(body), lambda: _read_json(request, body, service, decoder))
+
+    return route
+
+
+async def load_weights(request: Request) -> Response:
+    """Into a live model (`model_id`, `seq_id`), or as a new one (`session_id`, `model_seq_id`)."""
+    service = service_of(request)
+    try:
+        body = expand(request, await request.body(), max_bytes=service.settings.max_expanded_bytes)
+        fields = parse_json_object(body)
+        if "model_seq_id" not in fields:
+            return await _submit(service, 0, lambda: _read_json(request, body, service, decode.load_into_model))
+        if fields.get("seq_id") is not None:
+            raise InvalidInput("give either model_id and seq_id (load into a model) or session_id and model_seq_id")
+        receipt = await service.control.create_model_from_checkpoint(decode.load_new_model(fields))
+    except TinsmithError as error:
+        return error_response(error)
+    return receipt_response(receipt)
+
+
+async def asample(request: Request) -> Response:
+    service = service_of(request)
+    body = await request.body()
+
+    def work() -> tuple[ask.SampleRequest, bytes]:
+        content = expand(request, body, max_bytes=service.settings.max_expanded_bytes)
+        return _read_sample(request, content), fingerprint("asample", content)
+
+    try:
+        asked, digest = await service.codecs.run(len(body), work)
+        receipt = service.control.submit_sample(asked, digest)
+    except TinsmithError as error:
+        return error_response(error)
+    return json_response({"request_id": receipt.request_id, "sample_sequence_ids": receipt.sample_sequence_ids})
+
+
+def _read_sample(request: Request, content: bytes) -> ask.SampleRequest:
+    fields = parse_json_object(content)
+    try:
+        return decode.sample(fields)
+    except Exception as error:
+        ids = ids_in_sample(fields)
+        if ids is None:
+            raise _as_tinsmith_error(error, request) from error
+        session_id, seq_id, num_samples = ids
+        return ask.RejectedSample(
+            sampling_session_id=session_id,
+            seq_id=seq_id,
+            num_samples=num_samples,
+            error=_as_tinsmith_error(error, request),
+        )
