@@ -1,0 +1,187 @@
+"""Checkpoint folders: PEFT's layout, optimizer state beside it, and a record with the hash of every file.
+
+    adapter_model.safetensors   adapter_config.json   [optimizer.safetensors]   checkpoint.json
+
+A folder appears under its name complete or not at all: everything is written to a temporary sibling, flushed to disk,
+then renamed. `checkpoint.json` names every other file with size and SHA-256; loading verifies them first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tinsmith.engine.adapter import Adapter
+from tinsmith.engine.lora import LoraLayout, LoraSite, LoraWeights
+from tinsmith.engine.optimizer import AdamState
+from tinsmith.types.errors import CheckpointDamaged, InvalidInput, NotFound, StorageError
+from tinsmith.types.operations import LoraSpec, SavedCheckpoint
+
+FORMAT = 1
+WEIGHTS, CONFIG, OPTIMIZER, RECORD = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+    "checkpoint.json",
+)
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A checkpoint read back and verified."""
+
+    spec: LoraSpec
+    weights_P: Tensor
+    optimizer: AdamState | None
+    step: int
+
+
+def save_checkpoint(
+    adapter: Adapter, folder: Path, *, optimizer: bool, base_model: str, record: Mapping[str, Any]
+) -> SavedCheckpoint:
+    """Raises `StorageError` if the disk refuses or `folder` exists; nothing is left behind then."""
+    digest = adapter.weights.digest()
+    files = {WEIGHTS: _weights_file(adapter.weights), CONFIG: _peft_config(adapter.layout, base_model)}
+    if optimizer:
+        files[OPTIMIZER] = _optimizer_file(adapter)
+    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    described = {
+        "format": FORMAT,
+        **record,
+        "base_model": base_model,
+        "lora": asdict(adapter.spec),
+        "step": adapter.step,
+        "digest": digest,
+        "files": entries,
+    }
+    files[RECORD] = json.dumps(described, indent=2, sort_keys=True).encode()
+    write_folder(folder, files)
+    return SavedCheckpoint(size_bytes=sum(map(len, files.values())), digest=digest, step=adapter.step)
+
+
+def load_checkpoint(folder: Path, sites: tuple[LoraSite, ...], *, optimizer: bool) -> StoredAdapter:
+    """Raises `NotFound`, `CheckpointDamaged`, or `InvalidInput` if it does not fit this base model or request."""
+    record = _verified_record(folder)
+    spec = LoraSpec(**record["lora"])
+    layout = LoraLayout(sites, spec)
+    if optimizer and OPTIMIZER not in record["files"]:
+        raise InvalidInput(f"checkpoint {folder.name!r} holds no optimizer state; it was saved for sampling only")
+    weights_P = torch.empty(layout.num_parameters, dtype=torch.float32)
+    _fill(weights_P, layout, load_file(folder / WEIGHTS), folder, name=_peft_name)
+    state = None
+    if optimizer:
+        stored = load_file(folder / OPTIMIZER)
+        state = AdamState(torch.empty_like(weights_P), torch.empty_like(weights_P), int(stored["count"]))
+        _fill(state.exp_avg_P, layout, stored, folder, name="exp_avg.{}".format)
+        _fill(state.exp_avg_sq_P, layout, stored, folder, name="exp_avg_sq.{}".format)
+    return StoredAdapter(spec, weights_P, state, int(record["step"]))
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All files durably under `folder`, or none."""
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists")
+        temporary.mkdir(parents=True)
+        for name, data in files.items():
+            _write_durably(temporary / name, data)
+        _sync_folder(temporary)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"checkpoint {folder.name!r} could not be written: {error}") from error
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _peft_name(name: str) -> str:
+    return f"{_PEFT_PREFIX}{name}.weight"
+
+
+def _weights_file(weights: LoraWeights) -> bytes:
+    named = weights.layout.named_views(weights.flat_P.cpu())
+    return save({_peft_name(name): matrix.contiguous() for name, matrix in named}, {"format": "pt"})
+
+
+def _optimizer_file(adapter: Adapter) -> bytes:
+    state = adapter.optimizer
+    tensors = {"count": torch.tensor(state.count)}
+    for kind, flat_P in (("exp_avg", state.exp_avg_P), ("exp_avg_sq", state.exp_avg_sq_P)):
+        tensors |= {f"{kind}.{n}": m.contiguous() for n, m in adapter.layout.named_views(flat_P.cpu())}
+    return save(tensors, {"format": "pt"})
+
+
+def _peft_config(layout: LoraLayout, base_model: str) -> bytes:
+    spec = layout.spec
+    targets = sorted({site.name.rpartition(".")[2] for site in layout.sites if layout.trains(site)})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": targets,
+    }
+    return json.dumps(config, indent=2).encode()
+
+
+def _verified_record(folder: Path) -> dict[str, Any]:
+    if not (folder / RECORD).is_file():
+        raise NotFound(f"there is no checkpoint {folder.name!r} (no {RECORD} in its folder)")
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
+        entries = record["files"]
+        if record["format"] > FORMAT:
+            raise InvalidInput(f"checkpoint {folder.name!r} has format {record['format']}; this version reads {FORMAT}")
+        for name, entry in entries.items():
+            if (found := hashlib.sha256((folder / name).read_bytes()).hexdigest()) != entry["sha256"]:
+                raise CheckpointDamaged(f"{name} of checkpoint {folder.name!r} is damaged: its hash is {found[:12]}…")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointDamaged(f"checkpoint {folder.name!r} cannot be read: {error!r}") from error
+    return record
+
+
+def _fill(flat_P: Tensor, layout: LoraLayout, stored: Mapping[str, Tensor], folder: Path, *, name: Any) -> None:
+    for key, matrix in layout.named_views(flat_P):
+        found = stored.get(name(key))
+        if found is None or found.shape != matrix.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise InvalidInput(
+                f"checkpoint {folder.name!r} does not fit this base model: {name(key)} has shape {shape}, "
+                f"not {tuple(matrix.shape)}"
+            )
+        matrix.copy_(found)

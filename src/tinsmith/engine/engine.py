@@ -1,0 +1,212 @@
+"""One engine: a base model, its adapters and snapshots, and the loop body that serves training and sampling in turn.
+
+Operations on adapters run strictly in the order they came. Sampling runs beside them: after every training micro-batch
+or decode step the side that has had less of the device's time goes next, so that neither starves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import psutil
+import torch
+
+from tinsmith.engine.adapter import Adapter
+from tinsmith.engine.base_model import BaseModel
+from tinsmith.engine.checkpoint_io import load_checkpoint, save_checkpoint
+from tinsmith.engine.lora import LoraWeights
+from tinsmith.engine.sampler import Sampler
+from tinsmith.engine.tokenizer import load_decoder
+from tinsmith.engine.trainer import Trainer
+from tinsmith.types.engine_options import EngineOptions, ModelSource
+from tinsmith.types.errors import AlreadyExists, NotFound, ServerError, TinsmithError
+from tinsmith.types.operations import (
+    Answer,
+    CancelSample,
+    CreateAdapter,
+    DropAdapter,
+    DropSnapshot,
+    EngineStatus,
+    LoadAdapter,
+    LoadSnapshot,
+    LoraSpec,
+    Operation,
+    OptimStep,
+    Ping,
+    PublishSnapshot,
+    Sample,
+    SaveAdapter,
+    SavedCheckpoint,
+    TrainBatch,
+)
+
+Outcome: TypeAlias = Answer | TinsmithError
+_MAX_LEAD_S = 0.25
+"""How far one side's time account may fall behind: idle time is not saved up."""
+
+
+class Engine:
+    """Not thread-safe: one thread calls `accept` and `work`."""
+
+    def __init__(self, source: ModelSource, options: EngineOptions) -> None:
+        """Loads the base model. Raises `UserError` if it cannot be found or is not supported."""
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self._base = BaseModel(source, options)
+        self._adapters: dict[str, Adapter] = {}
+        self._snapshots: dict[str, LoraWeights] = {}
+        self._trainer = Trainer(self._base, max_micro_batch_tokens=options.max_micro_batch_tokens)
+        self._done: list[tuple[int, Outcome]] = []
+        self._sampler = Sampler(
+            self._base,
+            load_decoder(source),
+            lambda ticket, outcome: self._done.append((ticket, outcome)),
+            kv_cache_bytes=options.kv_cache_bytes,
+            max_prefill_tokens=options.max_prefill_tokens,
+            max_decode_batch=options.max_decode_batch,
+        )
+        self._queue: deque[tuple[int, Operation]] = deque()
+        self._training: tuple[int, Generator[None, None, list[Any]]] | None = None
+        self._training_time_s = 0.0
+        self._sampling_time_s = 0.0
+        self.card = self._base.card
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue or self._training or self._sampler.has_work or self._done)
+
+    def accept(self, ticket: int, operation: Operation) -> None:
+        """Queue one operation; its outcome appears in a later `work`."""
+        match operation:
+            case Sample():
+                self._add_sample(ticket, operation)
+            case CancelSample():
+                self._sampler.cancel(operation.ticket)
+                self._done.append((ticket, None))
+            case Ping():
+                self._done.append((ticket, self.status()))
+            case _:
+                self._queue.append((ticket, operation))
+
+    def work(self) -> list[tuple[int, Outcome]]:
+        """One slice of work: an operation, a micro-batch, or a sampling step. Returns what is finished."""
+        has_training = bool(self._queue or self._training)
+        if has_training and not (self._sampler.has_work and self._sampling_time_s < self._training_time_s):
+            self._training_time_s = self._timed(self._advance_training, self._training_time_s, self._sampling_time_s)
+        elif self._sampler.has_work:
+            self._sampling_time_s = self._timed(self._sampler.step, self._sampling_time_s, self._training_time_s)
+        done, self._done = self._done, []
+        return done
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            num_adapters=len(self._adapters),
+            num_snapshots=len(self._snapshots),
+            num_running=self._sampler.num_running,
+            num_waiting=self._sampler.num_waiting,
+            rss_bytes=psutil.Process().memory_info().rss,
+            tokens_trained=self._trainer.tokens_trained,
+            tokens_sampled=self._sampler.tokens_sampled,
+        )
+
+    @staticmethod
+    def _timed(step: Any, spent_s: float, other_s: float) -> float:
+        start = time.perf_counter()
+        step()
+        return max(spent_s, other_s - _MAX_LEAD_S) + time.perf_counter() - start
+
+    def _advance_training(self) -> None:
+        if self._training is None:
+            ticket, operation = self._queue.popleft()
+            if not isinstance(operation, TrainBatch):
+                self._done.append((ticket, self._outcome(operation)))
+                return
+            self._training = (ticket, self._trainer.run(operation.items, self._adapters))
+        ticket, passes = self._training
+        try:
+            next(passes)
+        except StopIteration as finished:
+            self._training = None
+            self._done.append((ticket, finished.value))
+
+    def _outcome(self, operation: Operation) -> Outcome:
+        try:
+            return self._execute(operation)
+        except TinsmithError as error:
+            return error
+        except (RuntimeError, MemoryError) as error:  # what torch raises for out-of-memory and device faults
+            return ServerError(f"{type(operation).__name__} failed on the device: {error}")
+
+    def _execute(self, operation: Operation) -> Answer:
+        match operation:
+            case CreateAdapter(model_id=model_id, lora=spec):
+                if model_id in self._adapters:
+                    raise AlreadyExists(f"model {model_id!r} exists already")
+                self._adapters[model_id] = Adapter(model_id, self._base.layout(spec), self._base.device)
+                return None
+            case LoadAdapter():
+                return self._load_adapter(operation)
+            case DropAdapter():
+                self._adapters.pop(operation.model_id, None)
+                return None
+            case OptimStep():
+                return self._adapter(operation.model_id).optim_step(operation.params)
+            case SaveAdapter():
+                return self._save_adapter(operation)
+            case PublishSnapshot():
+                weights = self._adapter(operation.model_id).snapshot()
+                self._snapshots[operation.snapshot_id] = weights
+                return weights.digest()
+            case LoadSnapshot():
+                return self._load_snapshot(operation)
+            case DropSnapshot():
+                self._snapshots.pop(operation.snapshot_id, None)
+                return None
+            case _:
+                raise ServerError(f"the engine has no operation {type(operation).__name__}")
+
+    def _adapter(self, model_id: str) -> Adapter:
+        if model_id not in self._adapters:
+            raise NotFound(f"model {model_id!r} is not loaded")
+        return self._adapters[model_id]
+
+    def _load_adapter(self, operation: LoadAdapter) -> LoraSpec:
+        stored = load_checkpoint(Path(operation.folder), self._base.sites, optimizer=operation.optimizer)
+        layout = self._base.layout(stored.spec)
+        weights_P = stored.weights_P.to(self._base.device)
+        adapter = Adapter(operation.model_id, layout, self._base.device, weights=weights_P, step=stored.step)
+        if stored.optimizer is not None:
+            adapter.optimizer.exp_avg_P.copy_(stored.optimizer.exp_avg_P)
+            adapter.optimizer.exp_avg_sq_P.copy_(stored.optimizer.exp_avg_sq_P)
+            adapter.optimizer.count = stored.optimizer.count
+        self._adapters[operation.model_id] = adapter
+        return stored.spec
+
+    def _save_adapter(self, operation: SaveAdapter) -> SavedCheckpoint:
+        return save_checkpoint(
+            self._adapter(operation.model_id),
+            Path(operation.folder),
+            optimizer=operation.optimizer,
+            base_model=self.card.name,
+            record=operation.record,
+        )
+
+    def _load_snapshot(self, operation: LoadSnapshot) -> str:
+        stored = load_checkpoint(Path(operation.folder), self._base.sites, optimizer=False)
+        layout = self._base.layout(stored.spec)
+        weights = LoraWeights(layout, stored.weights_P.to(self._base.device)).freeze()
+        self._snapshots[operation.snapshot_id] = weights
+        return weights.digest()
+
+    def _add_sample(self, ticket: int, operation: Sample) -> None:
+        weights = None
+        if operation.snapshot_id is not None:
+            weights = self._snapshots.get(operation.snapshot_id)
+            if weights is None:
+                self._done.append((ticket, NotFound(f"sampler weights {operation.snapshot_id!r} are not loaded")))
+                return
+        self._sampler.add(ticket, operation, weights)

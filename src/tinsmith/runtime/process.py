@@ -1,0 +1,145 @@
+"""An engine in a process of its own: what it does never delays the event loop, and its death is not ours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tinsmith.runtime.bridge import OpenCalls
+from tinsmith.runtime.handle import EngineCall
+from tinsmith.runtime.threads import sleep_instead_of_spinning
+from tinsmith.types.engine_options import EngineOptions, ModelSource
+from tinsmith.types.errors import EngineDied, ServerError, TinsmithError
+from tinsmith.types.operations import BaseModelCard, Operation
+
+_CLOSE_S = 10.0
+"""How long a closing engine may finish its slice of work before it is killed."""
+
+
+class ProcessEngine:
+    """`EngineHandle` over a child process, spoken to through a socket pair."""
+
+    def __init__(self, source: ModelSource, options: EngineOptions) -> None:
+        self._source = source
+        self._options = options
+        self._calls = OpenCalls()
+        self._outbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._card: BaseModelCard | None = None
+        self._is_closed = False
+
+    @property
+    def card(self) -> BaseModelCard:
+        if self._card is None:
+            raise RuntimeError("the engine has not started")
+        return self._card
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._is_closed and self._child is not None and self._child.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    async def start(self) -> BaseModelCard:
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[BaseModelCard] = loop.create_future()
+        channel = self._spawn()
+        threading.Thread(target=self._write, args=(channel,), name="tinsmith-to-engine", daemon=True).start()
+        threading.Thread(
+            target=self._read, args=(channel, loop, started), name="tinsmith-from-engine", daemon=True
+        ).start()
+        self._card = await started
+        return self._card
+
+    def submit(self, operation: Operation) -> EngineCall:
+        if not self.is_alive:
+            raise EngineDied(f"the engine of {self._source.name!r} is not running")
+        call = self._calls.open()
+        self._outbox.put((call.ticket, operation))
+        return call
+
+    async def close(self) -> None:
+        if self._child is None or self._is_closed:
+            return
+        self._is_closed = True
+        self._outbox.put(None)
+        child = self._child
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, child.wait, _CLOSE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            await asyncio.get_running_loop().run_in_executor(None, child.wait)
+        self._calls.fail_all("the engine was closed")
+
+    def _spawn(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        arguments = [str(theirs.fileno()), self._source.model_dump_json(), self._options.model_dump_json()]
+        environment = dict(os.environ)
+        sleep_instead_of_spinning(environment)
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "tinsmith.runtime.worker", *arguments],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            # an interrupt at the terminal is for the server: it closes its engines in order
+            start_new_session=True,
+        )
+        theirs.close()
+        return Connection(ours.detach())
+
+    def _write(self, channel: Connection) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                channel.send(message)
+            channel.send(None)
+        except (OSError, ValueError):
+            return  # the child is gone; `_read` sees the end of the channel and fails every open call
+
+    def _read(
+        self, channel: Connection, loop: asyncio.AbstractEventLoop, started: asyncio.Future[BaseModelCard]
+    ) -> None:
+        reason = "it closed its channel"
+        try:
+            self._call(loop, _settle, started, channel.recv())
+            while True:
+                self._call(loop, self._deliver, channel.recv())
+        except (EOFError, OSError) as error:
+            reason = f"{reason} ({error})" if str(error) else reason
+        child = self._child
+        code = child.wait() if child is not None else None
+        if code is not None and code < 0:
+            reason = f"killed by {signal.Signals(-code).name}"
+        elif code:
+            reason = f"exit status {code}"
+        message = f"the engine of {self._source.name!r} died: {reason}"
+        self._call(loop, _settle, started, ServerError(message))
+        self._call(loop, self._calls.fail_all, message)
+        self._outbox.put(None)
+
+    @staticmethod
+    def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(function, *arguments)
+
+    def _deliver(self, finished: list[tuple[int, Any]]) -> None:
+        for ticket, outcome in finished:
+            self._calls.resolve(ticket, outcome)
+
+
+def _settle(started: asyncio.Future[BaseModelCard], outcome: BaseModelCard | TinsmithError) -> None:
+    if started.done():
+        return
+    if isinstance(outcome, TinsmithError):
+        started.set_exception(outcome)
+    else:
+        started.set_result(outcome)

@@ -1,0 +1,54 @@
+"""The child of `ProcessEngine`: `python -m tinsmith.runtime.worker FD SOURCE OPTIONS`."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tinsmith.runtime.loop import STOP, run_engine
+from tinsmith.types.engine_options import EngineOptions, ModelSource
+from tinsmith.types.errors import TinsmithError
+from tinsmith.types.operations import Operation
+
+
+def main(arguments: list[str]) -> int:
+    """Exits when told to, and when the parent goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Connection(int(arguments[0]))
+    try:
+        from tinsmith.engine.engine import Engine
+
+        source = ModelSource.model_validate_json(arguments[1])
+        engine = Engine(source, EngineOptions.model_validate_json(arguments[2]))
+    except TinsmithError as error:
+        channel.send(error)
+        return 0
+    channel.send(engine.card)
+    inbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
+
+    def send(finished: list[tuple[int, Any]]) -> None:
+        channel.send(finished)
+
+    try:
+        run_engine(engine, inbox, send)
+    except BrokenPipeError:
+        return 1  # the parent is gone, and with it everybody who waits
+    return 0
+
+
+def _receive(channel: Connection, inbox: queue.SimpleQueue[tuple[int, Operation] | None]) -> None:
+    try:
+        while (message := channel.recv()) is not None:
+            inbox.put(message)
+    except (EOFError, OSError):
+        pass  # the parent is gone: stop as if told to
+    inbox.put(STOP)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

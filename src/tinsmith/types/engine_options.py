@@ -1,0 +1,88 @@
+"""Which base model an engine loads, and how it runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tinsmith.types.errors import InvalidInput
+
+DtypeChoice: TypeAlias = Literal["auto", "float32", "bfloat16"]
+DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class ModelSource(BaseModel):
+    """A base model: the name users call it by, and where its files are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    location: str = Field(min_length=1)
+    """A folder, or a Hugging Face hub id."""
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSource:
+        """`ID`, `FOLDER` or `NAME=FOLDER`; `tinsmith/tiny` is the model that ships.
+
+        Raises `InvalidInput` if a part is empty, or if something that looks like a folder is none.
+        """
+        name, equals, location = text.partition("=")
+        if not name or (equals and not location):
+            raise InvalidInput(f"base model {text!r} is not of the form ID, FOLDER or NAME=FOLDER")
+        if equals:
+            return cls(name=name, location=_folder(location))
+        if text == TINY:
+            return cls(name=TINY, location=TINY)
+        if Path(text).expanduser().is_dir() or text.startswith((".", "/", "~")) or os.sep * 2 in text:
+            return cls(name=text.rstrip("/"), location=_folder(text))
+        return cls(name=text, location=text)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or `None` for a hub id."""
+        if self.location == TINY:
+            from tinsmith.models import tiny_folder
+
+            return tiny_folder()
+        path = Path(self.location)
+        return path if path.is_absolute() else None
+
+    @property
+    def load_from(self) -> str:
+        """What `transformers` takes to load the model or its tokenizer."""
+        return str(self.folder or self.location)
+
+
+TINY = "tinsmith/tiny"
+
+
+def _folder(text: str) -> str:
+    path = Path(text).expanduser().resolve()
+    if not (path / "config.json").is_file():
+        raise InvalidInput(f"base model folder {text!r} has no config.json")
+    return str(path)
+
+
+class EngineOptions(BaseModel):
+    """How an engine runs. Every limit is per engine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: DtypeChoice = "auto"
+    """Of base weights and activations; `auto` measures what is fast here. Adapters and optimizer are always float32."""
+    device: DeviceChoice = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads for matrix products; `None` takes all cores."""
+    max_rank: int = Field(default=256, ge=1)
+    max_micro_batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens in one forward and backward pass; a longer sequence goes alone."""
+    max_prefill_tokens: int = Field(default=4096, ge=1)
+    """Prompt tokens in one pass of the sampler; a longer prompt goes alone."""
+    max_decode_batch: int = Field(default=256, ge=1)
+    """Sequences that advance together in one decode step."""
+    kv_cache_bytes: int = Field(default=512 * 2**20, ge=2**20)
+    seed: int = 0
+    """Only for what no request seeds."""
