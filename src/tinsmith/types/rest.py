@@ -67,6 +67,8 @@ class GetSamplerResponse(WireModel):
     sampler_id: str
     base_model: str
     model_path: str | None = None
+    tokenizer_id: str | None = None
+    """Where the tokenizer really is, for base models served under a name of their own."""
 
 
 class WeightsInfoResponse(WireModel):

@@ -1,0 +1,153 @@
+"""How one client talks to one server. A value of its own per client: nothing here is global."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import httpx2
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+from tinsmith.client.errors import ConfigurationError
+
+LOCAL_URL = "local:"
+"""The server embedded in this process, with the base model that ships."""
+
+LOCAL_API_KEY = "tml-local"
+"""Sent where no key is configured and none is needed: to the embedded server and to loopback addresses."""
+
+PROTOCOL_VERSION = "0.38.0"
+"""The revision of the Tinker protocol this client speaks, sent as `sdk_version`."""
+
+_LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Every wait of the client, in seconds. The defaults suit both a laptop and a hosted service."""
+
+    request_timeout: float = 60.0
+    heartbeat_timeout: float = 10.0
+    poll_timeout: float = 45.0
+    """A poll that got no answer by then is a failed poll; servers hold polls 20 to 30 s."""
+    startup_give_up: float = 30.0
+    """How long a server that cannot be reached is tried before the first call fails."""
+    submit_give_up: float = 300.0
+    """How long one submit is retried."""
+    poll_give_up: float = 300.0
+    """How long polls of one request may keep failing. Polls that answer "not yet" are no failures."""
+    retry_initial: float = 0.5
+    retry_max: float = 10.0
+    poll_retry_initial: float = 1.0
+    poll_retry_max: float = 30.0
+    poll_pause_initial: float = 0.02
+    """First pause after a "not yet" that the server did not hold."""
+    poll_pause_max: float = 1.0
+    poll_held: float = 1.0
+    """A "not yet" that took at least this long was held, and is asked again at once."""
+    backpressure_pause: float = 1.0
+    """Pause before a sample is offered again to a server that had no room for it."""
+    backpressure_pause_large: float = 5.0
+    heartbeat_every: float = 10.0
+    heartbeat_warn_after: float = 120.0
+    close_timeout: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Raises `ConfigurationError` where the server is neither local nor loopback and no key is known."""
+
+    base_url: str
+    api_key: SecretStr
+    headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    """Sent with every request, over the client's own."""
+    timing: Timing = Timing()
+    transport: httpx2.AsyncBaseTransport | None = field(default=None, repr=False, compare=False)
+    """Takes the place of the network; for tests, and for servers reached in other ways."""
+
+    @property
+    def is_local(self) -> bool:
+        return is_local_url(self.base_url)
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.is_local or httpx2.URL(self.base_url).host in _LOOPBACK_HOSTS
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without a password, for messages."""
+        return self.base_url if self.is_local else str(httpx2.URL(self.base_url).copy_with(userinfo=b""))
+
+
+def resolve_config(
+    *,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timing: Timing | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ClientConfig:
+    """Arguments first, then the environment, then the embedded server. An empty string counts as unset."""
+    env = os.environ if environ is None else environ
+    url = base_url or env.get("TINKER_BASE_URL") or env.get("TINSMITH_BASE_URL") or LOCAL_URL
+    url = url if is_local_url(url) else _checked_url(url)
+    return ClientConfig(
+        base_url=url,
+        api_key=SecretStr(_key_for(url, api_key, env)),
+        headers=MappingProxyType({**_access_headers(env), **(headers or {})}),
+        timing=timing or Timing(),
+        transport=transport,
+    )
+
+
+def is_local_url(url: str) -> bool:
+    return url.startswith(LOCAL_URL)
+
+
+def _checked_url(url: str) -> str:
+    parsed = httpx2.URL(url)
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigurationError(f"base_url {url!r} must start with http://, https:// or {LOCAL_URL}")
+    return url.rstrip("/")
+
+
+def _key_for(url: str, api_key: str | None, env: Mapping[str, str]) -> str:
+    if api_key:
+        return api_key
+    if is_local_url(url):
+        return LOCAL_API_KEY
+    if key := env.get("TINKER_API_KEY"):
+        return key
+    if httpx2.URL(url).host in _LOOPBACK_HOSTS:
+        return LOCAL_API_KEY
+    raise ConfigurationError(f"no API key for {httpx2.URL(url).host}: set TINKER_API_KEY, or give api_key")
+
+
+def _access_headers(env: Mapping[str, str]) -> dict[str, str]:
+    names = {
+        "CF-Access-Client-Id": "CLOUDFLARE_ACCESS_CLIENT_ID",
+        "CF-Access-Client-Secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
+    }
+    return {header: env[name] for header, name in names.items() if env.get(name)}
+
+
+class ServerFlags(BaseModel):
+    """What the server tells its clients at the start (`client/config`); what it leaves out keeps its default."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pjwt_auth_enabled: bool = False
+    sample_dispatch_bytes_semaphore_size: int = 10_485_760
+    inflight_response_bytes_semaphore_size: int = 52_428_800
+    fwdbwd_dispatch_bytes_semaphore_size: int = 50_000_000
+    parallel_fwdbwd_chunks: bool = True
+    proto_compress_fwdbwd: bool = False
+    fwdbwd_max_chunk_len: int = 1024
+    fwdbwd_max_chunk_bytes_count: int = 5_000_000
+    sample_no_retries: bool = False
+    sample_enable_stuck_detection: bool = True
+    sample_max_concurrent_requests: int = 2000
+    sample_join_sampling_session: bool = False

@@ -1,0 +1,111 @@
+"""`Connection`: the handle that the clients of one server share, usable from any thread."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from tinsmith.client.config import ClientConfig
+from tinsmith.client.errors import ClientClosedError
+from tinsmith.client.futures import APIFuture, failed
+from tinsmith.client.loop import LoopThread
+from tinsmith.client.session import CloseStatus, JoinedSession, Link, SessionSpec
+
+T = TypeVar("T")
+
+
+class Connection:
+    """Owns the event-loop thread, the HTTP connections and the session behind a `ServiceClient` or `RestClient`.
+
+    The clients made from it keep it alive; so does every request under way. When the last of them is gone, or at exit,
+    what was not closed is closed quietly.
+    """
+
+    def __init__(
+        self, config: ClientConfig, *, spec: SessionSpec | None = None, joined: JoinedSession | None = None
+    ) -> None:
+        self.config = config
+        self.loop = LoopThread("tinsmith-client")
+        self.link = Link(config, spec or SessionSpec(), joined)
+        self.model_seq_ids = itertools.count()
+        self.sampling_session_seq_ids = itertools.count()
+        self._lock = threading.Lock()
+        self._closing: APIFuture[None] | None = None
+        self._farewell = _Farewell(self.loop, self.link)
+        weakref.finalize(self, self._farewell.collected).atexit = False
+        atexit.register(self._farewell.at_exit)
+
+    def __repr__(self) -> str:
+        return f"<Connection to {self.config.shown_url}>"
+
+    def begin(self, prepare: Callable[[], Coroutine[Any, Any, T]]) -> APIFuture[T]:
+        """Prepare an operation now, in the caller's thread, and run the rest of it on the loop.
+
+        What `prepare` raises becomes the failure of the future.
+        """
+        if self._closing is not None or not self.loop.is_alive:
+            return APIFuture(failed(ClientClosedError(self.loop.why_not_alive)), self.loop)
+        try:
+            work = prepare()
+        except Exception as error:  # noqa: BLE001  the boundary: a future has every failure of its operation
+            return APIFuture(failed(error), self.loop)
+        return APIFuture(self.loop.run(work), self.loop)
+
+    def close(self, status: CloseStatus, detail: str | None) -> APIFuture[None]:
+        """Finish the session and stop the thread. The first call decides; later ones return the same future."""
+        with self._lock:
+            if self._closing is None:
+                outcome = self.loop.run(_close(self.link, status, detail))
+                outcome.add_done_callback(lambda _: self.loop.stop())
+                self._closing = APIFuture(outcome, self.loop)
+                self._farewell.cancel()
+            return self._closing
+
+    def join(self) -> None:
+        """Wait, after `close`, for the thread to end."""
+        self.loop.join(timeout=5.0)
+
+
+async def _close(link: Link, status: CloseStatus, detail: str | None) -> None:
+    try:
+        await link.finish(status, detail)
+    finally:
+        await link.shut_down()
+
+
+class _Farewell:
+    """What is done for a connection that nobody closed. Holds its parts, never the connection itself."""
+
+    def __init__(self, loop: LoopThread, link: Link) -> None:
+        self._loop = loop
+        self._link = link
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        atexit.unregister(self.at_exit)
+
+    def collected(self) -> None:
+        if not self._cancelled:
+            self.cancel()
+            self._start("success")
+
+    def at_exit(self) -> None:
+        crashed = getattr(sys, "last_value", None) is not None
+        self._start("errored" if crashed else "success")
+        self._loop.join(timeout=3.0)
+
+    def _start(self, status: CloseStatus) -> None:
+        if self._loop.is_alive:
+            outcome = self._loop.run(_leave_quietly(self._link, status))
+            outcome.add_done_callback(lambda _: self._loop.stop())
+
+
+async def _leave_quietly(link: Link, status: CloseStatus) -> None:
+    await link.finish_quietly(status)
+    await link.shut_down()

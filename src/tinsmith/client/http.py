@@ -1,0 +1,251 @@
+"""One HTTP exchange, and how it is tried again.
+
+Each class of operation has its own connections, so that samples that fill theirs delay neither heartbeats nor polls.
+Everything here runs on the client's own event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import platform
+import urllib.parse
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+import httpx2
+import stamina
+from pydantic import BaseModel, ValidationError
+
+from tinsmith import __version__
+from tinsmith.client.config import PROTOCOL_VERSION, ClientConfig
+from tinsmith.client.errors import (
+    APIConnectionError,
+    APIResponseValidationError,
+    APIStatusError,
+    APITimeoutError,
+    RateLimitError,
+    body_of,
+    status_error,
+)
+
+logger = logging.getLogger("tinsmith.client")
+M = TypeVar("M", bound=BaseModel)
+
+JSON_TYPE = "application/json"
+PROTO_TYPE = "application/x-protobuf"
+_RETRY_AFTER_MAX_MS = 60_000
+_LOCAL_BASE = "http://tinsmith.local"
+
+
+class Pool(Enum):
+    """Classes of operations with connections of their own; the value is how many requests may be under way."""
+
+    SESSION = ("session", 16)
+    TRAIN = ("train", 32)
+    SAMPLE = ("sample", 50)
+    RETRIEVE = ("retrieve", 250)
+    RETRIEVE_SAMPLE = ("retrieve-sample", 500)
+
+    @property
+    def max_in_flight(self) -> int:
+        return self.value[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One exchange as asked for. `body=None` sends none; `params` that are `None` are left out."""
+
+    method: str
+    path: str
+    """Below `/api/v1/`, already escaped."""
+    pool: Pool = Pool.TRAIN
+    body: bytes | None = None
+    content_type: str = JSON_TYPE
+    accept: str = JSON_TYPE
+    headers: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+    """Seconds for the whole exchange; `None` takes the client's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """Keep trying what may pass: no answer, timeouts, 408, 409, 429, 5xx, and whatever `x-should-retry` says."""
+
+    give_up_after: float
+    """Seconds from the first attempt."""
+    rate_limits: bool = True
+    """Whether 429 is among what may pass."""
+
+    def pause_before(self, error: Exception) -> bool | float:
+        """What stamina asks: whether to try again, and after how many seconds if the server said so."""
+        if isinstance(error, RateLimitError) and not self.rate_limits:
+            return False
+        if isinstance(error, APIStatusError):
+            asked = error.retry_after_ms
+            soon = asked is not None and asked <= _RETRY_AFTER_MAX_MS
+            return asked / 1000 if error.retryable and soon and asked is not None else error.retryable
+        return isinstance(error, APIConnectionError)
+
+
+def post(path: str, body: Mapping[str, Any], *, pool: Pool = Pool.TRAIN, **more: Any) -> Call:
+    return Call(method="POST", path=path, pool=pool, body=json_bytes(body), **more)
+
+
+def get(path: str, **params: Any) -> Call:
+    return Call(method="GET", path=path, params=params)
+
+
+def escaped(identifier: str, *, safe: str = ":") -> str:
+    """An id as part of a path. Colons stay as they are; so do slashes if `safe` has them (checkpoint ids)."""
+    return urllib.parse.quote(identifier, safe=safe)
+
+
+def json_bytes(body: Mapping[str, Any]) -> bytes:
+    """Raises `ValueError` naming the field if a number is NaN or infinite: JSON has no such numbers."""
+    try:
+        return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+    except ValueError as error:
+        if field_name := _not_finite(body, ""):
+            raise ValueError(f"{field_name} must be a finite number") from error
+        raise
+
+
+def _not_finite(value: object, where: str) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{where} = {value!r}"
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = ((f"{where}.{key}" if where else str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        items = ((f"{where}[{i}]", item) for i, item in enumerate(value))
+    return next((found for name, item in items if (found := _not_finite(item, name))), None)
+
+
+class Http:
+    """The connections of one client. Build and use it on the client's event loop; `close` it there."""
+
+    def __init__(self, config: ClientConfig, transport: httpx2.AsyncBaseTransport | None) -> None:
+        self._config = config
+        self._transport = transport
+        self._base = f"{_LOCAL_BASE if config.is_local else config.base_url}/api/v1/"
+        self._clients: dict[Pool, httpx2.AsyncClient] = {}
+        self._slots: dict[Pool, asyncio.Semaphore] = {}
+
+    async def send(self, call: Call, retry: Retry | None = None) -> httpx2.Response:
+        """The answer, read, with a status below 400.
+
+        One idempotency key covers all attempts. Raises `APIStatusError`, `APIConnectionError` or `APITimeoutError`,
+        the last of the attempts.
+        """
+        key = f"tinsmith-{uuid.uuid4()}"
+        if retry is None:
+            return await self._exchange(call, key, attempt=0)
+        timing = self._config.timing
+        attempts = stamina.retry_context(
+            on=retry.pause_before,
+            attempts=None,
+            timeout=retry.give_up_after,
+            wait_initial=timing.retry_initial,
+            wait_max=timing.retry_max,
+            wait_jitter=timing.retry_initial,
+        ).with_name(f"{call.method} {call.path}", (), {})
+        async for attempt in attempts:
+            with attempt:
+                return await self._exchange(call, key, attempt=attempt.num - 1)
+        raise AssertionError("stamina ended without an outcome")
+
+    async def send_for(self, call: Call, model: type[M], retry: Retry | None = None) -> M:
+        """As `send`; the answer as `model`. Raises `APIResponseValidationError` if it is no such thing."""
+        return parse(await self.send(call, retry), model)
+
+    async def close(self) -> None:
+        clients, self._clients = list(self._clients.values()), {}
+        for client in clients:
+            await client.aclose()
+
+    async def _exchange(self, call: Call, key: str, *, attempt: int) -> httpx2.Response:
+        timeout = self._config.timing.request_timeout if call.timeout is None else call.timeout
+        client = self._client(call.pool)
+        request = client.build_request(
+            call.method,
+            self._base + call.path,
+            content=call.body,
+            params={name: value for name, value in call.params.items() if value is not None} or None,
+            headers=self._headers(call, key, attempt, timeout),
+            timeout=httpx2.Timeout(timeout),
+        )
+        async with self._slots[call.pool]:
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await client.send(request)
+            except (httpx2.TimeoutException, TimeoutError) as error:
+                message = f"Request timed out: {call.method} {call.path} had no answer within {timeout:g} s."
+                raise APITimeoutError(_without_secrets(request), message) from error
+            except httpx2.RequestError as error:
+                message = f"Connection error: {call.method} {self._config.shown_url}: {error or type(error).__name__}"
+                raise APIConnectionError(_without_secrets(request), message) from error
+        response.request = _without_secrets(request)
+        if response.status_code >= 400:
+            raise status_error(response)
+        if note := response.headers.get("x-deprecation-note"):
+            logger.warning("the server says: %s", note)
+        return response
+
+    def _client(self, pool: Pool) -> httpx2.AsyncClient:
+        if pool not in self._clients:
+            limit = pool.max_in_flight
+            self._slots[pool] = asyncio.Semaphore(limit)
+            self._clients[pool] = httpx2.AsyncClient(
+                transport=None if self._transport is None else _Shared(self._transport),
+                limits=httpx2.Limits(max_connections=limit, max_keepalive_connections=limit, keepalive_expiry=30.0),
+                trust_env=not self._config.is_loopback,
+            )
+        return self._clients[pool]
+
+    def _headers(self, call: Call, key: str, attempt: int, timeout: float) -> dict[str, str]:
+        headers = {
+            "X-API-Key": self._config.api_key.get_secret_value(),
+            "Accept": call.accept,
+            "User-Agent": f"tinsmith/{__version__} Python/{platform.python_version()}",
+            "x-sdk-version": PROTOCOL_VERSION,
+            "x-stainless-retry-count": str(attempt),
+            "x-stainless-read-timeout": f"{timeout:g}",
+        }
+        if call.method != "GET":
+            headers["Content-Type"] = call.content_type
+            headers["X-Idempotency-Key"] = key
+        return {**headers, **call.headers, **self._config.headers}
+
+
+class _Shared(httpx2.AsyncBaseTransport):
+    """A transport that several pools use; closing a pool does not close it."""
+
+    def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
+        self._transport = transport
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return await self._transport.handle_async_request(request)
+
+
+def parse(response: httpx2.Response, model: type[M]) -> M:
+    """Raises `APIResponseValidationError` if the body is no JSON or no `model`."""
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError as error:
+        where = f"{response.request.method} {response.request.url.path}"
+        message = f"the answer to {where} is no valid {model.__name__}: {error}"
+        raise APIResponseValidationError(response, body_of(response), message) from error
+
+
+def _without_secrets(request: httpx2.Request) -> httpx2.Request:
+    """What of a request may be kept in an error: its method, URL and harmless headers."""
+    kept = ("accept", "content-type", "x-idempotency-key", "x-stainless-retry-count", "x-tinker-request-type")
+    headers = {name: request.headers[name] for name in kept if name in request.headers}
+    return httpx2.Request(request.method, request.url.copy_with(userinfo=b""), headers=headers)

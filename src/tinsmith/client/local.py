@@ -1,0 +1,107 @@
+"""`local:` URLs: the server embedded in this process, reached without a port.
+
+The embedded server runs on an event loop of its own, so that its work never delays a client's heartbeats or polls.
+One stack per URL is shared by all clients of the process and closed with the last of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import importlib
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx2
+
+from tinsmith.client.loop import LoopThread, wait_for_outcome
+
+_EMBEDDED = "tinsmith.embedded"
+"""Looked up by name when first used: the client knows no server."""
+
+_lock = threading.Lock()
+_stacks: dict[str, LocalStack] = {}
+
+
+class LocalStack:
+    """An embedded server and the thread it runs on."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.users = 0
+        self._loop = LoopThread(f"tinsmith-embedded-{url}")
+        self._close: Callable[[], Awaitable[None]] | None = None
+        self._opened: concurrent.futures.Future[httpx2.AsyncBaseTransport] = self._loop.run(self._open())
+
+    async def _open(self) -> httpx2.AsyncBaseTransport:
+        module = await asyncio.to_thread(importlib.import_module, _EMBEDDED)
+        transport, self._close = await module.open_local(self.url)
+        opened: httpx2.AsyncBaseTransport = transport
+        return opened
+
+    async def exchange(self, request: httpx2.Request) -> httpx2.Response:
+        """Serve one request. Called on a client's loop; cancelling it cancels the server's work on it."""
+        transport = await wait_for_outcome(self._opened)
+        content = await request.aread()
+        outcome = self._loop.run(_serve(transport, request, content))
+        try:
+            return await wait_for_outcome(outcome)
+        except asyncio.CancelledError:
+            self._loop.cancel(outcome)
+            raise
+
+    def close(self) -> concurrent.futures.Future[None]:
+        closed = self._loop.run(self._shut_down())
+        closed.add_done_callback(lambda _: self._loop.stop())
+        return closed
+
+    async def _shut_down(self) -> None:
+        if self._close is not None:
+            await self._close()
+
+
+async def _serve(transport: httpx2.AsyncBaseTransport, request: httpx2.Request, content: bytes) -> httpx2.Response:
+    inner = httpx2.Request(
+        request.method, request.url, headers=request.headers, content=content, extensions=request.extensions
+    )
+    response = await transport.handle_async_request(inner)
+    raw = b"".join([part async for part in _parts(response)])
+    await response.aclose()
+    return httpx2.Response(
+        response.status_code, headers=response.headers, stream=httpx2.ByteStream(raw), extensions=response.extensions
+    )
+
+
+async def _parts(response: httpx2.Response) -> Any:
+    stream = response.stream
+    assert isinstance(stream, httpx2.AsyncByteStream)
+    async for part in stream:
+        yield part
+
+
+class LocalTransport(httpx2.AsyncBaseTransport):
+    """One client's way into a stack. Closing the last one closes the stack."""
+
+    def __init__(self, url: str) -> None:
+        with _lock:
+            self._stack = _stacks.get(url)
+            if self._stack is None:
+                self._stack = _stacks[url] = LocalStack(url)
+            self._stack.users += 1
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if self._stack is None:
+            raise RuntimeError("this way into the embedded server is closed")
+        return await self._stack.exchange(request)
+
+    async def aclose(self) -> None:
+        with _lock:
+            stack, self._stack = self._stack, None
+            if stack is None:
+                return
+            stack.users -= 1
+            if stack.users:
+                return
+            _stacks.pop(stack.url, None)
+        await wait_for_outcome(stack.close())

@@ -1,0 +1,149 @@
+"""The client's own event loop, in a thread of its own: what lets one async implementation serve every caller."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from tinsmith.client.errors import ClientClosedError
+
+T = TypeVar("T")
+logger = logging.getLogger("tinsmith.client")
+
+
+class LoopThread:
+    """Runs coroutines on a daemon thread. Every outcome it hands out is settled, whatever happens, also by `stop`.
+
+    An outcome cannot be cancelled through itself, so a waiter that gives up leaves the work running; `cancel` can.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._tasks: dict[concurrent.futures.Future[Any], asyncio.Task[None] | None] = {}
+        self._closed = False
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_current(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    @property
+    def is_alive(self) -> bool:
+        """False once stopped, and in a forked child, which inherits the object but not the thread."""
+        return not self._closed and os.getpid() == self._pid
+
+    def run(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start `work`; callable from any thread. A stopped loop gives a failed outcome, never an exception here."""
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        outcome.set_running_or_notify_cancel()
+        with self._lock:
+            if self.is_alive:
+                self._tasks[outcome] = None
+                self._loop.call_soon_threadsafe(self._start, work, outcome)
+                return outcome
+        work.close()
+        outcome.set_exception(ClientClosedError(self.why_not_alive))
+        return outcome
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call `function` on the loop, soon; dropped if the loop has stopped."""
+        with self._lock:
+            if self.is_alive:
+                self._loop.call_soon_threadsafe(function)
+
+    def cancel(self, outcome: concurrent.futures.Future[Any]) -> None:
+        """Stop the work behind `outcome`, which then fails with `ClientClosedError`."""
+
+        def cancel_task() -> None:
+            task = self._tasks.get(outcome)
+            if task is not None:
+                task.cancel()
+
+        self.call(cancel_task)
+
+    def stop(self) -> None:
+        """Ask the loop to end; unfinished work is cancelled. Returns at once, callable from any thread."""
+        self.call(self._loop.stop)
+
+    def join(self, timeout: float) -> None:
+        if not self.is_current and os.getpid() == self._pid:
+            self._thread.join(timeout)
+
+    @property
+    def why_not_alive(self) -> str:
+        if os.getpid() != self._pid:
+            return "this client was made before the process forked; make a new one in the child, or pickle the sampler"
+        return "this client is closed"
+
+    def _start(self, work: Coroutine[Any, Any, T], outcome: concurrent.futures.Future[T]) -> None:
+        task = self._loop.create_task(_settle(work, outcome))
+        self._tasks[outcome] = task
+        task.add_done_callback(lambda _: self._forget(outcome))
+
+    def _forget(self, outcome: concurrent.futures.Future[Any]) -> None:
+        self._tasks.pop(outcome, None)
+        if not outcome.done():  # cancelled before its first step
+            outcome.set_exception(ClientClosedError("the request was cancelled before it began"))
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            with self._lock:
+                self._closed = True
+            self._wind_down()
+
+    def _wind_down(self) -> None:
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=2.0))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+        for outcome in list(self._tasks):
+            if not outcome.done():
+                outcome.set_exception(ClientClosedError("the client was closed before this request finished"))
+        self._tasks.clear()
+
+
+async def _settle(work: Coroutine[Any, Any, T], outcome: concurrent.futures.Future[T]) -> None:
+    """Run `work` and put what comes of it into `outcome`; nothing escapes into the loop."""
+    try:
+        result = await work
+    except asyncio.CancelledError:
+        outcome.set_exception(ClientClosedError("the client was closed before this request finished"))
+    except BaseException as error:  # noqa: BLE001  the boundary: even SystemExit belongs to whoever waits
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(result)
+
+
+async def wait_for_outcome(outcome: concurrent.futures.Future[T]) -> T:
+    """Await an outcome from any event loop. Cancelling the waiter leaves the work alone."""
+    if not outcome.done():
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+
+        def release() -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        def wake(_: concurrent.futures.Future[T]) -> None:
+            try:
+                loop.call_soon_threadsafe(release)
+            except RuntimeError:
+                logger.debug("the event loop that awaited a result is gone")
+
+        outcome.add_done_callback(wake)
+        await woken
+    return outcome.result()

@@ -1,0 +1,489 @@
+"""`SamplingClient`: draws from a base model or from one snapshot of an adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from tinsmith.client.config import ServerFlags, is_local_url, resolve_config
+from tinsmith.client.connection import Connection
+from tinsmith.client.errors import (
+    APIConnectionError,
+    APIResponseValidationError,
+    APIStatusError,
+    ConfigurationError,
+    PromiseExpiredError,
+    RateLimitError,
+    TinkerError,
+)
+from tinsmith.client.futures import APIFuture, value_twin
+from tinsmith.client.http import Pool, escaped, get, json_bytes, post
+from tinsmith.client.models import JoinReply, SamplingSessionReply
+from tinsmith.client.polling import QueueStateLog
+from tinsmith.client.session import JoinedSession, SubmitReply
+from tinsmith.client.tokenizer import Tokenizer, load_tokenizer
+from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.datum import (
+    DmelChunk,
+    EncodedTextChunk,
+    ImageAssetPointerChunk,
+    ImageChunk,
+    ModelInput,
+    as_tensor_data,
+)
+from tinsmith.types.params import SamplingParams
+from tinsmith.types.rest import GetSamplerResponse
+from tinsmith.types.results import SampleResponse
+from tinsmith.types.tensor import TensorData
+from tinsmith.wire.tinker_proto import decode_sample_response
+
+logger = logging.getLogger("tinsmith.client")
+
+CLONE_BLOCK = 1_000_000_000
+"""Each clone of a sampling client numbers its requests in a block of this many of its own."""
+
+_RESUBMISSIONS_MAX = 8
+_BYTES_PER_SAMPLING_TOKEN = 10
+_LARGE_PROMPT_BYTES = 131_072
+
+
+@dataclass(frozen=True, slots=True)
+class RetryConfig:
+    """How a whole `sample` is tried again after its submit or its polls have failed. Times in seconds."""
+
+    max_connections: int | None = 1000
+    """How many samples of one client may be under way; `None` for as many as the server allows."""
+    progress_timeout: float = 7200.0
+    """Give up when no sample of this client has succeeded for so long."""
+    retry_delay_base: float = 0.5
+    retry_delay_max: float = 10.0
+    jitter_factor: float = 0.25
+    enable_retry_logic: bool = True
+    enable_stuck_detection: bool = True
+    """If false, `progress_timeout` does not apply."""
+    retryable_exceptions: tuple[type[Exception], ...] = (
+        asyncio.TimeoutError,
+        APIConnectionError,
+        httpx2.TimeoutException,
+        PromiseExpiredError,
+    )
+    """Tried again, beside HTTP statuses that are worth it."""
+
+    def __post_init__(self) -> None:
+        if self.max_connections is not None and self.max_connections <= 0:
+            raise ValueError(f"max_connections must be positive, not {self.max_connections!r}")
+        if not 0 <= self.jitter_factor <= 1:
+            raise ValueError(f"jitter_factor must lie between 0 and 1, not {self.jitter_factor!r}")
+
+    def delay(self, attempt: int) -> float:
+        """Seconds to wait after failed attempt `attempt`, counted from 0."""
+        delay = min(self.retry_delay_base * 2.0 ** min(attempt, 32), self.retry_delay_max)
+        return delay * (1 + self.jitter_factor * random.uniform(-1, 1))
+
+    def is_retryable(self, error: Exception) -> bool:
+        if isinstance(error, APIStatusError) and error.retryable:
+            return True
+        return isinstance(error, self.retryable_exceptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerState:
+    """What another process needs to sample as this client does."""
+
+    base_url: str
+    session_id: str
+    sampling_session_id: str
+    base_model: str | None
+    tokenizer_id: str | None
+    flags: Mapping[str, Any]
+    headers: Mapping[str, str]
+    record_stability_info: bool
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    body: Mapping[str, Any]
+    """Of `asample`, but for the sequence number."""
+    is_large: bool
+
+
+class SamplingClient:
+    """Sample from fixed weights. Safe to use from several threads, and picklable.
+
+    Requests have no order among each other. An unpickled copy works on the same sampling session, from any process;
+    copies of a client of a `local:` server work only in the process that made them.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        session_id: str,
+        sampling_session_id: str,
+        *,
+        base_model: str | None,
+        tokenizer_id: str | None = None,
+        retry_config: RetryConfig | None = None,
+        record_stability_info: bool = False,
+        is_clone: bool = False,
+    ) -> None:
+        self._connection = connection
+        self._session_id = session_id
+        self._sampling_session_id = sampling_session_id
+        self._base_model = base_model
+        self._tokenizer_id = tokenizer_id
+        self._retry = retry_config or RetryConfig()
+        self._record_stability_info = record_stability_info
+        self._seq_ids = None if is_clone else itertools.count()
+        self._numbering = asyncio.Lock()
+        self._in_flight = asyncio.Semaphore(self._max_in_flight())
+        self._queue_log = QueueStateLog(f"sampling from {sampling_session_id}")
+        self._last_progress = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<SamplingClient {self._sampling_session_id} of {self._connection.config.shown_url}>"
+
+    @staticmethod
+    def create(
+        holder: Connection,
+        *,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: RetryConfig | None = None,
+        record_stability_info: bool = False,
+    ) -> APIFuture[SamplingClient]:
+        """A sampling client on an existing connection (`ServiceClient.holder`)."""
+        return holder.begin(
+            lambda: open_sampling_client(
+                holder,
+                model_path=model_path,
+                base_model=base_model,
+                retry_config=retry_config,
+                record_stability_info=record_stability_info,
+            )
+        )
+
+    # ---- sampling ----
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: Any = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> APIFuture[SampleResponse]:
+        """`num_samples` independent continuations of `prompt`.
+
+        `include_prompt_logprobs` scores the prompt too, only its last `prompt_logprobs_last_n` tokens if given;
+        `topk_…` add the k most likely tokens and their log-probabilities per position; `target_prompt_logprobs`
+        (int64 `[len - 1, K]`, -1 to skip) scores given tokens at each prompt position after the first.
+        """
+        body = {
+            "num_samples": num_samples,
+            "prompt_logprobs": include_prompt_logprobs,
+            "topk_prompt_logprobs": topk_prompt_logprobs,
+            "topk_sample_logprobs": topk_sample_logprobs,
+            "prompt_alt_tokens_k": prompt_alt_tokens_k,
+            "prompt_logprobs_last_n": prompt_logprobs_last_n,
+        }
+        return self._connection.begin(
+            lambda: self._sample(self._request(prompt, sampling_params, body, target_prompt_logprobs))
+        )
+
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        """The log-probability of each prompt token given those before it; `None` for the first, which has none."""
+        body = {
+            "num_samples": 1,
+            "prompt_logprobs": True,
+            "topk_prompt_logprobs": 0,
+            "topk_sample_logprobs": 0,
+            "prompt_alt_tokens_k": 0,
+            "prompt_logprobs_last_n": prompt_logprobs_last_n,
+        }
+        return self._connection.begin(
+            lambda: self._score(self._request(prompt, SamplingParams(max_tokens=1), body, None))
+        )
+
+    sample_async = value_twin(sample)
+    compute_logprobs_async = value_twin(compute_logprobs)
+
+    # ---- about the model ----
+
+    def get_base_model(self) -> str:
+        """Raises `TinkerError` if the server did not say."""
+        if self._base_model is None:
+            self._base_model = self._connection.begin(self._look_up).result().base_model
+        return self._base_model
+
+    async def get_base_model_async(self) -> str:
+        if self._base_model is None:
+            self._base_model = (await self._connection.begin(self._look_up)).base_model
+        return self._base_model
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, from transformers."""
+        if self._tokenizer_id is None:
+            self._tokenizer_id = self._connection.begin(self._look_up).result().tokenizer_id
+        return load_tokenizer(self._tokenizer_id, self.get_base_model())
+
+    def get_telemetry(self) -> None:
+        """None: this client reports nothing to anybody."""
+
+    def on_queue_state_change(self, state: str, reason: str | None) -> None:
+        """Told when the server says why samples wait; logs it, at most once a minute."""
+        self._queue_log(state, reason)
+
+    # ---- other processes ----
+
+    def get_sampler_handle(self) -> str:
+        """A text from which `from_sampler_handle` makes a copy of this client. It holds no key."""
+        state = self._state()
+        fields = {name: getattr(state, name) for name in SamplerState.__dataclass_fields__ if name != "headers"}
+        return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode()
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
+        """Raises `ValueError` if `handle` is no sampler handle."""
+        try:
+            state = SamplerState(headers={}, **json.loads(base64.urlsafe_b64decode(handle)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"not a sampler handle: {handle[:40]!r}") from error
+        return _rehydrate(state, api_key, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rehydrate, (self._state(), self._connection.config.api_key.get_secret_value(), self._retry)
+
+    def _state(self) -> SamplerState:
+        self._connection.link.mark_shared()
+        return SamplerState(
+            base_url=self._connection.config.base_url,
+            session_id=self._session_id,
+            sampling_session_id=self._sampling_session_id,
+            base_model=self._base_model,
+            tokenizer_id=self._tokenizer_id,
+            flags=self._connection.link.flags.model_dump(),
+            headers=dict(self._connection.config.headers),
+            record_stability_info=self._record_stability_info,
+            pid=os.getpid(),
+        )
+
+    # ---- one sample ----
+
+    def _max_in_flight(self) -> int:
+        allowed = self._connection.link.flags.sample_max_concurrent_requests
+        return allowed if self._retry.max_connections is None else min(allowed, self._retry.max_connections)
+
+    def _request(
+        self, prompt: ModelInput, params: SamplingParams, options: Mapping[str, Any], target_prompt_logprobs: Any
+    ) -> _Request:
+        """The body of `asample` but for its number. Raises `ValueError` naming what is wrong."""
+        if not isinstance(prompt, ModelInput):
+            raise ValueError(f"prompt must be a ModelInput, not {type(prompt).__name__}")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
+        if options["num_samples"] < 1:
+            raise ValueError(f"num_samples must be at least 1, not {options['num_samples']!r}")
+        if options["prompt_logprobs_last_n"] is not None and not options["prompt_logprobs"]:
+            raise ValueError("prompt_logprobs_last_n needs include_prompt_logprobs=True")
+        body = {
+            "sampling_session_id": self._sampling_session_id,
+            "prompt": prompt.model_dump(mode="json", exclude_none=True),
+            "sampling_params": params.model_dump(mode="json", exclude_none=True),
+            "record_stability_info": self._record_stability_info,
+            "type": "sample",
+            **{name: value for name, value in options.items() if value is not None},
+        }
+        if target_prompt_logprobs is not None:
+            body["target_prompt_logprobs"] = _targets(target_prompt_logprobs).model_dump()
+        json_bytes({"sampling_params": body["sampling_params"]})
+        return _Request(body=body, is_large=_prompt_bytes(prompt) > _LARGE_PROMPT_BYTES)
+
+    async def _sample(self, request: _Request) -> SampleResponse:
+        async with self._in_flight:
+            response = await self._with_retries(request)
+        if request.body["prompt_alt_tokens_k"] and response.prompt_alt_tokens is None:
+            raise TinkerError("the server returned no prompt_alt_tokens although they were asked for")
+        return response
+
+    async def _score(self, request: _Request) -> list[float | None]:
+        logprobs = (await self._sample(request)).prompt_logprobs
+        if logprobs is None:
+            raise TinkerError("the server returned no prompt log-probabilities although they were asked for")
+        return logprobs
+
+    async def _with_retries(self, request: _Request) -> SampleResponse:
+        """Each attempt has a number of its own. Bounded by the time without any success of this client."""
+        expired, started = 0, time.monotonic()
+        for attempt in itertools.count():
+            try:
+                response = await self._attempt(request)
+            except Exception as error:
+                expired += isinstance(error, PromiseExpiredError)
+                if not self._may_retry(error, expired, started):
+                    raise
+                logger.info("sampling from %s failed and is tried again: %s", self._sampling_session_id, error)
+                await asyncio.sleep(self._retry.delay(attempt))
+            else:
+                self._last_progress = time.monotonic()
+                return response
+        raise AssertionError("unreachable")
+
+    def _may_retry(self, error: Exception, expired: int, started: float) -> bool:
+        if isinstance(error, PromiseExpiredError):
+            return expired <= _RESUBMISSIONS_MAX
+        if not self._retry.enable_retry_logic or not self._retry.is_retryable(error):
+            return False
+        stuck = time.monotonic() - max(self._last_progress, started) >= self._retry.progress_timeout
+        return not (stuck and self._retry.enable_stuck_detection)
+
+    async def _attempt(self, request: _Request) -> SampleResponse:
+        reply = await self._submit(request, await self._next_seq_id())
+        finished = await self._connection.link.result(reply.request_id, "Sample", self.on_queue_state_change)
+        content = finished.proto_body()
+        if reply.sample_sequence_ids is None:
+            message = f"sample {reply.request_id!r} was acknowledged without sample_sequence_ids"
+            raise APIResponseValidationError(finished.response, None, message)
+        return decode_sample_response(content, reply.sample_sequence_ids)
+
+    async def _submit(self, request: _Request, seq_id: int) -> SubmitReply:
+        """A server without room (429) is offered the same request again after a pause."""
+        timing = self._connection.config.timing
+        body = {**request.body, "seq_id": seq_id}
+        call = post("asample", body, pool=Pool.SAMPLE, headers={"X-Tinker-Sampling-Backpressure": "1"})
+        pause = timing.backpressure_pause_large if request.is_large else timing.backpressure_pause
+        link = self._connection.link
+        while True:
+            try:
+                return await link.http.send_for(call, SubmitReply, link.sample_retry)
+            except RateLimitError:
+                await asyncio.sleep(pause)
+
+    async def _next_seq_id(self) -> int:
+        """Clones learn their block of numbers when they first need one."""
+        if self._seq_ids is None:
+            async with self._numbering:
+                if self._seq_ids is None:
+                    self._seq_ids = itertools.count(await self._clone_id() * CLONE_BLOCK)
+        return next(self._seq_ids)
+
+    async def _clone_id(self) -> int:
+        link = self._connection.link
+        if not link.flags.sample_join_sampling_session:
+            return random.SystemRandom().randrange(1, CLONE_BLOCK)
+        body = {"sampling_session_id": self._sampling_session_id, "type": "join_sampling_session"}
+        call = post("join_sampling_session", body, pool=Pool.SESSION)
+        return (await link.http.send_for(call, JoinReply, link.submit_retry)).client_counter
+
+    async def _look_up(self) -> GetSamplerResponse:
+        return await look_up_sampler(self._connection, self._sampling_session_id)
+
+
+async def open_sampling_client(
+    connection: Connection,
+    *,
+    model_path: str | None,
+    base_model: str | None,
+    retry_config: RetryConfig | None,
+    record_stability_info: bool,
+) -> SamplingClient:
+    """Open a sampling session. With both a checkpoint and a base model, the checkpoint wins.
+
+    Raises `ValueError` if neither is given or the path is no `tinker://` path.
+    """
+    if model_path is None and base_model is None:
+        raise ValueError("a sampling client needs a model_path or a base_model")
+    if model_path is not None:
+        ParsedCheckpointTinkerPath.from_tinker_path(model_path)
+    seq_id = next(connection.sampling_session_seq_ids)
+    link = connection.link
+    session_id = await link.session_id()
+    body = {
+        "session_id": session_id,
+        "sampling_session_seq_id": seq_id,
+        "base_model": base_model,
+        "model_path": model_path,
+        "type": "create_sampling_session",
+    }
+    call = post("create_sampling_session", {key: v for key, v in body.items() if v is not None}, pool=Pool.SESSION)
+    reply = await link.http.send_for(call, SamplingSessionReply, link.submit_retry)
+    tokenizer_id = None
+    if base_model is None:
+        sampler = await look_up_sampler(connection, reply.sampling_session_id)
+        base_model, tokenizer_id = sampler.base_model, sampler.tokenizer_id
+    return SamplingClient(
+        connection,
+        session_id,
+        reply.sampling_session_id,
+        base_model=base_model,
+        tokenizer_id=tokenizer_id,
+        retry_config=retry_config,
+        record_stability_info=record_stability_info,
+    )
+
+
+async def look_up_sampler(connection: Connection, sampler_id: str) -> GetSamplerResponse:
+    link = connection.link
+    return await link.http.send_for(get(f"samplers/{escaped(sampler_id)}"), GetSamplerResponse, link.submit_retry)
+
+
+def _rehydrate(state: SamplerState, api_key: str | None, retry: RetryConfig | None) -> SamplingClient:
+    """A clone of a sampling client, on a connection of its own."""
+    if is_local_url(state.base_url) and state.pid != os.getpid():
+        raise ConfigurationError(
+            f"this sampling client belongs to the server embedded in process {state.pid} ({state.base_url}), "
+            f"which process {os.getpid()} cannot reach; run `tinsmith serve` to sample from several processes"
+        )
+    config = resolve_config(base_url=state.base_url, api_key=api_key, headers=state.headers)
+    joined = JoinedSession(session_id=state.session_id, flags=ServerFlags.model_validate(dict(state.flags)))
+    return SamplingClient(
+        Connection(config, joined=joined),
+        state.session_id,
+        state.sampling_session_id,
+        base_model=state.base_model,
+        tokenizer_id=state.tokenizer_id,
+        retry_config=retry,
+        record_stability_info=state.record_stability_info,
+        is_clone=True,
+    )
+
+
+def _targets(value: Any) -> TensorData:
+    """Raises `ValueError` unless `value` is an int64 matrix."""
+    targets = as_tensor_data("target_tokens", value)
+    if targets.dtype != "int64" or len(targets.shape or ()) != 2:
+        raise ValueError(f"target_prompt_logprobs must be int64 of shape [len - 1, K], not {targets!r}")
+    return targets
+
+
+def _prompt_bytes(prompt: ModelInput) -> int:
+    """The size a server reckons with when it is short of room."""
+    size = 0
+    for chunk in prompt.chunks:
+        match chunk:
+            case EncodedTextChunk():
+                size += _BYTES_PER_SAMPLING_TOKEN * len(chunk.tokens)
+            case ImageChunk():
+                size += len(chunk.data)
+            case DmelChunk():
+                size += len(chunk.dmel)
+            case ImageAssetPointerChunk():
+                size += len(chunk.location)
+    return size
