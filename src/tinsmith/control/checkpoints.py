@@ -1,0 +1,218 @@
+"""Checkpoints: folders on disk and their rows in the registry.
+
+`data_dir/checkpoints/<run>/<kind>/<name>/v<version>/`, with `:` in run and name written as `~`. A folder is complete
+before its row exists, and a row is gone before its folder is: whatever is listed can be loaded. An overwrite makes a
+new version; versions it supersedes stay for a while (`ControlSettings.superseded_versions_kept`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from tinsmith.control import records
+from tinsmith.control.engines import EngineSlot
+from tinsmith.control.identity import Clock, Ids
+from tinsmith.control.records import CheckpointRow
+from tinsmith.control.registry import Registry
+from tinsmith.control.validation import check_ttl
+from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, TinsmithError
+from tinsmith.types.operations import LoraSpec, SaveAdapter, SavedCheckpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOrder:
+    """What to save under which name."""
+
+    model_id: str
+    kind: str
+    name: str
+    overwrite: bool = False
+    optimizer: bool
+    ttl_seconds: int | None = None
+    user_metadata: Mapping[str, str] | None = None
+    lora: LoraSpec
+    parent: str | None
+    metrics: Mapping[str, float]
+
+
+class CheckpointStore:
+    def __init__(
+        self, *, registry: Registry, data_dir: Path, ids: Ids, clock: Clock, superseded_versions_kept: int
+    ) -> None:
+        self._registry = registry
+        self._data_dir = data_dir
+        self._ids = ids
+        self._clock = clock
+        self._superseded_versions_kept = superseded_versions_kept
+
+    async def find(self, path: str) -> CheckpointRow:
+        """The current version behind a path. Raises `InvalidInput` for no such form, `NotFound` for no such thing."""
+        parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
+        now = self._clock.time()
+        row = await self._registry.read(lambda c: records.checkpoint(c, parsed, now))
+        if row is None:
+            raise NotFound(f"no checkpoint {path!r}; it was never saved, or was deleted, or has expired")
+        return row
+
+    async def find_in_run(self, run_id: str, checkpoint_id: str) -> CheckpointRow:
+        return await self.find(f"tinker://{run_id}/{checkpoint_id}")
+
+    def folder(self, row: CheckpointRow) -> str:
+        return str(self._data_dir / row.folder)
+
+    async def save(self, order: SaveOrder, slot: EngineSlot) -> CheckpointRow:
+        """Write, then register. Raises `AlreadyExists`, or what the engine or the registry met; then nothing changed.
+
+        A model's saves are asked for one after another.
+        """
+        version = await self._registry.read(lambda c: _next_version(c, order, self._clock.time()))
+        folder = _relative_folder(order, version)
+        while (self._data_dir / folder).exists():  # left by a save that was never registered
+            version += 1
+            folder = _relative_folder(order, version)
+        checkpoint_id, now = self._ids.checkpoint_id(), self._clock.time()
+        record = {
+            "id": checkpoint_id,
+            "name": order.name,
+            "version": version,
+            "parent": order.parent,
+            "metrics": dict(order.metrics),
+            "base_model": slot.card.name,
+            "tokenizer": slot.card.source,
+            "created_at": records.moment(now).isoformat(),
+            "training_run_id": order.model_id,
+            "has_optimizer": order.optimizer,
+        }
+        saved: SavedCheckpoint = await slot.call(
+            SaveAdapter(
+                model_id=order.model_id,
+                folder=str(self._data_dir / folder),
+                optimizer=order.optimizer,
+                record=record,
+            )
+        )
+        row = CheckpointRow(
+            checkpoint_id=checkpoint_id,
+            run_id=order.model_id,
+            kind=order.kind,
+            name=order.name,
+            version=version,
+            folder=folder.as_posix(),
+            base_model=slot.card.name,
+            tokenizer=slot.card.source,
+            lora=asdict(order.lora),
+            has_optimizer=order.optimizer,
+            step=saved.step,
+            metrics=dict(order.metrics),
+            digest=saved.digest,
+            size_bytes=saved.size_bytes,
+            parent=order.parent,
+            user_metadata=None if order.user_metadata is None else dict(order.user_metadata),
+            created_at=now,
+            expires_at=None if order.ttl_seconds is None else now + order.ttl_seconds,
+        )
+        await self._register(row, overwrite=order.overwrite)
+        return row
+
+    async def _register(self, row: CheckpointRow, *, overwrite: bool) -> None:
+        keep = self._superseded_versions_kept
+
+        def work(connection: sa.Connection) -> list[str]:
+            records.register_checkpoint(connection, row, overwrite=overwrite)
+            return records.delete_superseded(connection, row, row.created_at, keep=keep)
+
+        try:
+            doomed = await self._registry.write(work)
+        except TinsmithError:
+            await self._remove_folders([row.folder])
+            raise
+        await self._remove_folders(doomed)
+
+    async def delete(self, row: CheckpointRow) -> None:
+        """All versions of the name. Raises `StorageError` if the registry refuses; then nothing changed."""
+        at = self._clock.time()
+        await self._remove_folders(await self._registry.write(lambda c: records.delete_versions(c, row, at)))
+
+    async def set_ttl(self, row: CheckpointRow, ttl_seconds: int | None) -> None:
+        check_ttl(ttl_seconds)
+        expires_at = None if ttl_seconds is None else self._clock.time() + ttl_seconds
+        await self._registry.write(lambda c: records.update_checkpoint(c, row.checkpoint_id, expires_at=expires_at))
+
+    async def set_public(self, row: CheckpointRow, public: bool) -> None:
+        await self._registry.write(lambda c: records.update_checkpoint(c, row.checkpoint_id, public=public))
+
+    async def delete_expired(self) -> int:
+        """The number of checkpoints deleted."""
+        now = self._clock.time()
+        expired = await self._registry.read(lambda c: records.expired_checkpoints(c, now))
+        for row in expired:
+            await self.delete(row)
+        return len(expired)
+
+    async def sweep_orphans(self) -> int:
+        """Remove what an interrupted save or deletion left: folders in the place of a known run that no checkpoint
+        owns. Folders of runs that this registry does not know are left alone. The number removed."""
+        kept, run_ids = await self._registry.read(lambda c: (records.checkpoint_folders(c), records.run_ids(c)))
+        known_runs = {_file_safe(run_id) for run_id in run_ids}
+        root = self._data_dir / "checkpoints"
+        found = await asyncio.to_thread(lambda: [path for path in root.glob("*/*/*/*") if path.is_dir()])
+        orphans = [
+            folder
+            for path in found
+            if path.parents[2].name in known_runs
+            and (folder := path.relative_to(self._data_dir).as_posix()) not in kept
+        ]
+        await self._remove_folders(orphans)
+        return len(orphans)
+
+    async def _remove_folders(self, folders: list[str]) -> None:
+        for folder in folders:
+            await asyncio.to_thread(_remove_folder, self._data_dir / folder)
+
+
+def check_loadable(row: CheckpointRow, *, optimizer: bool) -> None:
+    """Raises `InvalidInput` if optimizer state is asked of a checkpoint that has none."""
+    if optimizer and not row.has_optimizer:
+        raise InvalidInput(
+            f"checkpoint {row.path!r} holds weights for sampling and no optimizer state; "
+            "load it with optimizer=false, or a checkpoint made by save_state"
+        )
+
+
+def _next_version(connection: sa.Connection, order: SaveOrder, now: float) -> int:
+    older = records.versions(connection, order.model_id, order.kind, order.name)
+    for row in older:
+        is_current = row.superseded_at is None and row.deleted_at is None
+        if is_current and not order.overwrite and (row.expires_at is None or row.expires_at > now):
+            raise AlreadyExists(f"checkpoint {row.path!r} exists; set overwrite, or take another name")
+    return older[0].version + 1 if older else 1
+
+
+def _relative_folder(order: SaveOrder, version: int) -> Path:
+    return Path("checkpoints", _file_safe(order.model_id), order.kind, _file_safe(order.name), f"v{version}")
+
+
+def _file_safe(name: str) -> str:
+    """`~` stands in no run id and no checkpoint name, so that no two of them share a folder."""
+    return name.replace(":", "~")
+
+
+def _remove_folder(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+        folder.parent.rmdir()  # the name's folder, if this was its last version
+    except FileNotFoundError:
+        pass  # removed before
+    except OSError as error:
+        if folder.exists():
+            logger.warning("cannot remove checkpoint folder %s: %s", folder, error)

@@ -1,0 +1,92 @@
+"""The engines of one server, one per base model, and what they were last known to be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tinsmith.runtime.handle import EngineCall, EngineHandle
+from tinsmith.types.errors import EngineDied, NotFound, UserError
+from tinsmith.types.operations import BaseModelCard, Operation
+
+
+class EngineSlot:
+    """One engine, seen from control."""
+
+    def __init__(self, handle: EngineHandle, card: BaseModelCard) -> None:
+        self.handle = handle
+        self.card = card
+        self.dead: EngineDied | None = None
+        self.on_death: Callable[[EngineSlot], None] = lambda slot: None
+
+    def submit(self, operation: Operation) -> EngineCall:
+        """Raises `EngineDied` if the engine is gone."""
+        try:
+            return self.handle.submit(operation)
+        except EngineDied as error:
+            self.declare_dead(error)
+            raise
+
+    async def call(self, operation: Operation) -> Any:
+        """Submit and wait. Cancelling the wait does not stop the operation."""
+        try:
+            return await asyncio.shield(self.submit(operation).answer)
+        except EngineDied as error:
+            self.declare_dead(error)
+            raise
+
+    def tell(self, operation: Operation) -> None:
+        """Submit an operation whose answer nobody needs. A dead engine is told nothing."""
+        with contextlib.suppress(EngineDied):
+            self.submit(operation).answer.add_done_callback(_discard)
+
+    def declare_dead(self, error: EngineDied) -> None:
+        if self.dead is None:
+            self.dead = error
+            self.on_death(self)
+
+    def check_alive(self) -> None:
+        """Notice an engine that went away while nothing was asked of it."""
+        if self.dead is None and not self.handle.is_alive:
+            self.declare_dead(EngineDied(f"the engine of base model {self.card.name!r} is gone"))
+
+
+def _discard(answer: asyncio.Future[Any]) -> None:
+    if not answer.cancelled():
+        answer.exception()
+
+
+class EngineBook:
+    """Finds the engine for a base model's name."""
+
+    def __init__(self, handles: Sequence[EngineHandle]) -> None:
+        self._handles = tuple(handles)
+        self._slots: dict[str, EngineSlot] = {}
+
+    def __iter__(self) -> Iterator[EngineSlot]:
+        return iter(self._slots.values())
+
+    async def start(self) -> None:
+        """Start all engines side by side. Raises the first one's `UserError`; then none is left running."""
+        started = await asyncio.gather(*(handle.start() for handle in self._handles), return_exceptions=True)
+        failures = [result for result in started if isinstance(result, BaseException)]
+        if failures:
+            await self.close()
+            raise failures[0]
+        for handle in self._handles:
+            if handle.card.name in self._slots:
+                await self.close()
+                raise UserError(f"two engines serve a base model named {handle.card.name!r}; give one another name")
+            self._slots[handle.card.name] = EngineSlot(handle, handle.card)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(handle.close() for handle in self._handles))
+
+    def resolve(self, base_model: str) -> EngineSlot:
+        """By full name first, then by what stands before a `:suffix`. Raises `NotFound` listing what exists."""
+        for name in (base_model, base_model.partition(":")[0]):
+            if name in self._slots:
+                return self._slots[name]
+        raise NotFound(f"no base model {base_model!r} on this server; it has: {', '.join(self._slots) or 'none'}")

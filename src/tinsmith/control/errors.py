@@ -1,0 +1,28 @@
+"""Errors that only control raises.
+
+UserError
+├── SessionEnded     the session was finished or stopped sending heartbeats
+├── ModelEnded       the model was unloaded, failed to be created, or ended with its session
+├── SamplerGone      the sampler's snapshot was dropped
+└── FutureExpired    the request existed; its result is no longer kept
+"""
+
+from __future__ import annotations
+
+from tinsmith.types.errors import UserError
+
+
+class SessionEnded(UserError):
+    pass
+
+
+class ModelEnded(UserError):
+    pass
+
+
+class SamplerGone(UserError):
+    pass
+
+
+class FutureExpired(UserError):
+    pass

@@ -1,0 +1,275 @@
+"""What happens when a request's turn has come: ask the engine, keep the records, answer the future."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from tinsmith.control import records
+from tinsmith.control.checkpoints import CheckpointStore, SaveOrder, check_loadable
+from tinsmith.control.engines import EngineSlot
+from tinsmith.control.errors import ModelEnded
+from tinsmith.control.futures import FutureStore, SamplerSaved
+from tinsmith.control.identity import Clock
+from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus
+from tinsmith.control.records import CheckpointRow, RunRow
+from tinsmith.control.registry import RUNS, SAMPLERS, Registry
+from tinsmith.control.requests import (
+    ApplyOptimizer,
+    ForwardBackward,
+    LoadState,
+    Rejected,
+    SaveForSampler,
+    SaveState,
+    UnloadModel,
+)
+from tinsmith.control.samplers import Sampler, SamplerBook
+from tinsmith.control.scheduler import Turn
+from tinsmith.control.sessions import SessionBook
+from tinsmith.types.errors import AdapterCorrupted, InvalidInput, PayloadConflict, ServerError, TinsmithError
+from tinsmith.types.operations import (
+    CreateAdapter,
+    DropAdapter,
+    LoadAdapter,
+    LoraSpec,
+    OptimStep,
+    PublishSnapshot,
+    TrainBatch,
+    TrainItem,
+    TrainOutcome,
+)
+from tinsmith.types.rest import LoadWeightsResponse
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executor:
+    futures: FutureStore
+    registry: Registry
+    checkpoints: CheckpointStore
+    samplers: SamplerBook
+    sessions: SessionBook
+    clock: Clock
+    end_model: Callable[[Model, TinsmithError], None]
+    """Fails what waits for a model, and forgets its adapter."""
+
+    async def execute(self, turn: Turn) -> None:
+        """Answer every future of the turn; a batch of training requests, or one other operation. Never raises."""
+        try:
+            model, work = turn[0]
+            if work.is_training:
+                await self._train(turn)
+            else:
+                self.futures.resolve(work.request_id, await self._perform(model, work.operation))
+        except TinsmithError as error:
+            self._fail(turn, error)
+        except Exception as error:
+            logger.exception("a request failed inside the server")
+            self._fail(turn, ServerError(f"internal error: {error!r}; the server's log has the details"))
+
+    def _fail(self, turn: Turn, error: TinsmithError) -> None:
+        for model, work in turn:
+            self.futures.fail(work.request_id, error)
+            if isinstance(error, AdapterCorrupted):
+                self._note_corrupted(model)
+            if isinstance(work.operation, Creation):
+                self.end_model(model, ModelEnded(f"model {model.model_id!r} could not be created: {error}"))
+
+    def _note_corrupted(self, model: Model) -> None:
+        self.registry.post(lambda c: records.update_run(c, model.model_id, corrupted=True))
+
+    # ---- training ----
+
+    async def _train(self, turn: Turn) -> None:
+        items = tuple(_train_item(work.operation) for _, work in turn)
+        slot = _slot(turn[0][0])
+        outcomes: list[TrainOutcome] = await slot.call(TrainBatch(items=items))
+        if len(outcomes) != len(turn):
+            raise ServerError(f"the engine answered {len(outcomes)} of {len(turn)} training requests")
+        for (model, work), outcome in zip(turn, outcomes, strict=True):
+            if isinstance(outcome, TinsmithError):
+                self._fail([(model, work)], outcome)
+            else:
+                model.metrics.update(outcome.metrics)
+                self.futures.resolve(work.request_id, outcome)
+
+    async def _perform(self, model: Model, operation: ModelOperation) -> object:
+        match operation:
+            case Creation():
+                return await self._create(model, operation)
+            case ApplyOptimizer():
+                return await self._apply_optimizer(model, operation)
+            case SaveState():
+                return await self._save_state(model, operation)
+            case SaveForSampler():
+                return await self._save_for_sampler(model, operation)
+            case LoadState():
+                return await self._load_state(model, operation)
+            case UnloadModel():
+                self.end_model(model, ModelEnded(f"model {model.model_id!r} was unloaded"))
+                return model.model_id
+            case ForwardBackward() | Rejected():
+                raise AssertionError(f"{type(operation).__name__} has no turn of its own")
+
+    async def _apply_optimizer(self, model: Model, operation: ApplyOptimizer) -> dict[str, float]:
+        step = OptimStep(model_id=model.model_id, params=operation.params)
+        metrics: dict[str, float] = await _slot(model).call(step)
+        model.metrics.update(metrics)
+        return metrics
+
+    # ---- the life of a model ----
+
+    async def _create(self, model: Model, creation: Creation) -> str | LoadWeightsResponse:
+        """The model's id, or for one made from a checkpoint what a load answers."""
+        slot, now = _slot(model), self.clock.time()
+        if creation.checkpoint is not None:
+            folder = self.checkpoints.folder(creation.checkpoint)
+            load = LoadAdapter(model_id=model.model_id, folder=folder, optimizer=creation.optimizer)
+            model.lora = await slot.call(load)
+            model.parent = creation.checkpoint.checkpoint_id
+        elif creation.lora is not None:
+            await slot.call(CreateAdapter(model_id=model.model_id, lora=creation.lora))
+            model.lora = creation.lora
+        row = RunRow(
+            run_id=model.model_id,
+            session_id=model.session_id,
+            base_model=slot.card.name,
+            lora=asdict(_lora(model)),
+            parent=None if creation.checkpoint is None else creation.checkpoint.path,
+            user_metadata=dict(model.user_metadata),
+            created_at=now,
+            last_request_at=now,
+        )
+        await self.registry.write(lambda c: records.insert(c, RUNS, row))
+        if model.status is ModelStatus.CREATING:
+            model.status = ModelStatus.LIVE
+        if creation.checkpoint is not None:
+            return LoadWeightsResponse(path=creation.checkpoint.path, model_id=model.model_id)
+        return model.model_id
+
+    async def _load_state(self, model: Model, operation: LoadState) -> LoadWeightsResponse:
+        row = await self.checkpoints.find(operation.path)
+        check_loadable(row, optimizer=operation.optimizer)
+        check_base_model(row, _slot(model))
+        folder = self.checkpoints.folder(row)
+        load = LoadAdapter(model_id=model.model_id, folder=folder, optimizer=operation.optimizer)
+        lora: LoraSpec = await _slot(model).call(load)
+        model.lora, model.parent = lora, row.checkpoint_id
+        await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora)))
+        return LoadWeightsResponse(path=operation.path, model_id=model.model_id)
+
+    # ---- saving ----
+
+    async def _save_state(self, model: Model, operation: SaveState) -> str:
+        row = await self._save(
+            model,
+            SaveOrder(
+                model_id=model.model_id,
+                kind="weights",
+                name=operation.name,
+                overwrite=operation.overwrite,
+                optimizer=True,
+                ttl_seconds=operation.ttl_seconds,
+                user_metadata=operation.user_metadata,
+                lora=_lora(model),
+                parent=model.parent,
+                metrics=model.metrics,
+            ),
+        )
+        return row.path
+
+    async def _save_for_sampler(self, model: Model, operation: SaveForSampler) -> SamplerSaved:
+        path = sampler_id = None
+        if operation.name is not None:
+            row = await self._save(
+                model,
+                SaveOrder(
+                    model_id=model.model_id,
+                    kind="sampler_weights",
+                    name=operation.name,
+                    optimizer=False,
+                    ttl_seconds=operation.ttl_seconds,
+                    user_metadata=operation.user_metadata,
+                    lora=_lora(model),
+                    parent=model.parent,
+                    metrics=model.metrics,
+                ),
+            )
+            path = row.path
+        if operation.sampling_session_seq_id is not None:
+            sampler_id = await self._publish(model, operation.sampling_session_seq_id, path)
+        return SamplerSaved(path=path, sampling_session_id=sampler_id)
+
+    async def _save(self, model: Model, order: SaveOrder) -> CheckpointRow:
+        row = await self.checkpoints.save(order, _slot(model))
+        model.parent = row.checkpoint_id
+        return row
+
+    async def _publish(self, model: Model, sampling_session_seq_id: int, path: str | None) -> str:
+        """Bind the present weights to a new unnamed sampler."""
+        slot = _slot(model)
+        session = self.sessions.get_live(model.session_id)
+        sampler_id = sampler_name(model.session_id, sampling_session_seq_id)
+        if self.samplers.get(sampler_id) is not None:
+            raise PayloadConflict(
+                f"sampling_session_seq_id {sampling_session_seq_id} of session {model.session_id!r} was already used"
+            )
+        digest: str = await slot.call(PublishSnapshot(model_id=model.model_id, snapshot_id=sampler_id))
+        sampler = Sampler(
+            sampler_id=sampler_id,
+            session_id=model.session_id,
+            slot=slot,
+            snapshot_id=sampler_id,
+            model_path=path,
+            digest=digest,
+        )
+        self.samplers.add(sampler)
+        session.sampler_ids.append(sampler_id)
+        row = sampler.row(self.clock.time())
+        self.registry.post(lambda c: records.insert(c, SAMPLERS, row))
+        if session.ended is not None:  # it ended while the engine copied
+            self.samplers.release([sampler_id])
+        return sampler_id
+
+
+def sampler_name(session_id: str, sampling_session_seq_id: int) -> str:
+    return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+def check_base_model(row: CheckpointRow, slot: EngineSlot) -> None:
+    """Raises `InvalidInput` if a checkpoint belongs to another base model."""
+    if row.base_model != slot.card.name:
+        raise InvalidInput(
+            f"checkpoint {row.path!r} was trained on base model {row.base_model!r} and does not fit {slot.card.name!r}"
+        )
+
+
+def drop_adapter(model: Model) -> None:
+    if model.slot is not None:
+        model.slot.tell(DropAdapter(model_id=model.model_id))
+
+
+def _slot(model: Model) -> EngineSlot:
+    if model.slot is None:
+        raise AssertionError(f"model {model.model_id!r} has no engine and takes no turns")
+    return model.slot
+
+
+def _lora(model: Model) -> LoraSpec:
+    if model.lora is None:
+        raise AssertionError(f"model {model.model_id!r} has no adapter yet and takes no turns")
+    return model.lora
+
+
+def _train_item(operation: ModelOperation) -> TrainItem:
+    if not isinstance(operation, ForwardBackward):
+        raise AssertionError(f"{type(operation).__name__} cannot be part of a training batch")
+    return TrainItem(
+        model_id=operation.model_id,
+        data=operation.data,
+        loss_fn=operation.loss_fn,
+        loss_fn_config=operation.loss_fn_config,
+        forward_only=operation.forward_only,
+    )

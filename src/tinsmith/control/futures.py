@@ -1,0 +1,211 @@
+"""Promises of results: one terminal state each, waiters woken, results kept for a while, then expired."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from tinsmith.control.errors import FutureExpired
+from tinsmith.control.identity import Clock, Ids
+from tinsmith.types.errors import NotFound, PayloadConflict, TinsmithError
+from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
+
+RequestType: TypeAlias = Literal[
+    "CreateModel",
+    "ForwardBackward",
+    "OptimStep",
+    "SaveWeights",
+    "SaveWeightsForSampler",
+    "LoadWeights",
+    "Sample",
+    "UnloadModel",
+]
+QueueState: TypeAlias = Literal["active", "paused_capacity", "paused_rate_limit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The end of a request: `error`, or else `result`."""
+
+    request_type: RequestType
+    result: Any = None
+    error: TinsmithError | None = None
+    encoded: dict[str, bytes] = field(default_factory=dict, compare=False)
+    """A place for the server to keep encodings of the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    queue_state: QueueState = "active"
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSaved:
+    """Result of `SaveForSampler`: a checkpoint's path, a sampler's id, or both."""
+
+    path: str | None = None
+    sampling_session_id: str | None = None
+
+
+@dataclass(slots=True)
+class _Promise:
+    request_type: RequestType
+    key: Hashable | None
+    fingerprint: bytes
+    on_poll: Callable[[], Pending] | None
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    outcome: Outcome | None = None
+    num_bytes: int = 0
+
+
+class FutureStore:
+    """All futures of one server. Used from one event loop.
+
+    A future may be opened under a key, which makes its request idempotent for as long as the future is kept.
+    """
+
+    def __init__(
+        self, *, ids: Ids, clock: Clock, ttl_s: float, max_retained: int, max_retained_bytes: int = 2**62
+    ) -> None:
+        self._ids = ids
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self._max_retained = max_retained
+        self._max_retained_bytes = max_retained_bytes
+        self._promises: dict[str, _Promise] = {}
+        self._by_key: dict[Hashable, str] = {}
+        self._finished: deque[tuple[float, str]] = deque()
+        self._retained_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._promises)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._promises) - len(self._finished)
+
+    def claim(self, key: Hashable, fingerprint: bytes, what: str) -> str | None:
+        """The request already opened under `key`, if it had the same payload.
+
+        Raises `PayloadConflict` if it had another; `what` names the request there.
+        """
+        request_id = self._by_key.get(key)
+        if request_id is None:
+            return None
+        if self._promises[request_id].fingerprint != fingerprint:
+            raise PayloadConflict(
+                f"{what} was already used with another payload; retry with the original body or take the next number"
+            )
+        return request_id
+
+    def open(
+        self,
+        request_type: RequestType,
+        *,
+        key: Hashable | None = None,
+        fingerprint: bytes = b"",
+        on_poll: Callable[[], Pending] | None = None,
+    ) -> str:
+        """A new request id. `on_poll` is asked what an unfinished request waits for."""
+        request_id = self._ids.request_id()
+        self._promises[request_id] = _Promise(request_type, key, fingerprint, on_poll)
+        if key is not None:
+            self._by_key[key] = request_id
+        return request_id
+
+    def resolve(self, request_id: str, result: Any) -> bool:
+        """Whether this was the terminal state; a second one changes nothing."""
+        return self._finish(request_id, result, None)
+
+    def fail(self, request_id: str, error: TinsmithError) -> bool:
+        """As `resolve`, with an error."""
+        return self._finish(request_id, None, error)
+
+    def failed(self, request_type: RequestType, error: TinsmithError) -> str:
+        """The id of a request that fails at once."""
+        request_id = self.open(request_type)
+        self.fail(request_id, error)
+        return request_id
+
+    def is_finished(self, request_id: str) -> bool:
+        promise = self._promises.get(request_id)
+        return promise is None or promise.outcome is not None
+
+    async def wait(self, request_id: str, timeout_s: float) -> Outcome | Pending:
+        """The outcome, or after `timeout_s` what the request waits for.
+
+        Raises `FutureExpired` if the result is no longer kept, `NotFound` if the id was never given out.
+        """
+        promise = self._promises.get(request_id)
+        if promise is None:
+            if self._ids.issued(request_id):
+                raise FutureExpired(f"the result of request {request_id!r} is no longer kept; submit it again")
+            raise NotFound(f"no request {request_id!r}")
+        if promise.outcome is None and timeout_s > 0:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await promise.done.wait()
+            except TimeoutError:
+                pass  # answered below: still pending
+        if promise.outcome is not None:
+            return promise.outcome
+        return Pending() if promise.on_poll is None else promise.on_poll()
+
+    def expire(self) -> int:
+        """Drop results older than their time to live; the number dropped."""
+        limit = self._clock.monotonic() - self._ttl_s
+        dropped = 0
+        while self._finished and self._finished[0][0] <= limit:
+            self._drop_oldest()
+            dropped += 1
+        return dropped
+
+    def fail_all(self, error: TinsmithError) -> None:
+        for request_id in [r for r, promise in self._promises.items() if promise.outcome is None]:
+            self.fail(request_id, error)
+
+    def _finish(self, request_id: str, result: Any, error: TinsmithError | None) -> bool:
+        promise = self._promises.get(request_id)
+        if promise is None or promise.outcome is not None:
+            return False
+        promise.outcome = Outcome(request_type=promise.request_type, result=result, error=error)
+        promise.num_bytes = result_bytes(result)
+        promise.on_poll = None
+        promise.done.set()
+        self._retained_bytes += promise.num_bytes
+        self._finished.append((self._clock.monotonic(), request_id))
+        while len(self._finished) > self._max_retained or (
+            self._retained_bytes > self._max_retained_bytes and len(self._finished) > 1
+        ):
+            self._drop_oldest()
+        return True
+
+    def _drop_oldest(self) -> None:
+        _, request_id = self._finished.popleft()
+        promise = self._promises.pop(request_id)
+        self._retained_bytes -= promise.num_bytes
+        if promise.key is not None and self._by_key.get(promise.key) == request_id:
+            del self._by_key[promise.key]
+
+
+def result_bytes(result: Any) -> int:
+    """Roughly how much memory a result holds, its future encoding included."""
+    if isinstance(result, ForwardBackwardOutput):
+        arrays = sum(tensor.nbytes for output in result.loss_fn_outputs for tensor in output.values())
+        return 2 * arrays + 400 * len(result.loss_fn_outputs)
+    if isinstance(result, SampleResponse):
+        parts: list[np.ndarray | None] = [result.prompt_logprobs_np]
+        if result.topk_prompt_logprobs_np is not None:
+            parts += [result.topk_prompt_logprobs_np.token_ids, result.topk_prompt_logprobs_np.logprobs]
+        for sequence in result.sequences:
+            parts += [sequence.tokens_np, sequence.logprobs_np]
+            if sequence.topk_logprobs_np is not None:
+                parts += [sequence.topk_logprobs_np.token_ids, sequence.topk_logprobs_np.logprobs]
+        return 2 * sum(part.nbytes for part in parts if part is not None) + 400 * len(result.sequences)
+    return 400

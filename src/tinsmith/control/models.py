@@ -1,0 +1,120 @@
+"""A model as control sees it: an adapter in an engine, and the requests that wait for their turn on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TypeAlias
+
+from tinsmith.control.engines import EngineSlot
+from tinsmith.control.futures import Pending, RequestType
+from tinsmith.control.queues import ModelQueue
+from tinsmith.control.records import CheckpointRow
+from tinsmith.control.requests import (
+    ApplyOptimizer,
+    ForwardBackward,
+    LoadState,
+    ModelRequest,
+    Rejected,
+    SaveForSampler,
+    SaveState,
+    UnloadModel,
+)
+from tinsmith.types.errors import TinsmithError
+from tinsmith.types.operations import LoraSpec
+
+
+class ModelStatus(Enum):
+    CREATING = auto()
+    """Its adapter does not exist yet; requests are taken and wait. Next: LIVE, ENDED."""
+    LIVE = auto()
+    """Next: CLOSING, ENDED."""
+    CLOSING = auto()
+    """Its session was finished: what waits is still done, nothing more is taken. Next: ENDED."""
+    ENDED = auto()
+    """The adapter is gone, or never came to be; `Model.end` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Creation:
+    """Operation 0 of every model: from a shape, or from a checkpoint."""
+
+    lora: LoraSpec | None = None
+    checkpoint: CheckpointRow | None = None
+    optimizer: bool = False
+
+
+ModelOperation: TypeAlias = Creation | ModelRequest
+
+REQUEST_TYPES: dict[type, RequestType] = {
+    Creation: "CreateModel",
+    ForwardBackward: "ForwardBackward",
+    ApplyOptimizer: "OptimStep",
+    SaveState: "SaveWeights",
+    SaveForSampler: "SaveWeightsForSampler",
+    LoadState: "LoadWeights",
+    UnloadModel: "UnloadModel",
+    Rejected: "ForwardBackward",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One request in a model's queue."""
+
+    request_id: str
+    operation: ModelOperation
+    num_tokens: int = 0
+    """Training tokens."""
+    is_checked: bool = True
+    """Whether validation has ended; the request's turn does not come before."""
+    is_void: bool = False
+    """It failed before its turn: its number is consumed, and nothing is done."""
+
+    @property
+    def is_training(self) -> bool:
+        return isinstance(self.operation, ForwardBackward)
+
+    @property
+    def is_barrier(self) -> bool:
+        """Whether it needs everything before it answered, and lets nothing after it begin before its own answer."""
+        return not isinstance(self.operation, ForwardBackward | ApplyOptimizer)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Model:
+    model_id: str
+    session_id: str
+    slot: EngineSlot | None
+    """`None` only for a model whose engine could not be found; it ended at once."""
+    status: ModelStatus = ModelStatus.CREATING
+    end: TinsmithError | None = None
+    lora: LoraSpec | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    queue: ModelQueue[Work] = field(default_factory=ModelQueue)
+    pending_tokens: int = 0
+    running: set[str] = field(default_factory=set)
+    """Request ids an engine works on."""
+    behind_barrier: bool = False
+    parent: str | None = None
+    """Id of the checkpoint saved or loaded last."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last training request and the last optimizer step."""
+    last_request_at: float = 0.0
+    is_dirty: bool = False
+    """`last_request_at` is newer than the registry's."""
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.status in (ModelStatus.CREATING, ModelStatus.LIVE)
+
+    @property
+    def is_drained(self) -> bool:
+        return not self.queue and not self.running
+
+    def pending(self) -> Pending:
+        missing = self.queue.missing_seq
+        if missing is not None:
+            return Pending(reason=f"waiting for request seq {missing} of model {self.model_id!r}")
+        return Pending()

@@ -1,0 +1,284 @@
+"""Rows of the registry, and the questions asked of them. Functions take an open connection; times are Unix seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from tinsmith.control.registry import CHECKPOINTS, RUNS, SAMPLERS, SESSIONS
+from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint, ParsedCheckpointTinkerPath
+from tinsmith.types.errors import AlreadyExists
+
+LOCAL_OWNER = "local"
+"""The one owner while there are no accounts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRow:
+    session_id: str
+    owner: str = LOCAL_OWNER
+    created_at: float
+    ended_at: float | None = None
+    end_reason: str | None = None
+    end_detail: str | None = None
+    tags: Sequence[str] = ()
+    user_metadata: Mapping[str, Any] = field(default_factory=dict)
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    run_id: str
+    session_id: str
+    owner: str = LOCAL_OWNER
+    base_model: str
+    lora: Mapping[str, Any]
+    """A `LoraSpec` as a dict."""
+    parent: str | None = None
+    """Path of the checkpoint it was created from."""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    created_at: float
+    last_request_at: float
+    ended_at: float | None = None
+    corrupted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRow:
+    checkpoint_id: str
+    run_id: str
+    owner: str = LOCAL_OWNER
+    kind: str
+    """Middle segment of its path: `weights` or `sampler_weights`."""
+    name: str
+    version: int
+    """Counts the saves under this name in this run, from 1."""
+    folder: str
+    """Relative to the data directory."""
+    base_model: str
+    tokenizer: str
+    lora: Mapping[str, Any]
+    has_optimizer: bool
+    step: int
+    metrics: Mapping[str, float]
+    """The run's last training metrics when it was saved."""
+    digest: str
+    size_bytes: int
+    parent: str | None = None
+    """`checkpoint_id` of the run's checkpoint saved or loaded before it."""
+    user_metadata: Mapping[str, str] | None = None
+    public: bool = False
+    created_at: float
+    expires_at: float | None = None
+    superseded_at: float | None = None
+    deleted_at: float | None = None
+
+    @property
+    def path(self) -> str:
+        return f"tinker://{self.run_id}/{self.kind}/{self.name}"
+
+    def as_checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            checkpoint_id=f"{self.kind}/{self.name}",
+            checkpoint_type=PATH_KINDS[self.kind],
+            time=moment(self.created_at),
+            tinker_path=self.path,
+            size_bytes=self.size_bytes,
+            public=self.public,
+            user_metadata=None if self.user_metadata is None else dict(self.user_metadata),
+            expires_at=None if self.expires_at is None else moment(self.expires_at),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerRow:
+    sampler_id: str
+    session_id: str
+    owner: str = LOCAL_OWNER
+    base_model: str
+    model_path: str | None = None
+    digest: str | None = None
+    """Of the adapter it samples; `None` for the base model."""
+    created_at: float
+
+
+RowT = TypeVar("RowT", SessionRow, RunRow, CheckpointRow, SamplerRow)
+
+
+def moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, tz=UTC)
+
+
+def insert(connection: sa.Connection, table: sa.Table, row: SessionRow | RunRow | CheckpointRow | SamplerRow) -> None:
+    connection.execute(sa.insert(table).values(**asdict(row)))
+
+
+def _fetch(connection: sa.Connection, query: sa.Select[Any], row_type: type[RowT]) -> list[RowT]:
+    names = [f.name for f in fields(row_type)]
+    return [row_type(**{name: row[name] for name in names}) for row in connection.execute(query).mappings()]
+
+
+def _count(connection: sa.Connection, table: sa.Table, *where: sa.ColumnElement[bool]) -> int:
+    return int(connection.execute(sa.select(sa.func.count()).select_from(table).where(*where)).scalar_one())
+
+
+# ---- sessions, runs, samplers ----
+
+
+def session(connection: sa.Connection, session_id: str) -> SessionRow | None:
+    rows = _fetch(connection, sa.select(SESSIONS).where(SESSIONS.c.session_id == session_id), SessionRow)
+    return rows[0] if rows else None
+
+
+def sessions(connection: sa.Connection, limit: int, offset: int) -> tuple[list[str], int]:
+    """Ids, newest first, and how many there are."""
+    newest = sa.select(SESSIONS.c.session_id).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.session_id)
+    ids = [row.session_id for row in connection.execute(newest.limit(limit).offset(offset))]
+    return ids, _count(connection, SESSIONS)
+
+
+def end_session(connection: sa.Connection, session_id: str, at: float, reason: str, detail: str | None) -> None:
+    """The first reason stays."""
+    values = {"ended_at": at, "end_reason": reason, "end_detail": detail}
+    open_one = (SESSIONS.c.session_id == session_id) & SESSIONS.c.ended_at.is_(None)
+    connection.execute(sa.update(SESSIONS).where(open_one).values(**values))
+    connection.execute(
+        sa.update(RUNS).where(RUNS.c.session_id == session_id, RUNS.c.ended_at.is_(None)).values(ended_at=at)
+    )
+
+
+def end_everything(connection: sa.Connection, at: float, detail: str) -> None:
+    """What a stopped server left open."""
+    values = {"ended_at": at, "end_reason": "interrupted", "end_detail": detail}
+    connection.execute(sa.update(SESSIONS).where(SESSIONS.c.ended_at.is_(None)).values(**values))
+    connection.execute(sa.update(RUNS).where(RUNS.c.ended_at.is_(None)).values(ended_at=at))
+
+
+def run(connection: sa.Connection, run_id: str) -> RunRow | None:
+    rows = _fetch(connection, sa.select(RUNS).where(RUNS.c.run_id == run_id), RunRow)
+    return rows[0] if rows else None
+
+
+def runs(connection: sa.Connection, limit: int, offset: int) -> tuple[list[RunRow], int]:
+    newest = sa.select(RUNS).order_by(RUNS.c.created_at.desc(), RUNS.c.run_id)
+    return _fetch(connection, newest.limit(limit).offset(offset), RunRow), _count(connection, RUNS)
+
+
+def run_ids(connection: sa.Connection) -> list[str]:
+    return [row.run_id for row in connection.execute(sa.select(RUNS.c.run_id))]
+
+
+def update_run(connection: sa.Connection, run_id: str, **values: Any) -> None:
+    connection.execute(sa.update(RUNS).where(RUNS.c.run_id == run_id).values(**values))
+
+
+def run_ids_of_session(connection: sa.Connection, session_id: str) -> list[str]:
+    query = sa.select(RUNS.c.run_id).where(RUNS.c.session_id == session_id).order_by(RUNS.c.created_at)
+    return [row.run_id for row in connection.execute(query)]
+
+
+def sampler(connection: sa.Connection, sampler_id: str) -> SamplerRow | None:
+    rows = _fetch(connection, sa.select(SAMPLERS).where(SAMPLERS.c.sampler_id == sampler_id), SamplerRow)
+    return rows[0] if rows else None
+
+
+def sampler_ids_of_session(connection: sa.Connection, session_id: str) -> list[str]:
+    query = sa.select(SAMPLERS.c.sampler_id).where(SAMPLERS.c.session_id == session_id)
+    return [row.sampler_id for row in connection.execute(query.order_by(SAMPLERS.c.created_at))]
+
+
+# ---- checkpoints ----
+
+_CURRENT = CHECKPOINTS.c.superseded_at.is_(None) & CHECKPOINTS.c.deleted_at.is_(None)
+
+
+def _under(run_id: str, kind: str, name: str) -> sa.ColumnElement[bool]:
+    return (CHECKPOINTS.c.run_id == run_id) & (CHECKPOINTS.c.kind == kind) & (CHECKPOINTS.c.name == name)
+
+
+def checkpoint(connection: sa.Connection, parsed: ParsedCheckpointTinkerPath, now: float) -> CheckpointRow | None:
+    """The current version behind a path, unless it has expired."""
+    kind, _, name = parsed.checkpoint_id.partition("/")
+    query = sa.select(CHECKPOINTS).where(_under(parsed.training_run_id, kind, name), _CURRENT, _alive(now))
+    rows = _fetch(connection, query, CheckpointRow)
+    return rows[0] if rows else None
+
+
+def _alive(now: float) -> sa.ColumnElement[bool]:
+    return CHECKPOINTS.c.expires_at.is_(None) | (CHECKPOINTS.c.expires_at > now)
+
+
+def versions(connection: sa.Connection, run_id: str, kind: str, name: str) -> list[CheckpointRow]:
+    """All versions ever saved under a name, newest first, the superseded and the deleted included."""
+    query = sa.select(CHECKPOINTS).where(_under(run_id, kind, name)).order_by(CHECKPOINTS.c.version.desc())
+    return _fetch(connection, query, CheckpointRow)
+
+
+def checkpoints(
+    connection: sa.Connection, now: float, *, run_id: str | None = None, limit: int = -1, offset: int = 0
+) -> tuple[list[CheckpointRow], int]:
+    """Current versions, newest first, and how many there are; of one run or of all."""
+    where = [_CURRENT, _alive(now)] + ([] if run_id is None else [CHECKPOINTS.c.run_id == run_id])
+    newest = sa.select(CHECKPOINTS).where(*where)
+    newest = newest.order_by(CHECKPOINTS.c.created_at.desc(), CHECKPOINTS.c.checkpoint_id)
+    return _fetch(connection, newest.limit(limit).offset(offset), CheckpointRow), _count(
+        connection, CHECKPOINTS, *where
+    )
+
+
+def newest_checkpoint(connection: sa.Connection, run_id: str, kind: str, now: float) -> CheckpointRow | None:
+    query = sa.select(CHECKPOINTS).where(
+        CHECKPOINTS.c.run_id == run_id, CHECKPOINTS.c.kind == kind, _CURRENT, _alive(now)
+    )
+    rows = _fetch(connection, query.order_by(CHECKPOINTS.c.created_at.desc()).limit(1), CheckpointRow)
+    return rows[0] if rows else None
+
+
+def register_checkpoint(connection: sa.Connection, row: CheckpointRow, *, overwrite: bool) -> None:
+    """Make `row` the current version of its name. Raises `AlreadyExists` if there is one and `overwrite` is not set."""
+    current = _under(row.run_id, row.kind, row.name) & _CURRENT
+    if not overwrite and _count(connection, CHECKPOINTS, current, _alive(row.created_at)):
+        raise AlreadyExists(f"checkpoint {row.path!r} exists; set overwrite, or take another name")
+    connection.execute(sa.update(CHECKPOINTS).where(current).values(superseded_at=row.created_at))
+    insert(connection, CHECKPOINTS, row)
+
+
+def update_checkpoint(connection: sa.Connection, checkpoint_id: str, **values: Any) -> None:
+    connection.execute(sa.update(CHECKPOINTS).where(CHECKPOINTS.c.checkpoint_id == checkpoint_id).values(**values))
+
+
+def delete_versions(connection: sa.Connection, row: CheckpointRow, at: float) -> list[str]:
+    """Mark all versions of the name deleted; their folders."""
+    doomed = _under(row.run_id, row.kind, row.name) & CHECKPOINTS.c.deleted_at.is_(None)
+    folders = [r.folder for r in connection.execute(sa.select(CHECKPOINTS.c.folder).where(doomed))]
+    connection.execute(sa.update(CHECKPOINTS).where(doomed).values(deleted_at=at))
+    return folders
+
+
+def delete_superseded(connection: sa.Connection, row: CheckpointRow, at: float, *, keep: int) -> list[str]:
+    """Mark all but the newest `keep` superseded versions of the name deleted; their folders."""
+    old = sa.select(CHECKPOINTS.c.checkpoint_id, CHECKPOINTS.c.folder).where(
+        _under(row.run_id, row.kind, row.name),
+        CHECKPOINTS.c.superseded_at.is_not(None),
+        CHECKPOINTS.c.deleted_at.is_(None),
+    )
+    doomed = list(connection.execute(old.order_by(CHECKPOINTS.c.version.desc()).offset(keep).limit(-1)))
+    for version in doomed:
+        update_checkpoint(connection, version.checkpoint_id, deleted_at=at)
+    return [version.folder for version in doomed]
+
+
+def checkpoint_folders(connection: sa.Connection) -> set[str]:
+    """Of all versions that are not deleted."""
+    query = sa.select(CHECKPOINTS.c.folder).where(CHECKPOINTS.c.deleted_at.is_(None))
+    return {row.folder for row in connection.execute(query)}
+
+
+def expired_checkpoints(connection: sa.Connection, now: float) -> list[CheckpointRow]:
+    return _fetch(connection, sa.select(CHECKPOINTS).where(_CURRENT, CHECKPOINTS.c.expires_at <= now), CheckpointRow)

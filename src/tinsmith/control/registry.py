@@ -1,0 +1,257 @@
+"""What survives a restart: sessions, runs, checkpoints, samplers, in one SQLite database.
+
+One thread writes. It commits everything that waits for it in one transaction, so that many writers share one fsync;
+a write is durable once its awaitable has returned. Reads run beside it on their own connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from tinsmith.types.errors import StorageError, UserError
+
+logger = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
+
+SCHEMA_VERSION = 1
+_MAX_GROUP = 256
+"""Writes committed together at most."""
+
+METADATA = sa.MetaData()
+
+META = sa.Table("meta", METADATA, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
+
+SESSIONS = sa.Table(
+    "sessions",
+    METADATA,
+    sa.Column("session_id", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("ended_at", sa.Float),
+    sa.Column("end_reason", sa.Text),
+    sa.Column("end_detail", sa.Text),
+    sa.Column("tags", sa.JSON, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("sdk_version", sa.Text, nullable=False),
+    sa.Column("project_id", sa.Text),
+    sa.Column("display_name", sa.Text),
+)
+
+RUNS = sa.Table(
+    "runs",
+    METADATA,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("session_id", sa.Text, nullable=False, index=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("lora", sa.JSON, nullable=False),
+    sa.Column("parent", sa.Text),
+    sa.Column("user_metadata", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False, index=True),
+    sa.Column("last_request_at", sa.Float, nullable=False),
+    sa.Column("ended_at", sa.Float),
+    sa.Column("corrupted", sa.Boolean, nullable=False),
+)
+
+CHECKPOINTS = sa.Table(
+    "checkpoints",
+    METADATA,
+    sa.Column("checkpoint_id", sa.Text, primary_key=True),
+    sa.Column("run_id", sa.Text, nullable=False, index=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("folder", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("tokenizer", sa.Text, nullable=False),
+    sa.Column("lora", sa.JSON, nullable=False),
+    sa.Column("has_optimizer", sa.Boolean, nullable=False),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("metrics", sa.JSON, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("parent", sa.Text),
+    sa.Column("user_metadata", sa.JSON),
+    sa.Column("public", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False, index=True),
+    sa.Column("expires_at", sa.Float, index=True),
+    sa.Column("superseded_at", sa.Float),
+    sa.Column("deleted_at", sa.Float),
+    sa.UniqueConstraint("run_id", "kind", "name", "version"),
+    sa.Index(
+        "one_current_version",
+        "run_id",
+        "kind",
+        "name",
+        unique=True,
+        sqlite_where=sa.text("superseded_at IS NULL AND deleted_at IS NULL"),
+    ),
+)
+
+SAMPLERS = sa.Table(
+    "samplers",
+    METADATA,
+    sa.Column("sampler_id", sa.Text, primary_key=True),
+    sa.Column("session_id", sa.Text, nullable=False, index=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text, nullable=False),
+    sa.Column("model_path", sa.Text),
+    sa.Column("digest", sa.Text),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+
+class Registry:
+    """Raises `StorageError` from every call if the disk refuses; `fault` then says why until a write succeeds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fault: str | None = None
+        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False, "timeout": 30})
+        sa.event.listen(self._engine, "connect", _configure_connection)
+        sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_loop, name="registry-writer", daemon=True)
+        self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="registry-reader")
+        self._closed = False
+
+    def open(self) -> bytes:
+        """Create or check the schema and start writing; the secret kept with this database. Blocks.
+
+        Raises `UserError` if a newer version of this software wrote the database.
+        """
+        try:
+            with self._engine.begin() as connection:
+                METADATA.create_all(connection)
+                rows = {row.key: row.value for row in connection.execute(sa.select(META))}
+                version = int(rows.get("schema_version", SCHEMA_VERSION))
+                if version > SCHEMA_VERSION:
+                    raise UserError(
+                        f"the registry {str(self.path)!r} has schema version {version}; this version of Tinsmith "
+                        f"knows up to {SCHEMA_VERSION}. Upgrade Tinsmith, or give another data directory"
+                    )
+                secret = rows.get("secret") or secrets.token_hex(32)
+                for key, value in {"schema_version": str(SCHEMA_VERSION), "secret": secret}.items():
+                    connection.execute(sa.insert(META).prefix_with("OR IGNORE").values(key=key, value=value))
+        except sa.exc.SQLAlchemyError as error:
+            raise StorageError(f"cannot open the registry {str(self.path)!r}: {error}") from error
+        self._writer.start()
+        return bytes.fromhex(secret)
+
+    async def write(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
+        """Run `work` in a transaction; when this returns, its effects are on disk."""
+        return await asyncio.shield(asyncio.wrap_future(self._enqueue(work)))
+
+    def post(self, work: Callable[[sa.Connection], Any]) -> None:
+        """As `write`, for callers that need not wait; a failure is logged. Writes happen in the order asked for."""
+        self._enqueue(work).add_done_callback(_log_failure)
+
+    def _enqueue(self, work: Callable[[sa.Connection], ResultT]) -> Future[ResultT]:
+        job = _Job(work)
+        if self._closed:
+            job.done.set_exception(StorageError("the registry is closed"))
+        else:
+            self._jobs.put(job)
+        return job.done
+
+    async def flush(self) -> None:
+        """Returns when everything posted before is on disk."""
+        await self.write(lambda connection: None)
+
+    def probe(self) -> None:
+        """If the last write failed, try a small one, so that `fault` ends when the disk is well again."""
+        if self.fault is not None:
+            touch = sa.update(META).where(META.c.key == "schema_version").values(value=str(SCHEMA_VERSION))
+            self.post(lambda connection: connection.execute(touch))
+
+    async def read(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
+        """Run `work` on what has been committed."""
+        if self._closed:
+            raise StorageError("the registry is closed")
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self.read_now, work)
+
+    def read_now(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
+        """As `read`, in the caller's thread: for single rows by primary key."""
+        try:
+            with self._engine.connect() as connection:
+                return work(connection)
+        except sa.exc.SQLAlchemyError as error:
+            raise StorageError(f"cannot read the registry: {error}") from error
+
+    def close(self) -> None:
+        """Write what waits, then close. Blocks; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._jobs.put(None)
+        if self._writer.is_alive():
+            self._writer.join()
+        self._readers.shutdown()
+        self._engine.dispose()
+
+    def _write_loop(self) -> None:
+        with self._engine.connect() as connection:
+            running = True
+            while running:
+                group = [self._jobs.get()]
+                while len(group) < _MAX_GROUP and not self._jobs.empty():
+                    group.append(self._jobs.get())
+                running = None not in group
+                self._commit(connection, [job for job in group if job is not None])
+
+    def _commit(self, connection: sa.Connection, jobs: list[_Job]) -> None:
+        answers: list[tuple[_Job, Any, BaseException | None]] = []
+        try:
+            with connection.begin():
+                for job in jobs:
+                    answers.append((job, *_attempt(connection, job)))
+        except sa.exc.SQLAlchemyError as error:
+            self.fault = f"cannot write the registry: {error.__class__.__name__}: {getattr(error, 'orig', error)}"
+            for job in jobs:
+                job.done.set_exception(StorageError(self.fault))
+            return
+        if jobs:
+            self.fault = None
+        for job, result, failure in answers:
+            job.done.set_exception(failure) if failure is not None else job.done.set_result(result)
+
+
+class _Job:
+    def __init__(self, work: Callable[[sa.Connection], Any]) -> None:
+        self.work = work
+        self.done: Future[Any] = Future()
+
+
+def _log_failure(done: Future[Any]) -> None:
+    if (error := done.exception()) is not None:
+        logger.error("a record was not written: %s", error)
+
+
+def _attempt(connection: sa.Connection, job: _Job) -> tuple[Any, BaseException | None]:
+    """One job in its own savepoint: its error is its own, unless the database itself failed."""
+    try:
+        with connection.begin_nested():
+            return job.work(connection), None
+    except sa.exc.OperationalError:
+        raise
+    except sa.exc.SQLAlchemyError as error:
+        return None, StorageError(f"cannot write the registry: {error}")
+    except Exception as error:  # noqa: BLE001 - the boundary of a job: whatever it raised goes to its caller
+        return None, error
+
+
+def _configure_connection(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # transactions begin where SQLAlchemy says, savepoints included
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")

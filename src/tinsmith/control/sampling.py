@@ -1,0 +1,301 @@
+"""Sampling sessions and samples: they go straight to the engine, in no order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinsmith.control import records
+from tinsmith.control.checkpoints import CheckpointStore
+from tinsmith.control.engines import EngineBook, EngineSlot
+from tinsmith.control.errors import SamplerGone
+from tinsmith.control.execution import sampler_name
+from tinsmith.control.futures import FutureStore
+from tinsmith.control.identity import Clock, Ids
+from tinsmith.control.records import CheckpointRow
+from tinsmith.control.registry import SAMPLERS, Registry
+from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
+from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
+from tinsmith.control.sessions import SessionBook
+from tinsmith.control.validation import MAX_SAMPLES, sampling_operation
+from tinsmith.types.errors import (
+    EngineDied,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    PayloadConflict,
+    ServerError,
+    TinsmithError,
+    UserError,
+)
+from tinsmith.types.operations import CancelSample, Sample
+from tinsmith.types.rest import GetSamplerResponse
+from tinsmith.types.results import SampleResponse, TopkLogprobs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A sample without an answer."""
+
+    slot: EngineSlot
+    ticket: int | None = None
+    """`None` while its snapshot is being loaded."""
+
+
+class Sampling:
+    def __init__(
+        self,
+        *,
+        engines: EngineBook,
+        sessions: SessionBook,
+        samplers: SamplerBook,
+        futures: FutureStore,
+        registry: Registry,
+        checkpoints: CheckpointStore,
+        clock: Clock,
+        ids: Ids,
+        max_pending: int,
+    ) -> None:
+        self._engines = engines
+        self._sessions = sessions
+        self._samplers = samplers
+        self._futures = futures
+        self._registry = registry
+        self._checkpoints = checkpoints
+        self._clock = clock
+        self._ids = ids
+        self._max_pending = max_pending
+        self._open: dict[str, _Open] = {}
+        self._loads: set[asyncio.Task[None]] = set()
+        self._bindings: dict[str, tuple[str | None, str | None]] = {}
+
+    # ---- sampling sessions ----
+
+    async def create_session(self, session_id: str, seq_id: int, base_model: str | None, model_path: str | None) -> str:
+        """Idempotent on `(session_id, seq_id)`. A `model_path` wins over `base_model`.
+
+        Raises `NotFound`, `SessionEnded`, `InvalidInput`, `PayloadConflict` (the number names another sampler), or what
+        the engine met when it loaded the checkpoint.
+        """
+        self._sessions.get_live(session_id)
+        if seq_id < 0:
+            raise InvalidInput(f"sampling_session_seq_id must be at least 0, not {seq_id!r}")
+        sampler_id = sampler_name(session_id, seq_id)
+        if self._is_known(sampler_id, base_model, model_path):
+            return sampler_id
+        if model_path is not None:
+            sampler = await self._checkpoint_sampler(session_id, sampler_id, model_path)
+        elif base_model is not None:
+            slot = self._engines.resolve(base_model)
+            sampler = Sampler(sampler_id=sampler_id, session_id=session_id, slot=slot, snapshot_id=None)
+        else:
+            raise InvalidInput("create_sampling_session needs a base_model or a model_path")
+        session = self._sessions.get_live(session_id)
+        if self._is_known(sampler_id, base_model, model_path):  # a retry overtook this call while it loaded
+            return sampler_id
+        self._bindings[sampler_id] = (base_model, model_path)
+        self._samplers.add(sampler)
+        session.sampler_ids.append(sampler_id)
+        session.last_seen = self._clock.monotonic()
+        await self._record(sampler)
+        return sampler_id
+
+    def _is_known(self, sampler_id: str, base_model: str | None, model_path: str | None) -> bool:
+        if self._samplers.get(sampler_id) is None:
+            return False
+        if self._bindings.get(sampler_id) != (base_model, model_path):
+            raise PayloadConflict(
+                f"sampling session {sampler_id!r} exists and samples something else; take the next number"
+            )
+        return True
+
+    async def _checkpoint_sampler(self, session_id: str, sampler_id: str, model_path: str) -> Sampler:
+        row = await self._checkpoints.find(model_path)
+        slot = self._engines.resolve(row.base_model)
+        digest = await self._samplers.pool(slot).load(row, self._checkpoints.folder(row))
+        return Sampler(
+            sampler_id=sampler_id,
+            session_id=session_id,
+            slot=slot,
+            snapshot_id=checkpoint_snapshot_id(row),
+            checkpoint=row,
+            model_path=model_path,
+            digest=digest,
+        )
+
+    async def _record(self, sampler: Sampler) -> None:
+        row = sampler.row(self._clock.time())
+        await self._registry.write(lambda c: records.insert(c, SAMPLERS, row))
+
+    def describe(self, sampler_id: str) -> GetSamplerResponse:
+        """Raises `NotFound`. Knows the samplers of ended sessions too."""
+        sampler = self._samplers.get(sampler_id)
+        if sampler is not None:
+            return GetSamplerResponse(
+                sampler_id=sampler_id, base_model=sampler.slot.card.name, model_path=sampler.model_path
+            )
+        row = self._registry.read_now(lambda c: records.sampler(c, sampler_id))
+        if row is None:
+            raise NotFound(f"no sampling session {sampler_id!r}")
+        return GetSamplerResponse(sampler_id=sampler_id, base_model=row.base_model, model_path=row.model_path)
+
+    def digest(self, sampler_id: str) -> str | None:
+        """Of the adapter it samples. Raises `NotFound`."""
+        if (sampler := self._samplers.get(sampler_id)) is not None:
+            return sampler.digest
+        row = self._registry.read_now(lambda c: records.sampler(c, sampler_id))
+        if row is None:
+            raise NotFound(f"no sampling session {sampler_id!r}")
+        return row.digest
+
+    # ---- samples ----
+
+    def submit(self, request: SampleRequest, fingerprint: bytes) -> Submission:
+        """Idempotent on `(sampling_session_id, seq_id)`. Raises `Overloaded` if too many samples wait."""
+        sampler_id, key = request.sampling_session_id, ("sample", request.sampling_session_id, request.seq_id)
+        what = f"seq {request.seq_id} of sampling session {sampler_id!r}"
+        try:
+            known = self._futures.claim(key, fingerprint, what)
+        except PayloadConflict as error:
+            return _receipt(self._futures.failed("Sample", error), request)
+        if known is not None:
+            return _receipt(known, request)
+        if len(self._open) >= self._max_pending:
+            raise Overloaded(f"{len(self._open)} samples are waiting, the most this server takes; try again later")
+        request_id = self._futures.open("Sample", key=key, fingerprint=fingerprint)
+        try:
+            self._begin(request_id, request)
+        except TinsmithError as error:
+            self._futures.fail(request_id, error)
+        return _receipt(request_id, request)
+
+    def _begin(self, request_id: str, request: SampleRequest) -> None:
+        sampler = self._live_sampler(request.sampling_session_id)
+        if isinstance(request, RejectedSample):
+            raise request.error
+        operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
+        row = sampler.checkpoint
+        if row is None or self._samplers.pool(sampler.slot).touch_if_ready(row):
+            self._open[request_id] = _Open(sampler.slot)
+            self._send(request_id, operation, request)
+            return
+        self._open[request_id] = _Open(sampler.slot)
+        task = asyncio.create_task(self._load_and_send(request_id, operation, request, sampler, row))
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+
+    def _live_sampler(self, sampler_id: str) -> Sampler:
+        sampler = self._samplers.get(sampler_id)
+        if sampler is None:
+            self.describe(sampler_id)
+            raise SamplerGone(f"sampling session {sampler_id!r} ended with its session; create a new one")
+        session = self._sessions.get_live(sampler.session_id)
+        if sampler.gone is not None:
+            raise sampler.gone
+        session.last_seen = self._clock.monotonic()
+        return sampler
+
+    async def _load_and_send(
+        self, request_id: str, operation: Sample, request: DrawSamples, sampler: Sampler, row: CheckpointRow
+    ) -> None:
+        pool, folder = self._samplers.pool(sampler.slot), self._checkpoints.folder(row)
+        try:
+            while not pool.touch_if_ready(row):
+                if not await asyncio.to_thread(Path(folder).exists):
+                    raise SamplerGone(
+                        f"checkpoint {row.path!r} version {row.version} was deleted; create a new sampler"
+                    )
+                await pool.load(row, folder)
+            if request_id in self._open:
+                self._send(request_id, operation, request)
+        except TinsmithError as error:
+            self._finish(request_id, error)
+
+    def _send(self, request_id: str, operation: Sample, request: DrawSamples) -> None:
+        try:
+            call = self._open[request_id].slot.submit(operation)
+        except EngineDied:
+            self._open.pop(request_id, None)
+            raise
+        self._open[request_id].ticket = call.ticket
+        call.answer.add_done_callback(partial(self._answered, request_id, request))
+
+    def _answered(self, request_id: str, request: DrawSamples, answer: asyncio.Future[Any]) -> None:
+        if answer.cancelled():
+            self._finish(request_id, EngineDied("the engine was closed"))
+        elif (error := answer.exception()) is not None:
+            self._note_death(request_id, error)
+            self._finish(request_id, error)
+        else:
+            self._finish(request_id, _complete(answer.result(), request_id, request))
+
+    def _note_death(self, request_id: str, error: BaseException) -> None:
+        sample = self._open.get(request_id)
+        if sample is not None and isinstance(error, EngineDied):
+            sample.slot.declare_dead(error)
+
+    def _finish(self, request_id: str, answer: SampleResponse | BaseException) -> None:
+        self._open.pop(request_id, None)
+        if isinstance(answer, TinsmithError):
+            self._futures.fail(request_id, answer)
+        elif isinstance(answer, BaseException):
+            logger.error("sampling failed inside the engine", exc_info=answer)
+            self._futures.fail(request_id, ServerError(f"internal error: {answer!r}; the server's log has the details"))
+        else:
+            self._futures.resolve(request_id, answer)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop drawing. A finished or unknown request is left alone; training requests cannot be cancelled."""
+        sample = self._open.get(request_id)
+        if sample is None:
+            return
+        if sample.ticket is None:
+            self._finish(request_id, UserError("the sample was cancelled"))
+        else:
+            sample.slot.tell(CancelSample(ticket=sample.ticket))
+
+    def engine_died(self, slot: EngineSlot, error: EngineDied) -> None:
+        for request_id in [r for r, sample in self._open.items() if sample.slot is slot]:
+            self._finish(request_id, error)
+
+    def forget(self, sampler_ids: list[str]) -> None:
+        self._samplers.forget(sampler_ids)
+        for sampler_id in sampler_ids:
+            self._bindings.pop(sampler_id, None)
+
+    async def close(self) -> None:
+        for task in tuple(self._loads):
+            task.cancel()
+        await asyncio.gather(*self._loads, return_exceptions=True)
+
+
+def _receipt(request_id: str, request: SampleRequest) -> Submission:
+    count = max(0, min(request.num_samples, MAX_SAMPLES))
+    return Submission(request_id=request_id, sample_sequence_ids=tuple(f"{request_id}:{i}" for i in range(count)))
+
+
+def _complete(response: SampleResponse, request_id: str, request: DrawSamples) -> SampleResponse:
+    """Name the sequences, and hide the prompt scores that were not asked for."""
+    for index, sequence in enumerate(response.sequences):
+        sequence.sequence_id = f"{request_id}:{index}"
+    last_n, logprobs, topk = (
+        request.prompt_logprobs_last_n,
+        response.prompt_logprobs_np,
+        response.topk_prompt_logprobs_np,
+    )
+    if last_n is not None and logprobs is not None:
+        shown = np.arange(len(logprobs)) >= len(logprobs) - last_n
+        response.prompt_logprobs_np = np.where(shown, logprobs, np.nan).astype(logprobs.dtype)
+        if topk is not None:
+            ids = np.where(shown[:, None], topk.token_ids, 0)
+            scores = np.where(shown[:, None], topk.logprobs, TopkLogprobs.UNUSED_LOGPROB).astype(topk.logprobs.dtype)
+            response.topk_prompt_logprobs_np = TopkLogprobs(ids, scores)
+    return response

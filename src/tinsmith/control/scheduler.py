@@ -1,0 +1,153 @@
+"""Whose turn it is: requests of many models become batches for one engine.
+
+Models take turns. The model that was served longest ago is first; if it waits to train, other models' waiting training
+requests ride along in the same batch, in rounds, as far as the token budget goes. So a model with one small request
+waits for at most one batch or operation of each other model, whatever their queues hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tinsmith.control.engines import EngineSlot
+from tinsmith.control.identity import Clock
+from tinsmith.control.models import Model, ModelStatus, Work
+
+MAX_OUTSTANDING = 2
+"""Operations an engine has at a time: one it works on, one so that it never waits for us."""
+
+Turn: TypeAlias = list[tuple[Model, Work]]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model whose next request may go."""
+
+    model_id: str
+    train_tokens: tuple[int, ...] = ()
+    """Tokens of the consecutive training requests at the head of its queue; empty if the head is something else."""
+
+
+def pick(candidates: Sequence[Candidate], max_tokens: int) -> dict[str, int]:
+    """How many requests to take from which model; the candidates come with the longest unserved first.
+
+    Either one operation of the first candidate, or a batch of training requests: the first candidate's first one
+    whatever its size, then, in rounds over all, as many as fit into `max_tokens`.
+    """
+    if not candidates:
+        return {}
+    first = candidates[0]
+    if not first.train_tokens:
+        return {first.model_id: 1}
+    taken = {first.model_id: 1}
+    budget = max_tokens - first.train_tokens[0]
+    training = [c for c in candidates[1:] if c.train_tokens] + [first]
+    while training:
+        unfinished = []
+        for candidate in training:
+            index = taken.get(candidate.model_id, 0)
+            if index < len(candidate.train_tokens) and candidate.train_tokens[index] <= budget:
+                taken[candidate.model_id] = index + 1
+                budget -= candidate.train_tokens[index]
+                unfinished.append(candidate)
+        training = unfinished
+    return taken
+
+
+class Scheduler:
+    """Keeps one engine busy. `execute` is given a turn and answers its futures; it never raises."""
+
+    def __init__(
+        self, slot: EngineSlot, execute: Callable[[Turn], Awaitable[None]], *, clock: Clock, max_batch_tokens: int
+    ) -> None:
+        self._slot = slot
+        self._execute = execute
+        self._clock = clock
+        self._max_batch_tokens = max_batch_tokens
+        self._models: dict[str, Model] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._is_woken = False
+
+    def add(self, model: Model) -> None:
+        self._models[model.model_id] = model
+
+    def remove(self, model: Model) -> None:
+        self._models.pop(model.model_id, None)
+
+    def wake(self) -> None:
+        """Look for work soon; what arrives in the same iteration of the loop can share a batch."""
+        if not self._is_woken:
+            self._is_woken = True
+            asyncio.get_running_loop().call_soon(self._fill)
+
+    async def drain(self) -> None:
+        """Wait for the operations that the engine has."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    def _fill(self) -> None:
+        self._is_woken = False
+        while self._slot.dead is None and len(self._running) < MAX_OUTSTANDING:
+            turn = self._next_turn()
+            if not turn:
+                return
+            task = asyncio.create_task(self._run(turn))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+            task.add_done_callback(lambda _: self.wake())
+
+    def _next_turn(self) -> Turn:
+        candidates = [c for model in self._models.values() if (c := self._candidate(model)) is not None]
+        counts = pick(candidates, self._max_batch_tokens)
+        turn: Turn = []
+        for model_id, count in counts.items():
+            model = self._models.pop(model_id)
+            self._models[model_id] = model  # served: last in the rotation
+            for _ in range(count):
+                work = model.queue.pop(self._clock.monotonic())
+                model.pending_tokens -= work.num_tokens
+                model.running.add(work.request_id)
+                model.behind_barrier = work.is_barrier
+                turn.append((model, work))
+        return turn
+
+    def _candidate(self, model: Model) -> Candidate | None:
+        _skip_void(model, self._clock.monotonic())
+        head = model.queue.head()
+        if head is None or not head.is_checked or model.behind_barrier or model.status is ModelStatus.ENDED:
+            return None
+        if head.is_training:
+            return Candidate(model.model_id, _train_tokens(model, self._max_batch_tokens))
+        if head.is_barrier and model.running:
+            return None
+        return Candidate(model.model_id)
+
+    async def _run(self, turn: Turn) -> None:
+        try:
+            await self._execute(turn)
+        finally:
+            for model, work in turn:
+                model.running.discard(work.request_id)
+                if work.is_barrier:
+                    model.behind_barrier = False
+
+
+def _skip_void(model: Model, now: float) -> None:
+    while (head := model.queue.head()) is not None and head.is_void:
+        model.queue.pop(now)
+        model.pending_tokens -= head.num_tokens
+
+
+def _train_tokens(model: Model, max_tokens: int) -> tuple[int, ...]:
+    """Sizes of the training requests at the head, about as many as could fit."""
+    sizes: list[int] = []
+    total = 0
+    for work in model.queue.run():
+        if not (work.is_checked and work.is_training) or work.is_void or total > max_tokens:
+            break
+        sizes.append(work.num_tokens)
+        total += work.num_tokens
+    return tuple(sizes)

@@ -1,0 +1,340 @@
+"""`Control`: everything the server may ask. It starts and ends the parts, keeps sessions, and hands requests on.
+
+One event loop; plain (non-async) methods only touch memory. Errors of a queued request travel through its future.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from tinsmith.control import records
+from tinsmith.control.catalogue import Catalogue
+from tinsmith.control.checkpoints import CheckpointStore
+from tinsmith.control.data_lock import DataLock
+from tinsmith.control.engines import EngineBook, EngineSlot
+from tinsmith.control.errors import SessionEnded
+from tinsmith.control.futures import FutureStore, Outcome, Pending
+from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
+from tinsmith.control.janitor import Janitor
+from tinsmith.control.records import SessionRow
+from tinsmith.control.registry import SESSIONS, Registry
+from tinsmith.control.requests import (
+    CreateModel,
+    CreateModelFromCheckpoint,
+    ModelRequest,
+    NewSession,
+    SampleRequest,
+    Submission,
+)
+from tinsmith.control.samplers import SamplerBook
+from tinsmith.control.sampling import Sampling
+from tinsmith.control.sessions import FinishReason, Session, SessionBook
+from tinsmith.control.settings import ControlSettings
+from tinsmith.control.training import Training
+from tinsmith.runtime.handle import EngineHandle
+from tinsmith.types.checkpoint import Checkpoint
+from tinsmith.types.errors import EngineDied, NotFound, ServerError
+from tinsmith.types.operations import BaseModelCard
+from tinsmith.types.rest import (
+    GetInfoResponse,
+    GetSamplerResponse,
+    GetSessionResponse,
+    TrainingRun,
+    WeightsInfoResponse,
+)
+
+CLOSE_TIMEOUT_S = 30.0
+"""How long a stopping server waits for what its engines work on."""
+
+
+class Control:
+    def __init__(
+        self,
+        settings: ControlSettings,
+        engines: Sequence[EngineHandle],
+        *,
+        clock: Clock | None = None,
+        ids: Callable[[bytes], Ids] = SignedIds,
+    ) -> None:
+        """One engine per base model. `ids` is given the registry's secret."""
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self._make_ids = ids
+        self._engines = EngineBook(engines)
+        self._lock = DataLock(settings.data_dir)
+        self._registry = Registry(settings.data_dir / "registry.sqlite3")
+        self._sessions = SessionBook()
+        self._state = "not started"
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Lock the data folder, open the registry, start the engines.
+
+        Raises `UserError` if a base model cannot be loaded or the data folder is in use; nothing is left running then.
+        """
+        self._lock.acquire()
+        try:
+            secret = await asyncio.to_thread(self._registry.open)
+            at = self._clock.time()
+            await self._registry.write(lambda c: records.end_everything(c, at, "the server was stopped"))
+            await self._engines.start()
+        except BaseException:
+            await asyncio.to_thread(self._registry.close)
+            self._lock.release()
+            raise
+        self._assemble(self._make_ids(secret))
+        await self._checkpoints.sweep_orphans()
+        self._janitor.start()
+        self._state = "ready"
+
+    def _assemble(self, ids: Ids) -> None:
+        settings, clock = self._settings, self._clock
+        self._ids = ids
+        self._futures = FutureStore(
+            ids=ids,
+            clock=clock,
+            ttl_s=settings.future_ttl_s,
+            max_retained=settings.max_retained_futures,
+            max_retained_bytes=settings.max_retained_bytes,
+        )
+        self._checkpoints = CheckpointStore(
+            registry=self._registry,
+            data_dir=settings.data_dir,
+            ids=ids,
+            clock=clock,
+            superseded_versions_kept=settings.superseded_versions_kept,
+        )
+        self._samplers = SamplerBook(
+            ephemeral_per_session=settings.ephemeral_samplers_per_session, max_loaded=settings.max_loaded_checkpoints
+        )
+        self._training = Training(
+            settings=settings,
+            engines=self._engines,
+            sessions=self._sessions,
+            samplers=self._samplers,
+            futures=self._futures,
+            registry=self._registry,
+            checkpoints=self._checkpoints,
+            clock=clock,
+            ids=ids,
+        )
+        self._sampling = Sampling(
+            engines=self._engines,
+            sessions=self._sessions,
+            samplers=self._samplers,
+            futures=self._futures,
+            registry=self._registry,
+            checkpoints=self._checkpoints,
+            clock=clock,
+            ids=ids,
+            max_pending=settings.max_pending_samples,
+        )
+        self._catalogue = Catalogue(
+            registry=self._registry, checkpoints=self._checkpoints, training=self._training, clock=clock
+        )
+        self._janitor = Janitor(
+            quick=(
+                self._check_engines,
+                self._training.give_up_gaps,
+                self._end_silent_sessions,
+                self._training.end_drained,
+                self._futures.expire,
+                self._registry.probe,
+            ),
+            slow=(self._checkpoints.delete_expired, self._training.flush_activity),
+            interval_s=settings.sweep_interval_s,
+        )
+        for slot in self._engines:
+            slot.on_death = self._engine_died
+
+    async def close(self) -> None:
+        """Take nothing more, let engines finish what they work on, fail what waits. Idempotent."""
+        if self._state != "ready":
+            self._state = "closed"
+            return
+        self._state = "closed"
+        await self._janitor.close()
+        for session in self._sessions.live:
+            self._end(session, "interrupted", "the server was stopped", drop=True)
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._training.close()
+        except TimeoutError:
+            pass  # the engines' close fails what is left
+        await self._sampling.close()
+        await self._engines.close()
+        self._futures.fail_all(ServerError("the server was stopped"))
+        await self._training.flush_activity()
+        await asyncio.to_thread(self._registry.close)
+        self._lock.release()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.readiness_reason is None
+
+    @property
+    def readiness_reason(self) -> str | None:
+        """Why requests cannot be served now; `None` if they can."""
+        if self._state != "ready":
+            return f"the server is {self._state}"
+        for slot in self._engines:
+            if slot.dead is not None:
+                return f"the engine of {slot.card.name!r} died: {slot.dead}"
+        return self._registry.fault
+
+    def base_models(self) -> list[BaseModelCard]:
+        return [slot.card for slot in self._engines]
+
+    def _check_engines(self) -> None:
+        for slot in self._engines:
+            slot.check_alive()
+
+    def _engine_died(self, slot: EngineSlot) -> None:
+        error = slot.dead or EngineDied(f"the engine of {slot.card.name!r} is gone")
+        self._training.engine_died(slot, error)
+        self._sampling.engine_died(slot, error)
+
+    # ---- sessions ----
+
+    async def create_session(self, request: NewSession) -> str:
+        """Durable when it returns."""
+        row = SessionRow(
+            session_id=self._ids.session_id(),
+            created_at=self._clock.time(),
+            tags=list(request.tags),
+            user_metadata=dict(request.user_metadata),
+            sdk_version=request.sdk_version,
+            project_id=request.project_id,
+            display_name=request.display_name,
+        )
+        await self._registry.write(lambda c: records.insert(c, SESSIONS, row))
+        self._sessions.add(row.session_id, self._clock.monotonic())
+        return row.session_id
+
+    def heartbeat(self, session_id: str) -> None:
+        """Raises `SessionEnded` with the reason, `NotFound` if there never was such a session."""
+        if self._find_session(session_id) is None:
+            raise SessionEnded(f"session {session_id!r} ended when the server was restarted")
+        self._sessions.get_live(session_id)
+        self._sessions.touch(session_id, self._clock.monotonic())
+
+    async def finish_session(self, session_id: str, reason: FinishReason, detail: str | None) -> None:
+        """Take no more requests; what waits is still done. The first reason stays. Raises `NotFound`."""
+        session = self._find_session(session_id)
+        if session is None or session.ended is not None:
+            return
+        self._end(session, reason, detail, drop=False)
+        await self._registry.flush()
+
+    def _find_session(self, session_id: str) -> Session | None:
+        """`None` for one that ended with an earlier server process. Raises `NotFound`."""
+        session = self._sessions.find(session_id)
+        if session is None and self._registry.read_now(lambda c: records.session(c, session_id)) is None:
+            raise NotFound(f"no session {session_id!r}")
+        return session
+
+    def _end_silent_sessions(self) -> None:
+        timeout_s = self._settings.session_timeout_s
+        for session in self._sessions.silent(self._clock.monotonic(), timeout_s):
+            self._end(session, "interrupted", f"no heartbeat for {timeout_s:g} s", drop=True)
+
+    def _end(self, session: Session, reason: FinishReason, detail: str | None, *, drop: bool) -> None:
+        """`drop`: fail what waits instead of doing it."""
+        because = reason if detail is None else f"{reason}: {detail}"
+        ended = SessionEnded(f"session {session.session_id!r} has ended ({because}); create a new one")
+        forgotten = self._sessions.end(session, ended)
+        if drop:
+            self._training.drop_models(session, ended)
+        else:
+            self._training.close_models(session)
+        self._samplers.release(session.sampler_ids)
+        self._training.forget(forgotten)
+        for old in forgotten:
+            self._sampling.forget(old.sampler_ids)
+        at = self._clock.time()
+        self._registry.post(lambda c: records.end_session(c, session.session_id, at, reason, detail))
+
+    async def get_session(self, session_id: str) -> GetSessionResponse:
+        return await self._catalogue.session(session_id)
+
+    async def list_sessions(self, limit: int, offset: int) -> tuple[list[str], int]:
+        """Ids, newest first, and how many there are."""
+        return await self._catalogue.sessions(limit, offset)
+
+    # ---- models and training ----
+
+    async def create_model(self, request: CreateModel) -> Submission:
+        return self._training.create(request)
+
+    async def create_model_from_checkpoint(self, request: CreateModelFromCheckpoint) -> Submission:
+        """The future's request type is `LoadWeights`, as the client that created it so expects."""
+        return await self._training.create_from_checkpoint(request)
+
+    def submit(self, request: ModelRequest, fingerprint: bytes) -> Submission:
+        """Queue in the model's order. `fingerprint` is a hash of the payload: the same again is the same request.
+
+        A `seq_id` of `None` or below 1 takes the next number. Raises `Overloaded` if the model's queue is full.
+        """
+        return self._training.submit(request, fingerprint)
+
+    def model_info(self, model_id: str) -> GetInfoResponse:
+        return self._training.info(model_id)
+
+    # ---- sampling ----
+
+    async def create_sampling_session(
+        self, session_id: str, seq_id: int, base_model: str | None, model_path: str | None
+    ) -> str:
+        return await self._sampling.create_session(session_id, seq_id, base_model, model_path)
+
+    def get_sampler(self, sampler_id: str) -> GetSamplerResponse:
+        return self._sampling.describe(sampler_id)
+
+    def sampler_digest(self, sampler_id: str) -> str | None:
+        """Of the adapter that every sample of this sampler comes from; `None` for a base model. Raises `NotFound`."""
+        return self._sampling.digest(sampler_id)
+
+    def submit_sample(self, request: SampleRequest, fingerprint: bytes) -> Submission:
+        """Raises `Overloaded` if too many samples wait; every other error travels through the future."""
+        return self._sampling.submit(request, fingerprint)
+
+    def cancel(self, request_id: str) -> None:
+        self._sampling.cancel(request_id)
+
+    # ---- futures ----
+
+    async def wait_future(self, request_id: str, timeout_s: float) -> Outcome | Pending:
+        """Wait for at most `timeout_s`. Raises `FutureExpired`, or `NotFound` for an id that was never given out."""
+        return await self._futures.wait(request_id, timeout_s)
+
+    # ---- records ----
+
+    async def get_training_run(self, run_id: str) -> TrainingRun:
+        return await self._catalogue.training_run(run_id)
+
+    async def list_training_runs(self, limit: int, offset: int) -> tuple[list[TrainingRun], int]:
+        return await self._catalogue.training_runs(limit, offset)
+
+    async def list_checkpoints(self, run_id: str) -> list[Checkpoint]:
+        return await self._catalogue.checkpoints_of_run(run_id)
+
+    async def list_user_checkpoints(self, limit: int, offset: int) -> tuple[list[Checkpoint], int]:
+        return await self._catalogue.checkpoints(limit, offset)
+
+    async def weights_info(self, path: str) -> WeightsInfoResponse:
+        return await self._catalogue.weights_info(path)
+
+    async def delete_checkpoint(self, run_id: str, checkpoint_id: str) -> None:
+        """With all its versions. `checkpoint_id` is `<kind>/<name>`. Raises `NotFound`, `InvalidInput`."""
+        await self._checkpoints.delete(await self._checkpoints.find_in_run(run_id, checkpoint_id))
+
+    async def set_checkpoint_ttl(self, run_id: str, checkpoint_id: str, ttl_seconds: int | None) -> None:
+        """Counted from now; `None` keeps it for ever."""
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+        await self._checkpoints.set_ttl(row, ttl_seconds)
+
+    async def set_published(self, run_id: str, checkpoint_id: str, public: bool) -> None:
+        """Idempotent."""
+        await self._checkpoints.set_public(await self._checkpoints.find_in_run(run_id, checkpoint_id), public)

@@ -1,0 +1,68 @@
+"""Sessions: who is there, since when silent, and why they ended."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from tinsmith.control.errors import SessionEnded
+from tinsmith.types.errors import NotFound
+
+FinishReason: TypeAlias = Literal["success", "errored", "interrupted"]
+
+MAX_ENDED = 1000
+"""Ended sessions remembered in memory, so that late requests get a reason."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Session:
+    session_id: str
+    last_seen: float
+    """Monotonic seconds."""
+    ended: SessionEnded | None = None
+    model_ids: list[str] = field(default_factory=list)
+    sampler_ids: list[str] = field(default_factory=list)
+
+
+class SessionBook:
+    def __init__(self) -> None:
+        self._live: dict[str, Session] = {}
+        self._ended: OrderedDict[str, Session] = OrderedDict()
+
+    @property
+    def live(self) -> list[Session]:
+        return list(self._live.values())
+
+    def add(self, session_id: str, now: float) -> Session:
+        self._live[session_id] = Session(session_id=session_id, last_seen=now)
+        return self._live[session_id]
+
+    def find(self, session_id: str) -> Session | None:
+        return self._live.get(session_id) or self._ended.get(session_id)
+
+    def get_live(self, session_id: str) -> Session:
+        """Raises `SessionEnded` with the reason, `NotFound` for one that this process never had."""
+        session = self.find(session_id)
+        if session is None:
+            raise NotFound(f"no session {session_id!r} in this server process")
+        if session.ended is not None:
+            raise session.ended
+        return session
+
+    def touch(self, session_id: str, now: float) -> None:
+        if (session := self._live.get(session_id)) is not None:
+            session.last_seen = now
+
+    def silent(self, now: float, timeout_s: float) -> list[Session]:
+        return [session for session in self._live.values() if now - session.last_seen >= timeout_s]
+
+    def end(self, session: Session, error: SessionEnded) -> list[Session]:
+        """The sessions that are forgotten for it."""
+        session.ended = error
+        self._live.pop(session.session_id, None)
+        self._ended[session.session_id] = session
+        forgotten = []
+        while len(self._ended) > MAX_ENDED:
+            forgotten.append(self._ended.popitem(last=False)[1])
+        return forgotten

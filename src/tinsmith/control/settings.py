@@ -1,0 +1,41 @@
+"""Limits and times of the control plane."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ControlSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Path
+    """Holds the registry and the checkpoints. One running server per folder."""
+    max_batch_tokens: int = Field(default=8192, ge=1)
+    """Training tokens handed to an engine in one `TrainBatch`; a single larger request still goes alone."""
+    seq_gap_timeout_s: float = Field(default=60.0, gt=0)
+    """How long requests wait for a missing sequence number before them."""
+    future_ttl_s: float = Field(default=3600.0, gt=0)
+    """How long a result can be fetched again after it was computed."""
+    max_retained_futures: int = Field(default=200_000, ge=1)
+    """Finished results kept; beyond it the oldest expire early."""
+    max_retained_bytes: int = Field(default=2 * 1024**3, ge=1)
+    """The same in bytes of results."""
+    max_pending_per_model: int = Field(default=10_000, ge=1)
+    max_pending_tokens_per_model: int = Field(default=16_000_000, ge=1)
+    """Training tokens that may wait in one model's queue."""
+    max_pending_samples: int = Field(default=10_000, ge=1)
+    max_live_models: int = Field(default=64, ge=1)
+    """Adapters in all engines together."""
+    session_timeout_s: float = Field(default=600.0, gt=0)
+    """A session without heartbeat, request or poll for this long is ended, and its models dropped."""
+    ephemeral_samplers_per_session: int = Field(default=64, ge=1)
+    """Unnamed sampler snapshots kept per session; beyond it the oldest is dropped."""
+    max_loaded_checkpoints: int = Field(default=32, ge=1)
+    """Checkpoint snapshots an engine holds for sampling; beyond it the least recently used is dropped and reloaded
+    when asked for."""
+    superseded_versions_kept: int = Field(default=1, ge=0)
+    """Versions of a checkpoint name kept on disk after an overwrite, the newest excluded."""
+    sweep_interval_s: float = Field(default=1.0, gt=0)
+    """How often the janitor looks for what has ended or expired."""

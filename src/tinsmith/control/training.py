@@ -1,0 +1,377 @@
+"""Models and their requests: creation, admission to the queue, and every way a model can end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import sqlalchemy as sa
+
+from tinsmith.control import records
+from tinsmith.control.admission import check_load, check_request, num_train_tokens
+from tinsmith.control.checkpoints import CheckpointStore, check_loadable
+from tinsmith.control.engines import EngineBook, EngineSlot
+from tinsmith.control.errors import ModelEnded
+from tinsmith.control.execution import Executor, check_base_model, drop_adapter
+from tinsmith.control.futures import FutureStore, RequestType
+from tinsmith.control.identity import Clock, Ids
+from tinsmith.control.models import REQUEST_TYPES, Creation, Model, ModelStatus, Work
+from tinsmith.control.records import CheckpointRow
+from tinsmith.control.registry import Registry
+from tinsmith.control.requests import (
+    CreateModel,
+    CreateModelFromCheckpoint,
+    ModelRequest,
+    Rejected,
+    Submission,
+)
+from tinsmith.control.samplers import SamplerBook
+from tinsmith.control.scheduler import Scheduler
+from tinsmith.control.sessions import Session, SessionBook
+from tinsmith.control.settings import ControlSettings
+from tinsmith.control.validation import check_optimizer_type, lora_spec
+from tinsmith.types.errors import (
+    AlreadyExists,
+    EngineDied,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    ServerError,
+    TinsmithError,
+    UserError,
+)
+from tinsmith.types.rest import GetInfoResponse, ModelData
+
+logger = logging.getLogger(__name__)
+
+INLINE_TOKENS = 1024
+"""Data up to this size are validated at once; larger ones in a thread, so that the event loop stays free."""
+
+
+class SeqGap(UserError):
+    """An earlier request of the model never came."""
+
+
+class Training:
+    def __init__(
+        self,
+        *,
+        settings: ControlSettings,
+        engines: EngineBook,
+        sessions: SessionBook,
+        samplers: SamplerBook,
+        futures: FutureStore,
+        registry: Registry,
+        checkpoints: CheckpointStore,
+        clock: Clock,
+        ids: Ids,
+    ) -> None:
+        self._settings = settings
+        self._engines = engines
+        self._sessions = sessions
+        self._futures = futures
+        self._registry = registry
+        self._checkpoints = checkpoints
+        self._clock = clock
+        self._ids = ids
+        self._models: dict[str, Model] = {}
+        self._checks: set[asyncio.Task[None]] = set()
+        self._validator = ThreadPoolExecutor(max_workers=1, thread_name_prefix="validator")
+        executor = Executor(
+            futures=futures,
+            registry=registry,
+            checkpoints=checkpoints,
+            samplers=samplers,
+            sessions=sessions,
+            clock=clock,
+            end_model=self.end_model,
+        )
+        self._schedulers = {
+            slot: Scheduler(slot, executor.execute, clock=clock, max_batch_tokens=settings.max_batch_tokens)
+            for slot in engines
+        }
+
+    # ---- creation ----
+
+    def create(self, request: CreateModel) -> Submission:
+        def plan() -> tuple[EngineSlot, Creation]:
+            slot = self._engines.resolve(request.base_model)
+            check_optimizer_type(request.optimizer_type)
+            lora = lora_spec(request.lora_config, request.alpha, slot.card, self._ids.seed)
+            return slot, Creation(lora=lora)
+
+        return self._admit_model(request, "CreateModel", plan)
+
+    async def create_from_checkpoint(self, request: CreateModelFromCheckpoint) -> Submission:
+        found: CheckpointRow | TinsmithError
+        try:
+            check_load(request.path, optimizer=request.optimizer)
+            found = await self._checkpoints.find(request.path)
+        except TinsmithError as error:
+            found = error
+
+        def plan() -> tuple[EngineSlot, Creation]:
+            if isinstance(found, TinsmithError):
+                raise found
+            check_optimizer_type(request.optimizer_type)
+            check_loadable(found, optimizer=request.optimizer)
+            slot = self._engines.resolve(request.base_model or found.base_model)
+            check_base_model(found, slot)
+            return slot, Creation(checkpoint=found, optimizer=request.optimizer)
+
+        return self._admit_model(request, "LoadWeights", plan)
+
+    def _admit_model(
+        self,
+        request: CreateModel | CreateModelFromCheckpoint,
+        request_type: RequestType,
+        plan: Callable[[], tuple[EngineSlot, Creation]],
+    ) -> Submission:
+        """Idempotent on (session, model_seq_id). A model whose plan fails is remembered as ended."""
+        session_id, model_seq_id = request.session_id, request.model_seq_id
+        model_id = f"{session_id}:train:{model_seq_id}"
+        key, fingerprint = ("model", model_id), hashlib.sha256(repr(request).encode()).digest()
+        try:
+            known = self._futures.claim(key, fingerprint, f"model_seq_id {model_seq_id} of session {session_id!r}")
+            if known is not None:
+                return Submission(request_id=known, model_id=model_id)
+            session = self._sessions.get_live(session_id)
+            self._check_new_model(model_id, model_seq_id)
+        except TinsmithError as error:
+            return Submission(request_id=self._futures.failed(request_type, error), model_id=model_id)
+        session.last_seen = self._clock.monotonic()
+        session.model_ids.append(model_id)
+        model = Model(model_id=model_id, session_id=session_id, slot=None, user_metadata=request.user_metadata)
+        self._models[model_id] = model
+        request_id = self._futures.open(request_type, key=key, fingerprint=fingerprint)
+        try:
+            slot, creation = plan()
+        except TinsmithError as error:
+            model.status = ModelStatus.ENDED
+            model.end = ModelEnded(f"model {model_id!r} could not be created: {error}")
+            self._futures.fail(request_id, error)
+            return Submission(request_id=request_id, model_id=model_id)
+        model.slot = slot
+        model.queue.push(0, Work(request_id, creation), self._clock.monotonic())
+        self._schedulers[slot].add(model)
+        self._schedulers[slot].wake()
+        return Submission(request_id=request_id, model_id=model_id)
+
+    def _check_new_model(self, model_id: str, model_seq_id: int) -> None:
+        if model_seq_id < 0:
+            raise InvalidInput(f"model_seq_id must be at least 0, not {model_seq_id!r}")
+        if model_id in self._models:
+            raise AlreadyExists(f"model {model_id!r} exists; take the next model_seq_id")
+        live = sum(model.status is not ModelStatus.ENDED for model in self._models.values())
+        if live >= self._settings.max_live_models:
+            raise Overloaded(
+                f"{live} models are live, the most this server holds; finish a session or unload a model first"
+            )
+
+    # ---- requests ----
+
+    def submit(self, request: ModelRequest, fingerprint: bytes) -> Submission:
+        """Raises `Overloaded` if the model's queue is full; every other error travels through the future."""
+        request_type, model_id = REQUEST_TYPES[type(request)], request.model_id
+        model = self._models.get(model_id)
+        if model is None:
+            return Submission(request_id=self._futures.failed(request_type, self._unknown(model_id)), model_id=model_id)
+        is_numbered = request.seq_id is not None and request.seq_id > 0
+        seq = request.seq_id if is_numbered and request.seq_id is not None else model.queue.free_seq
+        key, num_tokens = ("seq", model_id, seq), num_train_tokens(request)
+        try:
+            known = self._futures.claim(key, fingerprint, f"seq {seq} of model {model_id!r}") if is_numbered else None
+            if known is not None:
+                return Submission(request_id=known, model_id=model_id)
+            _check_takes_requests(model)
+            model.queue.check(seq)
+        except TinsmithError as error:
+            return Submission(request_id=self._futures.failed(request_type, error), model_id=model_id)
+        self._check_room(model, seq, num_tokens)
+        request_id = self._futures.open(request_type, key=key, fingerprint=fingerprint, on_poll=model.pending)
+        work = Work(request_id, request, num_tokens)
+        model.queue.push(seq, work, self._clock.monotonic())
+        model.pending_tokens += num_tokens
+        model.last_request_at, model.is_dirty = self._clock.time(), True
+        self._sessions.touch(model.session_id, self._clock.monotonic())
+        self._check(model, work, request)
+        return Submission(request_id=request_id, model_id=model_id)
+
+    def _check_room(self, model: Model, seq: int, num_tokens: int) -> None:
+        """The request that others wait for is always let in: else a full queue could never empty."""
+        if model.queue.fills_gap(seq) or not model.queue:
+            return
+        settings = self._settings
+        if len(model.queue) >= settings.max_pending_per_model:
+            raise Overloaded(
+                f"{len(model.queue)} requests of model {model.model_id!r} are waiting, the most this server takes"
+            )
+        if model.pending_tokens + num_tokens > settings.max_pending_tokens_per_model:
+            raise Overloaded(
+                f"requests of {model.pending_tokens} tokens of model {model.model_id!r} are waiting; "
+                f"this server takes at most {settings.max_pending_tokens_per_model}"
+            )
+
+    def _check(self, model: Model, work: Work, request: ModelRequest) -> None:
+        if isinstance(request, Rejected) or work.num_tokens <= INLINE_TOKENS:
+            self._settle_check(model, work, self._find_fault(request, model))
+            return
+        work.is_checked = False
+        task = asyncio.create_task(self._check_aside(model, work, request))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    async def _check_aside(self, model: Model, work: Work, request: ModelRequest) -> None:
+        loop = asyncio.get_running_loop()
+        fault = await loop.run_in_executor(self._validator, self._find_fault, request, model)
+        self._settle_check(model, work, fault)
+
+    def _find_fault(self, request: ModelRequest, model: Model) -> TinsmithError | None:
+        try:
+            check_request(request, _slot(model).card)
+        except TinsmithError as error:
+            return error
+        except Exception as error:
+            logger.exception("validation failed inside the server")
+            return ServerError(f"internal error in validation: {error!r}; the server's log has the details")
+        return None
+
+    def _settle_check(self, model: Model, work: Work, fault: TinsmithError | None) -> None:
+        work.is_checked = True
+        if fault is not None:
+            work.is_void = True
+            self._futures.fail(work.request_id, fault)
+        self._schedulers[_slot(model)].wake()
+
+    def _unknown(self, model_id: str) -> TinsmithError:
+        try:
+            run = self._registry.read_now(lambda c: records.run(c, model_id))
+        except TinsmithError as error:
+            return error
+        if run is None:
+            return NotFound(f"no model {model_id!r}")
+        return ModelEnded(
+            f"model {model_id!r} has ended; its checkpoints remain, and a new model can be created from them"
+        )
+
+    def info(self, model_id: str) -> GetInfoResponse:
+        """Raises `NotFound`, or `ModelEnded` with the reason."""
+        model = self._models.get(model_id)
+        if model is None:
+            raise self._unknown(model_id)
+        if model.end is not None or model.slot is None:
+            raise model.end or self._unknown(model_id)
+        card = model.slot.card
+        return GetInfoResponse(
+            model_id=model_id,
+            model_data=ModelData(arch=card.architecture, model_name=card.name, tokenizer_id=card.source),
+            is_lora=True,
+            lora_rank=None if model.lora is None else model.lora.rank,
+            model_name=card.name,
+        )
+
+    def last_request_at(self, model_id: str) -> float | None:
+        model = self._models.get(model_id)
+        return model.last_request_at if model is not None and model.is_dirty else None
+
+    # ---- endings ----
+
+    def end_model(self, model: Model, error: TinsmithError) -> None:
+        """Fail what waits, forget the adapter. What an engine works on is answered by the engine. Idempotent."""
+        if model.status is ModelStatus.ENDED:
+            return
+        model.status, model.end = ModelStatus.ENDED, error
+        for work in model.queue.clear():
+            self._futures.fail(work.request_id, error)
+        model.pending_tokens = 0
+        if model.slot is not None:
+            drop_adapter(model)
+            self._schedulers[model.slot].remove(model)
+        at = self._clock.time()
+        self._registry.post(lambda c: records.update_run(c, model.model_id, ended_at=at))
+
+    def close_models(self, session: Session) -> None:
+        """The session was finished: do what waits, then end its models."""
+        for model in self._of(session):
+            if model.status is not ModelStatus.ENDED:
+                model.status = ModelStatus.CLOSING
+        self.end_drained()
+
+    def drop_models(self, session: Session, error: TinsmithError) -> None:
+        """The session is dead: nobody waits for what waits."""
+        for model in self._of(session):
+            self.end_model(model, error)
+
+    def end_drained(self) -> None:
+        for model in self._models.values():
+            if model.status is ModelStatus.CLOSING and model.is_drained:
+                session = self._sessions.find(model.session_id)
+                reason = session.ended if session is not None else None
+                self.end_model(model, reason or ModelEnded(f"model {model.model_id!r} ended with its session"))
+
+    def forget(self, sessions: Iterable[Session]) -> None:
+        for session in sessions:
+            for model_id in session.model_ids:
+                self._models.pop(model_id, None)
+
+    def give_up_gaps(self) -> None:
+        timeout_s = self._settings.seq_gap_timeout_s
+        for model in self._models.values():
+            gap = model.queue.give_up_gap(self._clock.monotonic(), timeout_s)
+            if gap is None:
+                continue
+            error = SeqGap(
+                f"request seq {gap.missing} of model {model.model_id!r} did not come within {timeout_s:g} s; "
+                f"the requests after it were given up. The next seq is {model.queue.next_seq}"
+            )
+            for work in gap.items:
+                model.pending_tokens -= work.num_tokens
+                self._futures.fail(work.request_id, error)
+
+    def engine_died(self, slot: EngineSlot, error: EngineDied) -> None:
+        for model in list(self._models.values()):
+            if model.slot is slot:
+                for request_id in tuple(model.running):
+                    self._futures.fail(request_id, error)
+                self.end_model(model, error)
+
+    async def flush_activity(self) -> None:
+        """Note in the registry when runs were last used."""
+        dirty = [model for model in self._models.values() if model.is_dirty and model.lora is not None]
+        moments = {model.model_id: model.last_request_at for model in dirty}
+
+        def work(connection: sa.Connection) -> None:
+            for run_id, at in moments.items():
+                records.update_run(connection, run_id, last_request_at=at)
+
+        if moments:
+            await self._registry.write(work)
+        for model in dirty:
+            model.is_dirty = model.last_request_at != moments[model.model_id]
+
+    async def close(self) -> None:
+        """Wait for what engines work on; what waits was failed by the caller."""
+        for scheduler in self._schedulers.values():
+            await scheduler.drain()
+        if self._checks:
+            await asyncio.wait(self._checks)
+        self._validator.shutdown()
+
+    def _of(self, session: Session) -> list[Model]:
+        return [self._models[model_id] for model_id in session.model_ids if model_id in self._models]
+
+
+def _check_takes_requests(model: Model) -> None:
+    if model.end is not None:
+        raise model.end
+    if not model.takes_requests:
+        raise ModelEnded(f"model {model.model_id!r} takes no more requests: its session was finished")
+
+
+def _slot(model: Model) -> EngineSlot:
+    if model.slot is None:
+        raise AssertionError(f"model {model.model_id!r} has no engine and takes no requests")
+    return model.slot
