@@ -1,0 +1,150 @@
+"""The training port over any server that speaks the Tinker API, or over the one embedded in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from urllib.parse import parse_qsl, urlencode
+
+from tinsmith.data import ChatTokenizer
+from tinsmith.kitchen.ports import CheckpointPaths, Pending, Sampler, SessionSpec, TrainingSession
+from tinsmith.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    ModelInput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+)
+from tinsmith.types.engine_options import ModelSource
+
+if TYPE_CHECKING:
+    from tinsmith.client import SamplingClient, TrainingClient
+
+CLOSE_TIMEOUT_S = 10.0
+
+
+def open_backend(*, base_url: str | None, model: str, store: Path | None = None) -> TinkerBackend:
+    """Connect to `base_url`, or to the server that the environment names, or to an embedded engine.
+
+    An embedded engine loads `model` and keeps its checkpoints in `store` (`None`: in the user's data folder), unless
+    the URL itself says otherwise. Raises `InvalidInput` if `model` looks like a folder and is none.
+    """
+    from tinsmith.client.config import is_local_url, resolve_config
+
+    url = resolve_config(base_url=base_url).base_url
+    if not is_local_url(url):
+        return TinkerBackend(url, location=url)
+    in_own_store = store is not None and "data_dir" not in _options(url)
+    return TinkerBackend(_complete(url, model=model, store=store), location=None if in_own_store else url)
+
+
+def _complete(url: str, *, model: str, store: Path | None) -> str:
+    options = _options(url)
+    if "base_model" not in options:
+        options["base_model"] = [model]
+    if store is not None:
+        options.setdefault("data_dir", [str(store.absolute())])
+    return "local:?" + urlencode(options, doseq=True)
+
+
+def _options(url: str) -> dict[str, list[str]]:
+    options: dict[str, list[str]] = {}
+    for name, value in parse_qsl(url.partition("?")[2], keep_blank_values=True):
+        options.setdefault(name, []).append(value)
+    return options
+
+
+class TinkerBackend:
+    """One service client, and with it one session on the server."""
+
+    def __init__(self, base_url: str, *, location: str | None, api_key: str | None = None) -> None:
+        from tinsmith.client import ServiceClient
+
+        self._service = ServiceClient(base_url=base_url, api_key=api_key)
+        self.base_url = base_url
+        self._location = location
+
+    @property
+    def location(self) -> str | None:
+        return self._location
+
+    def start_session(self, spec: SessionSpec) -> TrainingSession:
+        metadata = dict(spec.metadata)
+        if spec.resume_from is not None:
+            client = self._service.create_training_client_from_state_with_optimizer(
+                spec.resume_from, user_metadata=metadata
+            ).result()
+        else:
+            client = self._service.create_lora_training_client(
+                _served_name(spec.model, self.base_url), rank=spec.lora_rank, seed=spec.seed, user_metadata=metadata
+            ).result()
+        return TinkerSession(client=client)
+
+    def open_sampler(self, model: str) -> Sampler:
+        if model.startswith("tinker://"):
+            return TinkerSampler(client=self._service.create_sampling_client(model_path=model).result())
+        name = _served_name(model, self.base_url)
+        return TinkerSampler(client=self._service.create_sampling_client(base_model=name).result())
+
+    def close(self, *, failed: bool = False) -> None:
+        self._service.close("errored" if failed else "success").result(timeout=CLOSE_TIMEOUT_S)
+
+
+def _served_name(model: str, base_url: str) -> str:
+    """What the server calls `model`: an embedded one was given it as ID, FOLDER or NAME=FOLDER."""
+    return ModelSource.parse(model).name if base_url.startswith("local:") else model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinkerSession:
+    client: TrainingClient
+
+    @property
+    def run_id(self) -> str:
+        return str(self.client.model_id)
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return cast(ChatTokenizer, self.client.get_tokenizer())
+
+    def forward_backward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]:
+        return self.client.forward_backward(list(data), loss_fn)
+
+    def forward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]:
+        return self.client.forward(list(data), loss_fn)
+
+    def optim_step(self, params: AdamParams) -> Pending[OptimStepResponse]:
+        return self.client.optim_step(params)
+
+    def save(self, name: str) -> Pending[CheckpointPaths]:
+        return _BothSaved(state=self.client.save_state(name), sampler=self.client.save_weights_for_sampler(name))
+
+    def sampler(self) -> Sampler:
+        return TinkerSampler(client=self.client.save_weights_and_get_sampling_client())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BothSaved:
+    state: Pending[SaveWeightsResponse]
+    sampler: Pending[SaveWeightsForSamplerResponse]
+
+    def result(self, timeout: float | None = None) -> CheckpointPaths:
+        return CheckpointPaths(state=self.state.result(timeout).path, sampler=self.sampler.result(timeout).path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinkerSampler:
+    client: SamplingClient
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return cast(ChatTokenizer, self.client.get_tokenizer())
+
+    def sample(self, prompt: Sequence[int], params: SamplingParams, *, num_samples: int) -> Pending[SampleResponse]:
+        return self.client.sample(ModelInput.from_ints(prompt), num_samples, params)

@@ -1,0 +1,135 @@
+"""Configs from files and `key=value` words, and their keys as a person reads them.
+
+A config is a frozen pydantic model; this module knows nothing of any particular one.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from tinsmith.kitchen.errors import ConfigError
+
+
+class RecipeConfig(BaseModel):
+    """Base of all recipe configs: immutable, no unknown keys, each field documented by the string under it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigKey:
+    name: str
+    type: str
+    default: str
+    """As one would type it, or `required`."""
+    doc: str
+
+
+def config_keys(config_type: type[RecipeConfig]) -> list[ConfigKey]:
+    return [
+        ConfigKey(
+            name=name,
+            type=_type_text(field.annotation),
+            default="required" if field.is_required() else _value_text(field.default),
+            doc=field.description or "",
+        )
+        for name, field in config_type.model_fields.items()
+    ]
+
+
+def make_config(config_type: type[ConfigT], overrides: Sequence[str], *, file: Path | None = None) -> ConfigT:
+    """A complete config: defaults, then `file` (TOML, YAML or JSON), then `key=value` words.
+
+    Raises `ConfigError` naming every bad key and value.
+    """
+    values = {} if file is None else dict(read_config_file(file))
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+        field = config_type.model_fields.get(key)
+        values[key] = None if field is not None and _means_none(text, field) else text
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, config_type)) from error
+
+
+def read_config_file(path: Path) -> Mapping[str, Any]:
+    """Raises `ConfigError` for a file that is missing, of another kind, or holds no mapping."""
+    readers: dict[str, Callable[[str], Any]] = {
+        ".toml": tomllib.loads,
+        ".json": json.loads,
+        ".yaml": _load_yaml,
+        ".yml": _load_yaml,
+    }
+    if path.suffix not in readers:
+        raise ConfigError(f"config file {str(path)!r} must end in {', '.join(readers)}")
+    try:
+        values = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"config file {str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {str(path)!r} must hold keys and values, not {type(values).__name__}")
+    return values
+
+
+def _load_yaml(text: str) -> Any:
+    try:
+        yaml: Any = import_module("yaml")
+    except ImportError as error:
+        raise ConfigError("reading YAML needs the package pyyaml; install it, or write the config as TOML") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _means_none(text: str, field: FieldInfo) -> bool:
+    return text.lower() in ("none", "null") and type(None) in get_args(field.annotation)
+
+
+def _explain(error: ValidationError, config_type: type[RecipeConfig]) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        match problem["type"]:
+            case "extra_forbidden":
+                lines.append(f"unknown key {key!r}; the keys are {', '.join(config_type.model_fields)}")
+            case "missing":
+                lines.append(f"key {key!r} is required: {config_type.model_fields[key].description}")
+            case _ if not key:
+                lines.append(problem["msg"].removeprefix("Value error, "))
+            case _:
+                lines.append(f"{key}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return "|".join(_type_text(choice) for choice in get_args(annotation))
+    names = {type(None): "none", str: "text", Path: "path", bool: "true|false"}
+    return names.get(annotation) or str(annotation.__name__)
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
