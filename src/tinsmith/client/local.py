@@ -40,6 +40,14 @@ class LocalStack:
         opened: httpx2.AsyncBaseTransport = transport
         return opened
 
+    @property
+    def has_failed(self) -> bool:
+        return self._opened.done() and self._opened.exception() is not None
+
+    async def ready(self) -> None:
+        """Wait until the server runs, however long its model takes to load; raises what kept it from starting."""
+        await wait_for_outcome(self._opened)
+
     async def exchange(self, request: httpx2.Request) -> httpx2.Response:
         """Serve one request. Called on a client's loop; cancelling it cancels the server's work on it."""
         transport = await wait_for_outcome(self._opened)
@@ -85,15 +93,23 @@ class LocalTransport(httpx2.AsyncBaseTransport):
 
     def __init__(self, url: str) -> None:
         with _lock:
-            self._stack = _stacks.get(url)
-            if self._stack is None:
-                self._stack = _stacks[url] = LocalStack(url)
-            self._stack.users += 1
+            stack = _stacks.get(url)
+            if stack is None or stack.has_failed:
+                stack = _stacks[url] = LocalStack(url)
+            stack.users += 1
+        self._stack: LocalStack | None = stack
+
+    async def ready(self) -> None:
+        await self._open_stack.ready()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return await self._open_stack.exchange(request)
+
+    @property
+    def _open_stack(self) -> LocalStack:
         if self._stack is None:
             raise RuntimeError("this way into the embedded server is closed")
-        return await self._stack.exchange(request)
+        return self._stack
 
     async def aclose(self) -> None:
         with _lock:
@@ -103,5 +119,6 @@ class LocalTransport(httpx2.AsyncBaseTransport):
             stack.users -= 1
             if stack.users:
                 return
-            _stacks.pop(stack.url, None)
+            if _stacks.get(stack.url) is stack:
+                del _stacks[stack.url]
         await wait_for_outcome(stack.close())

@@ -161,8 +161,11 @@ class Link:
     async def _configure(self) -> None:
         if self._configured:
             return
+        http = self.http
+        if self._local is not None:
+            await self._local.ready()
         call = post("client/config", {"sdk_version": PROTOCOL_VERSION}, pool=Pool.SESSION)
-        self.flags = await self.http.send_for(call, ServerFlags, self._startup_retry())
+        self.flags = await http.send_for(call, ServerFlags, self._startup_retry())
         if self.flags.pjwt_auth_enabled:
             raise ConfigurationError(
                 f"the server at {self.config.shown_url} wants keys exchanged for tokens (pjwt_auth_enabled), "
