@@ -7,6 +7,7 @@ for minutes, so no permanent error may have them; 429 slows the client down.
 from __future__ import annotations
 
 import secrets
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,10 +62,12 @@ def error_response(error: TinsmithError) -> Response:
 def new_incident(error: BaseException, **facts: Any) -> InternalError:
     """Log an unforeseen error with its traceback; the returned error names it without telling what happened inside.
 
-    `facts` must hold no header and no body: those carry keys and data.
+    `facts` must hold no header and no body: those carry keys and data. For the same reason the traceback is formatted
+    here: structlog's own, with rich installed, prints the local variables.
     """
     incident = secrets.token_hex(6)
-    log.error("unforeseen error", incident=incident, exc_info=error, **facts)
+    trace = "".join(traceback.format_exception(error))
+    log.error("unforeseen error", incident=incident, traceback=trace, **facts)
     return InternalError(f"internal error {incident}; the server's log has the details")
 
 
