@@ -173,6 +173,7 @@ class CheckpointStore:
             and (folder := path.relative_to(self._data_dir).as_posix()) not in kept
         ]
         await self._remove_folders(orphans)
+        await asyncio.to_thread(_remove_empty, root)
         return len(orphans)
 
     async def _remove_folders(self, folders: list[str]) -> None:
@@ -210,9 +211,15 @@ def _file_safe(name: str) -> str:
 def _remove_folder(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
-        folder.parent.rmdir()  # the name's folder, if this was its last version
     except FileNotFoundError:
         pass  # removed before
     except OSError as error:
-        if folder.exists():
-            logger.warning("cannot remove checkpoint folder %s: %s", folder, error)
+        logger.warning("cannot remove checkpoint folder %s: %s", folder, error)
+
+
+def _remove_empty(root: Path) -> None:
+    """Folders of names, kinds and runs that hold nothing any more. Only while no save can run."""
+    for pattern in ("*/*/*", "*/*", "*"):
+        for folder in root.glob(pattern):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()

@@ -85,8 +85,15 @@ class EngineBook:
         await asyncio.gather(*(handle.close() for handle in self._handles))
 
     def resolve(self, base_model: str) -> EngineSlot:
-        """By full name first, then by what stands before a `:suffix`. Raises `NotFound` listing what exists."""
+        """By full name first, then by what stands before a `:suffix`.
+
+        Raises `NotFound` listing what exists, or `EngineDied`.
+        """
         for name in (base_model, base_model.partition(":")[0]):
             if name in self._slots:
-                return self._slots[name]
+                slot = self._slots[name]
+                slot.check_alive()
+                if slot.dead is not None:
+                    raise slot.dead
+                return slot
         raise NotFound(f"no base model {base_model!r} on this server; it has: {', '.join(self._slots) or 'none'}")

@@ -157,7 +157,7 @@ class Executor:
         load = LoadAdapter(model_id=model.model_id, folder=folder, optimizer=operation.optimizer)
         lora: LoraSpec = await _slot(model).call(load)
         model.lora, model.parent = lora, row.checkpoint_id
-        await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora)))
+        await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora), corrupted=False))
         return LoadWeightsResponse(path=operation.path, model_id=model.model_id)
 
     # ---- saving ----

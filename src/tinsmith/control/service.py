@@ -6,6 +6,7 @@ One event loop; plain (non-async) methods only touch memory. Errors of a queued 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 
 from tinsmith.control import records
@@ -158,13 +159,13 @@ class Control:
         await self._janitor.close()
         for session in self._sessions.live:
             self._end(session, "interrupted", "the server was stopped", drop=True)
-        try:
+        with contextlib.suppress(TimeoutError):  # the engines' close fails what is left
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._training.close()
-        except TimeoutError:
-            pass  # the engines' close fails what is left
+                await self._training.drain()
         await self._sampling.close()
         await self._engines.close()
+        await self._training.drain()
+        self._training.close()
         self._futures.fail_all(ServerError("the server was stopped"))
         await self._training.flush_activity()
         await asyncio.to_thread(self._registry.close)

@@ -352,12 +352,14 @@ class Training:
         for model in dirty:
             model.is_dirty = model.last_request_at != moments[model.model_id]
 
-    async def close(self) -> None:
-        """Wait for what engines work on; what waits was failed by the caller."""
+    async def drain(self) -> None:
+        """Wait for what engines work on; the caller has ended all models."""
         for scheduler in self._schedulers.values():
             await scheduler.drain()
         if self._checks:
             await asyncio.wait(self._checks)
+
+    def close(self) -> None:
         self._validator.shutdown()
 
     def _of(self, session: Session) -> list[Model]:
