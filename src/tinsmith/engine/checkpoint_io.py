@@ -164,15 +164,23 @@ def _verified_record(folder: Path) -> dict[str, Any]:
         raise NotFound(f"there is no checkpoint {folder.name!r} (no {RECORD} in its folder)")
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
-        entries = record["files"]
         if record["format"] > FORMAT:
             raise InvalidInput(f"checkpoint {folder.name!r} has format {record['format']}; this version reads {FORMAT}")
-        for name, entry in entries.items():
-            if (found := hashlib.sha256((folder / name).read_bytes()).hexdigest()) != entry["sha256"]:
-                raise CheckpointDamaged(f"{name} of checkpoint {folder.name!r} is damaged: its hash is {found[:12]}…")
+        for name, entry in record["files"].items():
+            _verify(folder, name, entry["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointDamaged(f"checkpoint {folder.name!r} cannot be read: {error!r}") from error
+        raise CheckpointDamaged(f"{RECORD} of checkpoint {folder.name!r} cannot be read: {error!r}") from error
     return record
+
+
+def _verify(folder: Path, name: str, sha256: str) -> None:
+    where = f"{name} of checkpoint {folder.name!r}"
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise CheckpointDamaged(f"{where} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointDamaged(f"{where} is damaged: it does not match its hash")
 
 
 def _fill(flat_P: Tensor, layout: LoraLayout, stored: Mapping[str, Tensor], folder: Path, *, name: Any) -> None:

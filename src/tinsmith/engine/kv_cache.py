@@ -97,8 +97,9 @@ class KVCache:
 
     def write(self, layer: int, plan: CachePlan, k_TKD: Tensor, v_TKD: Tensor) -> None:
         if layer not in self._keys:
-            self._keys[layer] = self._pool(k_TKD)
-            self._values[layer] = self._pool(v_TKD)
+            with torch.inference_mode(False):  # pools outlive the pass that first writes to them
+                self._keys[layer] = self._pool(k_TKD)
+                self._values[layer] = self._pool(v_TKD)
         self._keys[layer].index_copy_(0, plan.slots_T, k_TKD)
         self._values[layer].index_copy_(0, plan.slots_T, v_TKD)
 

@@ -300,7 +300,8 @@ class Sampler:
             return batch, logits_BV
         broken = {request for (request, _), finite in zip(batch, finite_B, strict=True) if not finite}
         for request in broken:
-            self._fail(request, UserError("the adapter computes logits that are not finite; nothing can be drawn"))
+            error = UserError("the adapter computes logits that are not finite; nothing can be drawn")
+            self._fail(request, error, scrub=True)
         keep = [i for i, (request, _) in enumerate(batch) if request not in broken]
         return [batch[i] for i in keep], logits_BV[torch.tensor(keep, dtype=torch.int64, device=logits_BV.device)]
 
@@ -314,9 +315,9 @@ class Sampler:
         if sequence.stop_reason is not None:
             self._cache.release(sequence.table)
 
-    def _fail(self, request: _Request, error: TinsmithError) -> None:
+    def _fail(self, request: _Request, error: TinsmithError, *, scrub: bool = False) -> None:
         for sequence in request.sequences:
-            self._cache.release(sequence.table, scrub=True)
+            self._cache.release(sequence.table, scrub=scrub)
         if request in self._running:
             self._running.remove(request)
         if request in self._waiting:

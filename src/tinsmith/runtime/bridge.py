@@ -23,7 +23,7 @@ class OpenCalls:
         return call
 
     def resolve(self, ticket: int, outcome: object) -> None:
-        """Set the result, or the exception if the outcome is a `TinsmithError`. Answers nobody waits for are dropped."""
+        """Set the result, or the exception if it is a `TinsmithError`. Answers nobody waits for are dropped."""
         future = self._futures.pop(ticket, None)
         if future is None or future.done():
             return

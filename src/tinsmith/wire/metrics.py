@@ -1,4 +1,4 @@
-"""Metric reduction, where clients look for it. It lives with the types because the engine merges micro-batches with it."""
+"""Metric reduction, where clients look for it; it lives with the types because the engine merges passes with it."""
 
 from tinsmith.types.metrics import REDUCTIONS, merge_metrics, reduction_of
 

@@ -1,0 +1,185 @@
+"""What one tenant does never reaches another's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.numerics.driver import Driver, item, random_datum, rl_datum, sample_operation
+from tinsmith.engine import trainer as trainer_module
+from tinsmith.types.errors import AdapterCorrupted, NotFound, ServerError, TinsmithError
+from tinsmith.types.operations import CancelSample, OptimStep, PublishSnapshot, TrainBatch, TrainItem
+from tinsmith.types.params import AdamParams
+
+TENANTS = {
+    "a": (4, "cross_entropy", {}),
+    "b": (9, "ppo", {"train_mlp": False}),
+    "c": (1, "dro", {"train_unembed": False}),
+}
+
+
+def test_adapters_trained_in_one_batch_equal_each_trained_alone(qwen_folder: Path) -> None:
+    together = Driver(qwen_folder, max_micro_batch_tokens=100)
+    for name in TENANTS:
+        open_tenant(together, name)
+    for step in range(4):
+        together.train(*(training_item(name, step) for name in TENANTS))
+        for name in TENANTS:
+            together.step(name, learning_rate=3e-3)
+    for name in TENANTS:
+        alone = Driver(qwen_folder)
+        open_tenant(alone, name)
+        for step in range(4):
+            alone.train(training_item(name, step))
+            alone.step(name, learning_rate=3e-3)
+        assert np.abs(together.weights(name) - alone.weights(name)).max() <= 1e-5
+
+
+def test_optimizer_steps_of_one_leave_the_other_bitwise_unchanged(driver: Driver) -> None:
+    rng = np.random.default_rng(0)
+    driver.create("a")
+    driver.create("b")
+    driver.train(item("a", random_datum(rng, 20)), item("b", random_datum(rng, 20)))
+    weights, grads = driver.weights("a"), driver.grads("a")
+    driver.step("b", learning_rate=0.1, weight_decay=0.5)
+    assert np.array_equal(driver.weights("a"), weights)
+    assert np.array_equal(driver.grads("a"), grads)
+
+
+def test_a_tenants_nan_stays_with_the_tenant(qwen_folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    datum = random_datum(rng, 20)
+    alone, beside = Driver(qwen_folder), Driver(qwen_folder)
+    for driver in (alone, beside):
+        driver.create("a")
+    beside.create("b")
+    beside.engine._adapters["b"].weights.flat_P.fill_(float("nan"))
+    alone.train(item("a", datum))
+    beside.train(item("b", random_datum(rng, 30)), item("a", datum), item("b", random_datum(rng, 3)))
+    assert np.abs(alone.grads("a") - beside.grads("a")).max() <= 1e-5 * np.abs(alone.grads("a")).max()
+    before = beside.weights("b")
+    with pytest.raises(AdapterCorrupted, match=r"'b' refuses further training.*nan"):
+        beside.step("b")
+    assert np.array_equal(beside.weights("b"), before, equal_nan=True)
+    outcomes = beside(TrainBatch(items=(item("b", datum), item("a", datum))))
+    assert isinstance(outcomes[0], AdapterCorrupted)
+    assert not isinstance(outcomes[1], TinsmithError)
+    assert beside.step("a")["step_applied"] == 1
+
+
+def test_a_pass_that_fails_fails_only_the_guilty_and_loses_no_gradient(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(2)
+    for name in ("a", "b"):
+        driver.create(name)
+        driver.train(item(name, random_datum(rng, 10)))
+    good, bad = random_datum(rng, 15), random_datum(rng, 66)
+    expected, kept = driver.grads("a"), driver.grads("b")
+    driver.create("reference")
+    driver.train(item("reference", good))
+    real_pack = trainer_module.pack
+
+    def faulty_pack(pieces: list[object], device: torch.device) -> object:
+        rows = real_pack(pieces, device)
+        if 66 in rows.lengths:
+            raise RuntimeError("out of memory")
+        return rows
+
+    monkeypatch.setattr(trainer_module, "pack", faulty_pack)
+    outcomes = driver(TrainBatch(items=(item("a", good), item("b", good, bad), item("ghost", good))))
+    assert outcomes[0].metrics["tokens:sum"] == 15
+    assert isinstance(outcomes[1], ServerError)
+    assert "out of memory" in str(outcomes[1])
+    assert isinstance(outcomes[2], NotFound)
+    assert np.abs(driver.grads("a") - expected - driver.grads("reference")).max() <= 1e-5 * np.abs(expected).max()
+    assert np.array_equal(driver.grads("b"), kept)
+
+
+def test_a_bad_sample_fails_alone(driver: Driver) -> None:
+    driver.create("broken")
+    driver.engine._adapters["broken"].weights.flat_P.fill_(float("nan"))
+    driver(PublishSnapshot(model_id="broken", snapshot_id="broken"))
+    alone = driver.sample([5, 6, 7], seed=3, max_tokens=12)
+    beside = driver.all(
+        [
+            sample_operation([9, 9], snapshot_id="broken", max_tokens=12),
+            sample_operation([5, 6, 7], seed=3, max_tokens=12),
+            sample_operation([9, 9], snapshot_id="nowhere"),
+        ]
+    )
+    assert "not finite" in str(beside[0])
+    assert beside[1].sequences[0].tokens == alone.sequences[0].tokens
+    assert isinstance(beside[2], NotFound)
+    # the cache blocks that held NaN are clean for the next borrower
+    again = driver.sample([5, 6, 7], seed=3, max_tokens=12)
+    assert again.sequences[0].tokens == alone.sequences[0].tokens
+
+
+def test_a_snapshot_never_moves_and_sampling_it_disturbs_no_training(qwen_folder: Path) -> None:
+    rng = np.random.default_rng(3)
+    data = [random_datum(rng, 25) for _ in range(4)]
+    sampled, quiet = Driver(qwen_folder), Driver(qwen_folder)
+    for driver in (sampled, quiet):
+        driver.create("m")
+        driver.train(item("m", *data))
+        driver.step("m", learning_rate=0.05)
+    digest = sampled(PublishSnapshot(model_id="m", snapshot_id="s"))
+    first = sampled.sample([3, 4], snapshot_id="s", seed=1, max_tokens=20, num_samples=3)
+    for driver in (sampled, quiet):
+        driver.train(item("m", *data))
+        driver.step("m", learning_rate=0.05)
+    second = sampled.sample([3, 4], snapshot_id="s", seed=1, max_tokens=20, num_samples=3)
+    assert [s.tokens for s in first.sequences] == [s.tokens for s in second.sequences]
+    assert [s.logprobs for s in first.sequences] == [s.logprobs for s in second.sequences]
+    assert sampled(PublishSnapshot(model_id="m", snapshot_id="t")) != digest
+    assert np.array_equal(sampled.weights("m"), quiet.weights("m"))
+
+
+def test_training_and_sampling_take_turns(driver: Driver) -> None:
+    """A long training batch does not hold up samples, nor the other way round."""
+    rng = np.random.default_rng(4)
+    driver.create("m")
+    engine = driver.engine
+    long_batch = TrainBatch(items=(item("m", *(random_datum(rng, 200) for _ in range(400))),))
+    engine.accept(0, long_batch)
+    for ticket in range(1, 21):
+        engine.accept(ticket, sample_operation([1, 2, 3], max_tokens=3, seed=ticket))
+    finished = [ticket for _ in range(5000) for ticket, _ in engine.work()]
+    assert finished.index(0) > finished.index(1)
+    endless = [sample_operation([1, 2, 3], max_tokens=200, stop_token_ids=(), seed=s) for s in range(50)]
+    for ticket, operation in enumerate(endless):
+        engine.accept(ticket, operation)
+    engine.accept(99, TrainBatch(items=(item("m", random_datum(rng, 5)),)))
+    engine.accept(98, OptimStep(model_id="m", params=AdamParams()))
+    finished = [ticket for _ in range(5000) for ticket, _ in engine.work()]
+    assert finished[:2] == [99, 98]
+    assert sorted(finished[2:]) == list(range(50))
+
+
+def test_a_cancelled_sample_frees_its_place(driver: Driver) -> None:
+    free = driver.engine._sampler._cache.num_free_blocks
+    engine = driver.engine
+    engine.accept(0, sample_operation([1, 2, 3], max_tokens=200))
+    engine.work()
+    engine.accept(1, CancelSample(ticket=0))
+    outcomes = dict(engine.work() + engine.work())
+    assert "cancelled" in str(outcomes[0])
+    assert outcomes[1] is None
+    assert not engine.has_work
+    assert driver.engine._sampler._cache.num_free_blocks == free
+
+
+def open_tenant(driver: Driver, name: str) -> None:
+    rank, _, flags = TENANTS[name]
+    driver.create(name, rank=rank, seed=rank, **flags)
+
+
+def training_item(name: str, step: int) -> TrainItem:
+    rng = np.random.default_rng([step, *name.encode()])
+    _, loss_fn, _ = TENANTS[name]
+    make = random_datum if loss_fn == "cross_entropy" else rl_datum
+    return item(name, *(make(rng, int(n)) for n in rng.integers(1, 40, 6)), loss_fn=loss_fn)

@@ -1,0 +1,166 @@
+"""Drawn tokens and their log-probabilities against `generate`, the trainer, and their own definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.numerics.driver import VOCAB, Driver, item, plain_model, random_datum, sample_operation
+from tinsmith.engine.token_choice import ChoiceRule, choose, uniform
+from tinsmith.types import Datum, ModelInput
+from tinsmith.types.operations import PublishSnapshot
+
+
+@pytest.fixture
+def trained(driver: Driver) -> Driver:
+    """With a snapshot `s` of a trained adapter."""
+    rng = np.random.default_rng(0)
+    driver.create("m", rank=3)
+    for _ in range(3):
+        driver.train(item("m", *(random_datum(rng, 30) for _ in range(3))))
+        driver.step("m", learning_rate=0.02)
+    driver(PublishSnapshot(model_id="m", snapshot_id="s"))
+    return driver
+
+
+def test_temperature_zero_equals_generate(any_folder: Path) -> None:
+    driver, plain, rng = Driver(any_folder), plain_model(any_folder), np.random.default_rng(1)
+    prompts = [rng.integers(2, VOCAB, n).tolist() for n in (1, 5, 16, 17, 40)]
+    operations = [sample_operation(p, temperature=0.0, max_tokens=40, stop_token_ids=(1,)) for p in prompts]
+    for prompt, response in zip(prompts, driver.all(operations), strict=True):
+        expected = plain.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=1, pad_token_id=0
+        )[0, len(prompt) :]
+        assert response.sequences[0].tokens == expected.tolist()
+
+
+def test_sampler_log_probs_equal_the_trainers(trained: Driver) -> None:
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (1, 15, 16, 31)]
+    responses = trained.all(
+        [
+            sample_operation(p, snapshot_id="s", num_samples=3, max_tokens=30, seed=5, prompt_logprobs=True)
+            for p in prompts
+        ]
+    )
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert len(response.prompt_logprobs_np) == len(prompt)
+        assert np.isnan(response.prompt_logprobs_np[0])
+        for sequence in response.sequences:
+            expected = trainer_logprobs(trained, prompt + sequence.tokens)
+            assert np.abs(sequence.logprobs_np - expected[len(prompt) - 1 :]).max() <= 1e-4
+            if len(prompt) > 1:
+                assert np.abs(response.prompt_logprobs_np[1:] - expected[: len(prompt) - 1]).max() <= 1e-4
+
+
+def test_log_probs_are_those_of_the_scaled_full_distribution(trained: Driver, qwen_folder: Path) -> None:
+    plain = plain_model(qwen_folder)
+    prompt = [3, 1, 4, 1, 5]
+    for temperature, top_k, top_p in [(0.5, -1, 1.0), (2.0, 3, 1.0), (1.0, -1, 0.4), (0.0, -1, 1.0)]:
+        response = trained.sample(prompt, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=10)
+        tokens = response.sequences[0].tokens
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / (temperature or 1.0), -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert np.abs(response.sequences[0].logprobs_np - expected.numpy()).max() <= 1e-4
+
+
+def test_the_same_seed_draws_the_same_tokens_in_any_company(trained: Driver) -> None:
+    prompt = list(range(2, 20))
+    alone = trained.sample(prompt, seed=11, num_samples=4, max_tokens=25, snapshot_id="s")
+    crowd = [
+        sample_operation(list(range(n, n + 7)), seed=n, max_tokens=n % 40 + 1, snapshot_id="s" if n % 2 else None)
+        for n in range(30)
+    ]
+    wanted = sample_operation(prompt, seed=11, num_samples=4, max_tokens=25, snapshot_id="s")
+    outcomes = trained.all([*crowd[:15], wanted, *crowd[15:]])
+    assert [s.tokens for s in outcomes[15].sequences] == [s.tokens for s in alone.sequences]
+    assert len({tuple(s.tokens) for s in alone.sequences}) == 4
+    other = trained.sample(prompt, seed=12, num_samples=4, max_tokens=25, snapshot_id="s")
+    assert [s.tokens for s in other.sequences] != [s.tokens for s in alone.sequences]
+
+
+def test_a_cache_too_small_for_all_changes_nothing_but_time(qwen_folder: Path) -> None:
+    operations = [sample_operation([7, n, 9], seed=n, max_tokens=60, num_samples=2) for n in range(12)]
+    roomy, tight = Driver(qwen_folder), Driver(qwen_folder, kv_cache_bytes=2**20)
+    tight.engine._sampler._cache._free = tight.engine._sampler._cache._free[:24]
+    few = len(tight.engine._sampler._cache._free)
+    expected = [[s.tokens for s in r.sequences] for r in roomy.all(operations)]
+    assert [[s.tokens for s in r.sequences] for r in tight.all(operations)] == expected
+    assert tight.engine._sampler._cache.num_free_blocks == few
+
+
+def test_sequences_end_where_they_should(trained: Driver) -> None:
+    free = trained.sample([4, 5], seed=2, max_tokens=30)
+    tokens = free.sequences[0].tokens
+    assert (free.sequences[0].stop_reason, len(tokens)) == ("length", 30)
+    stop = tokens[10]
+    first = tokens.index(stop)
+    stopped = trained.sample([4, 5], seed=2, max_tokens=30, stop_token_ids=(stop,))
+    assert (stopped.sequences[0].stop_reason, stopped.sequences[0].tokens) == ("stop", tokens[: first + 1])
+    exact = trained.sample([4, 5], seed=2, max_tokens=first + 1, stop_token_ids=(stop,))
+    assert (exact.sequences[0].stop_reason, len(exact.sequences[0].tokens)) == ("stop", first + 1)
+    short = trained.sample([4, 5], seed=2, max_tokens=first, stop_token_ids=(stop,)) if first else None
+    assert short is None or short.sequences[0].stop_reason == "length"
+
+
+def test_top_k_log_probs_are_the_most_likely_tokens(trained: Driver, qwen_folder: Path) -> None:
+    plain = plain_model(qwen_folder)
+    prompt = [8, 9, 10, 11]
+    response = trained.sample(prompt, max_tokens=5, topk_sample_logprobs=3, topk_prompt_logprobs=2, seed=1)
+    tokens = response.sequences[0].tokens
+    with torch.no_grad():
+        logprobs = torch.log_softmax(plain(torch.tensor([prompt + tokens])).logits[0], -1)
+    sampled = response.sequences[0].topk_logprobs_np
+    assert sampled.token_ids.tolist() == logprobs[3:-1].topk(3).indices.tolist()
+    assert np.abs(sampled.logprobs - logprobs[3:-1].topk(3).values.numpy()).max() <= 1e-4
+    rows = response.topk_prompt_logprobs
+    assert rows[0] is None
+    assert [[i for i, _ in row] for row in rows[1:]] == logprobs[:3].topk(2).indices.tolist()
+
+
+RULES = [(1.0, -1, 1.0), (0.7, -1, 1.0), (1.3, 4, 1.0), (1.0, -1, 0.6), (1.0, 5, 0.5)]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), RULES)
+def test_frequencies_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
+    logits = np.random.default_rng(3).normal(0, 1.5, 12)
+    expected = filtered(logits / temperature, top_k, top_p)
+    draws = 40_000
+    rule = ChoiceRule(temperature, top_k, top_p)
+    rows = torch.from_numpy(logits.astype(np.float32)).repeat(draws, 1)
+    tokens = choose(rows, [rule] * draws, [uniform(7, 0, i) for i in range(draws)]).tokens_B
+    counts = np.bincount(tokens, minlength=12)
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    chi_square = ((counts[kept] - draws * expected[kept]) ** 2 / (draws * expected[kept])).sum()
+    assert chi_square < 3 * kept.sum() + 10
+
+
+def test_uniform_numbers_are_uniform_and_independent_of_each_other() -> None:
+    numbers = np.array([uniform(s, i, t) for s in range(20) for i in range(20) for t in range(50)])
+    assert 0 <= numbers.min() < numbers.max() < 1
+    assert len(np.unique(numbers)) == len(numbers)
+    assert numbers.mean() == pytest.approx(0.5, abs=0.01)
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03
+
+
+def filtered(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    order = np.argsort(-probs)
+    if top_k > 0:
+        probs[order[top_k:]] = 0
+        probs /= probs.sum()
+    before = np.cumsum(probs[order]) - probs[order]
+    probs[order[before >= top_p]] = 0
+    return probs / probs.sum()
+
+
+def trainer_logprobs(driver: Driver, tokens: list[int]) -> np.ndarray:
+    ones = np.ones(len(tokens) - 1, np.float32)
+    datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": np.array(tokens[1:]), "weights": ones})
+    return driver.train(item("m", datum, forward_only=True))[0].logprobs[0].to_numpy()
