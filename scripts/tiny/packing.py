@@ -5,7 +5,6 @@ numbers them and positions start again at each, so that training sees what infer
 """
 
 # B row, T position in a row
-# ruff: noqa: N815 (shape suffixes)
 
 from __future__ import annotations
 
