@@ -4,12 +4,14 @@ from tinsmith.data.batches import BatchPlan, epoch_order, hold_out
 from tinsmith.data.conversations import Conversation, Message, Role
 from tinsmith.data.dataset import ConversationDataset, TooLong, build_dataset
 from tinsmith.data.datum import to_datum
+from tinsmith.data.demo import DEMO_CONVERSATIONS
 from tinsmith.data.errors import DataError, RenderError
 from tinsmith.data.jsonl import ConversationFile, conversation_from_record, read_conversations
 from tinsmith.data.renderer import ChatTemplateRenderer, RenderedConversation, TrainOn
 from tinsmith.data.tokenizers import ChatTokenizer, load_tokenizer
 
 __all__ = [
+    "DEMO_CONVERSATIONS",
     "BatchPlan",
     "ChatTemplateRenderer",
     "ChatTokenizer",

@@ -33,8 +33,8 @@ ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
 class ConfigKey:
     name: str
     type: str
-    default: str
-    """As one would type it, or `required`."""
+    default: str | None
+    """As one would type it; `None` if the key is required."""
     doc: str
 
 
@@ -43,7 +43,7 @@ def config_keys(config_type: type[RecipeConfig]) -> list[ConfigKey]:
         ConfigKey(
             name=name,
             type=_type_text(field.annotation),
-            default="required" if field.is_required() else _value_text(field.default),
+            default=None if field.is_required() else _value_text(field.default),
             doc=field.description or "",
         )
         for name, field in config_type.model_fields.items()

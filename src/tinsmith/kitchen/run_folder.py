@@ -24,6 +24,10 @@ from tinsmith.observe import StepRow, keep_rows, read_jsonl
 
 CONFIG: Final = "config.json"
 DEFAULT_PARENT: Final = Path("runs")
+RUN_ENTRIES: Final = frozenset(
+    (CONFIG, "manifest.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints.jsonl", "loss.png", "checkpoints")
+)
+"""Every name that a run may write into its folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +87,9 @@ class RunFolder:
             raise RunFolderError(
                 f"{str(self.path)!r} already holds a run; give another output=, or go on with it by resume=true"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{str(self.path)!r} is a file; give another output=")
+        if self.path.exists() and any(path != self.store for path in self.path.iterdir()):
             raise RunFolderError(f"{str(self.path)!r} holds something that is no run of ours; give another output=")
 
     def create(self, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:

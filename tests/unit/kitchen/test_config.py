@@ -101,7 +101,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_every_key_is_documented() -> None:
     keys = {key.name: key for key in config_keys(SupervisedConfig)}
     assert all(key.doc for key in keys.values())
-    assert (keys["data"].type, keys["data"].default) == ("path", "required")
+    assert (keys["data"].type, keys["data"].default) == ("path", None)
     assert (keys["lr_schedule"].type, keys["lr_schedule"].default) == ("linear|cosine|constant", "linear")
     assert (keys["max_length"].type, keys["max_length"].default) == ("int|none", "none")
     assert (keys["learning_rate"].default, keys["resume"].type) == ("0.0002", "true|false")

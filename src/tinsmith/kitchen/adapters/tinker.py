@@ -126,7 +126,7 @@ class TinkerSession:
         return _BothSaved(state=self.client.save_state(name), sampler=self.client.save_weights_for_sampler(name))
 
     def sampler(self) -> Sampler:
-        return TinkerSampler(client=self.client.save_weights_and_get_sampling_client())
+        return TinkerSampler(client=self.client.save_weights_and_get_sampling_client().result())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,112 @@
+"""The program `tinsmith`: its commands, found by name and imported when used, and one way to tell errors."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from tinsmith import __version__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LazyCommand:
+    module: str
+    function: str
+    context_settings: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, name: str) -> Any:
+        home = typer.Typer(add_completion=False)
+        function: Callable[..., None] = getattr(import_module(self.module), self.function)
+        home.command(name, context_settings=self.context_settings)(function)
+        return get_command(home)
+
+
+COMMANDS: Final[dict[str, LazyCommand]] = {
+    "demo": LazyCommand(module="tinsmith.cli.demo", function="demo"),
+    "run": LazyCommand(module="tinsmith.cli.run", function="run", context_settings={"help_option_names": []}),
+    "sample": LazyCommand(module="tinsmith.cli.sample", function="sample"),
+    "serve": LazyCommand(module="tinsmith.cli.serve", function="serve"),
+}
+
+
+class TinsmithGroup(TyperGroup):
+    """Commands by name, and the task boundary: no error leaves it as a traceback unless `--debug` is set."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return COMMANDS[cmd_name].load(cmd_name) if cmd_name in COMMANDS else None
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            _print_error("interrupted")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if hasattr(error, "exit_code"):
+                raise  # the command line itself is wrong; typer tells how
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            _print_error(_message(error))
+            raise typer.Exit(_exit_code(error)) from error
+
+
+app = typer.Typer(cls=TinsmithGroup, add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tinsmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tinsmith(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train and sample language models on your own machine, through the Tinker API."""
+
+
+def _exit_code(error: Exception) -> int:
+    from tinsmith.kitchen.errors import ConfigError
+
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _message(error: Exception) -> str:
+    """What happened, in the words of whoever noticed it; a bug is named as one."""
+    if _is_expected(error):
+        return str(error) or type(error).__name__
+    return f"internal error, {type(error).__name__}: {error} (run `tinsmith --debug …` for the traceback)"
+
+
+def _is_expected(error: Exception) -> bool:
+    from tinsmith.types.errors import TinsmithError
+
+    client_errors = sys.modules.get("tinsmith.client.errors")
+    expected: tuple[type[BaseException], ...] = (TinsmithError, OSError)
+    if client_errors is not None:
+        expected += (client_errors.TinkerError,)
+    return isinstance(error, expected)
+
+
+def _print_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
