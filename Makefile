@@ -1,0 +1,64 @@
+# Every target builds what it needs from nothing. PYTHON picks the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+TINKER_VENV := .venv-tinker
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench docs serve clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed ## Fine-tune the model that ships and show what it learned
+	$(BIN)/tinsmith demo
+
+serve: $(VENV)/.installed ## Serve the model that ships on http://127.0.0.1:8000
+	$(BIN)/tinsmith serve
+
+test: $(VENV)/.dev $(TINKER_VENV)/.installed ## Run all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## Lint, types, import contracts, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/build_proto.py --check
+
+format: $(VENV)/.dev ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## Measure speed and memory; figures go to bench/results/
+	$(BIN)/python -m bench.run
+
+docs: $(VENV)/.docs ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+clean: ## Remove environments and everything generated
+	rm -rf $(VENV) $(TINKER_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install --constraint constraints.txt --editable '.[server]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --group dev
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --group docs
+	@touch $@
+
+# The official SDK pins other versions than ours: it lives in its own environment.
+$(TINKER_VENV)/.installed: constraints.txt
+	$(PYTHON) -m venv $(TINKER_VENV)
+	$(TINKER_VENV)/bin/python -m pip --quiet install --upgrade pip
+	$(TINKER_VENV)/bin/python -m pip --quiet install --constraint constraints.txt 'tinker==0.38.0' 'transformers>=5,<6' torch
+	@touch $@
