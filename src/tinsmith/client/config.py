@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,11 +76,6 @@ class ClientConfig:
     def is_loopback(self) -> bool:
         return self.is_local or httpx2.URL(self.base_url).host in _LOOPBACK_HOSTS
 
-    @property
-    def shown_url(self) -> str:
-        """The URL without a password, for messages."""
-        return self.base_url if self.is_local else str(httpx2.URL(self.base_url).copy_with(userinfo=b""))
-
 
 def resolve_config(
     *,
@@ -93,11 +89,11 @@ def resolve_config(
     """Arguments first, then the environment, then the embedded server. An empty string counts as unset."""
     env = os.environ if environ is None else environ
     url = base_url or env.get("TINKER_BASE_URL") or env.get("TINSMITH_BASE_URL") or LOCAL_URL
-    url = url if is_local_url(url) else _checked_url(url)
+    url, login = (url, {}) if is_local_url(url) else _checked_url(url)
     return ClientConfig(
         base_url=url,
         api_key=SecretStr(_key_for(url, api_key, env)),
-        headers=MappingProxyType({**_access_headers(env), **(headers or {})}),
+        headers=MappingProxyType({**_access_headers(env), **login, **(headers or {})}),
         timing=timing or Timing(),
         transport=transport,
     )
@@ -107,11 +103,15 @@ def is_local_url(url: str) -> bool:
     return url.startswith(LOCAL_URL)
 
 
-def _checked_url(url: str) -> str:
+def _checked_url(url: str) -> tuple[str, dict[str, str]]:
+    """The URL without a login, and the header that carries the login, so that no message can show it."""
     parsed = httpx2.URL(url)
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigurationError(f"base_url {url!r} must start with http://, https:// or {LOCAL_URL}")
-    return url.rstrip("/")
+        raise ConfigurationError(f"base_url {str(parsed)!r} must start with http://, https:// or {LOCAL_URL}")
+    if not parsed.userinfo:
+        return url.rstrip("/"), {}
+    login = base64.b64encode(f"{parsed.username}:{parsed.password}".encode()).decode()
+    return str(parsed.copy_with(userinfo=b"")).rstrip("/"), {"Authorization": f"Basic {login}"}
 
 
 def _key_for(url: str, api_key: str | None, env: Mapping[str, str]) -> str:

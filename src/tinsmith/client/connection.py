@@ -41,7 +41,7 @@ class Connection:
         atexit.register(self._farewell.at_exit)
 
     def __repr__(self) -> str:
-        return f"<Connection to {self.config.shown_url}>"
+        return f"<Connection to {self.config.base_url}>"
 
     def begin(self, prepare: Callable[[], Coroutine[Any, Any, T]]) -> APIFuture[T]:
         """Prepare an operation now, in the caller's thread, and run the rest of it on the loop.

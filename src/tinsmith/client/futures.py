@@ -136,11 +136,11 @@ def _twin(
 
 def warn_deprecated(message: str) -> None:
     """A `FutureWarning` that points at the caller of the public method that calls this."""
-    _warn(message, stacklevel=3)
+    _warn(message, stacklevel=4)
 
 
 def _warn(message: str, *, stacklevel: int) -> None:
-    warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
+    warnings.warn(message, FutureWarning, stacklevel=stacklevel)
 
 
 def _itself(value: T) -> T:

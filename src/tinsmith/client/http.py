@@ -7,10 +7,13 @@ Everything here runs on the client's own event loop.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import math
 import platform
+import random
+import time
 import urllib.parse
 import uuid
 from collections.abc import Mapping
@@ -19,15 +22,14 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import httpx2
-import stamina
 from pydantic import BaseModel, ValidationError
 
 from tinsmith import __version__
-from tinsmith.client.config import PROTOCOL_VERSION, ClientConfig
+from tinsmith.client.config import PROTOCOL_VERSION, ClientConfig, Timing
 from tinsmith.client.errors import (
     APIConnectionError,
+    APIError,
     APIResponseValidationError,
-    APIStatusError,
     APITimeoutError,
     RateLimitError,
     body_of,
@@ -40,6 +42,7 @@ M = TypeVar("M", bound=BaseModel)
 JSON_TYPE = "application/json"
 PROTO_TYPE = "application/x-protobuf"
 _RETRY_AFTER_MAX_MS = 60_000
+_WARN_AFTER_S = 5.0
 _LOCAL_BASE = "http://tinsmith.local"
 
 
@@ -83,15 +86,13 @@ class Retry:
     rate_limits: bool = True
     """Whether 429 is among what may pass."""
 
-    def pause_before(self, error: Exception) -> bool | float:
-        """What stamina asks: whether to try again, and after how many seconds if the server said so."""
-        if isinstance(error, RateLimitError) and not self.rate_limits:
-            return False
-        if isinstance(error, APIStatusError):
-            asked = error.retry_after_ms
-            soon = asked is not None and asked <= _RETRY_AFTER_MAX_MS
-            return asked / 1000 if error.retryable and soon and asked is not None else error.retryable
-        return isinstance(error, APIConnectionError)
+    def pause_after(self, error: APIError, attempt: int, timing: Timing) -> float | None:
+        """Seconds to wait after failed attempt `attempt`, counted from 0; `None` if trying again is useless."""
+        if not error.retryable or (isinstance(error, RateLimitError) and not self.rate_limits):
+            return None
+        if error.retry_after_ms is not None and error.retry_after_ms <= _RETRY_AFTER_MAX_MS:
+            return error.retry_after_ms / 1000
+        return min(timing.retry_initial * 2.0 ** min(attempt, 32), timing.retry_max) * random.uniform(0.75, 1.0)
 
 
 def post(path: str, body: Mapping[str, Any], *, pool: Pool = Pool.TRAIN, **more: Any) -> Call:
@@ -145,21 +146,19 @@ class Http:
         the last of the attempts.
         """
         key = f"tinsmith-{uuid.uuid4()}"
-        if retry is None:
-            return await self._exchange(call, key, attempt=0)
-        timing = self._config.timing
-        attempts = stamina.retry_context(
-            on=retry.pause_before,
-            attempts=None,
-            timeout=retry.give_up_after,
-            wait_initial=timing.retry_initial,
-            wait_max=timing.retry_max,
-            wait_jitter=timing.retry_initial,
-        ).with_name(f"{call.method} {call.path}", (), {})
-        async for attempt in attempts:
-            with attempt:
-                return await self._exchange(call, key, attempt=attempt.num - 1)
-        raise AssertionError("stamina ended without an outcome")
+        started = time.monotonic()
+        for attempt in itertools.count():
+            try:
+                return await self._exchange(call, key, attempt=attempt)
+            except APIError as error:
+                pause = None if retry is None else retry.pause_after(error, attempt, self._config.timing)
+                elapsed = time.monotonic() - started
+                if retry is None or pause is None or elapsed + pause > retry.give_up_after:
+                    raise
+                level = logging.WARNING if elapsed >= _WARN_AFTER_S else logging.INFO
+                logger.log(level, "%s %s is tried again in %.1f s: %s", call.method, call.path, pause, error)
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
 
     async def send_for(self, call: Call, model: type[M], retry: Retry | None = None) -> M:
         """As `send`; the answer as `model`. Raises `APIResponseValidationError` if it is no such thing."""
@@ -189,7 +188,7 @@ class Http:
                 message = f"Request timed out: {call.method} {call.path} had no answer within {timeout:g} s."
                 raise APITimeoutError(_without_secrets(request), message) from error
             except httpx2.RequestError as error:
-                message = f"Connection error: {call.method} {self._config.shown_url}: {error or type(error).__name__}"
+                message = f"Connection error: {call.method} {self._config.base_url}: {error or type(error).__name__}"
                 raise APIConnectionError(_without_secrets(request), message) from error
         response.request = _without_secrets(request)
         if response.status_code >= 400:

@@ -15,7 +15,9 @@ from typing import Any
 
 import httpx2
 
+from tinsmith.client.errors import ConfigurationError
 from tinsmith.client.loop import LoopThread, wait_for_outcome
+from tinsmith.types.errors import TinsmithError
 
 _EMBEDDED = "tinsmith.embedded"
 """Looked up by name when first used: the client knows no server."""
@@ -35,8 +37,13 @@ class LocalStack:
         self._opened: concurrent.futures.Future[httpx2.AsyncBaseTransport] = self._loop.run(self._open())
 
     async def _open(self) -> httpx2.AsyncBaseTransport:
-        module = await asyncio.to_thread(importlib.import_module, _EMBEDDED)
-        transport, self._close = await module.open_local(self.url)
+        """Raises `ConfigurationError`, saying why the server could not start."""
+        try:
+            module = await asyncio.to_thread(importlib.import_module, _EMBEDDED)
+            transport, self._close = await module.open_local(self.url)
+        except (TinsmithError, ImportError) as error:
+            hint = "; pip install 'tinsmith[server]'" if isinstance(error, ImportError) else ""
+            raise ConfigurationError(f"the embedded server {self.url!r} cannot start: {error}{hint}") from error
         opened: httpx2.AsyncBaseTransport = transport
         return opened
 

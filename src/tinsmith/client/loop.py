@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tinsmith.client.errors import ClientClosedError
 
 T = TypeVar("T")
 logger = logging.getLogger("tinsmith.client")
+
+
+@dataclass(slots=True)
+class _Job:
+    work: Coroutine[Any, Any, Any]
+    task: asyncio.Task[None] | None = None
 
 
 class LoopThread:
@@ -25,7 +33,7 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()
-        self._tasks: dict[concurrent.futures.Future[Any], asyncio.Task[None] | None] = {}
+        self._jobs: dict[concurrent.futures.Future[Any], _Job] = {}
         self._closed = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -46,8 +54,8 @@ class LoopThread:
         outcome.set_running_or_notify_cancel()
         with self._lock:
             if self.is_alive:
-                self._tasks[outcome] = None
-                self._loop.call_soon_threadsafe(self._start, work, outcome)
+                self._jobs[outcome] = _Job(work)
+                self._loop.call_soon_threadsafe(self._start, outcome)
                 return outcome
         work.close()
         outcome.set_exception(ClientClosedError(self.why_not_alive))
@@ -63,9 +71,9 @@ class LoopThread:
         """Stop the work behind `outcome`, which then fails with `ClientClosedError`."""
 
         def cancel_task() -> None:
-            task = self._tasks.get(outcome)
-            if task is not None:
-                task.cancel()
+            job = self._jobs.get(outcome)
+            if job is not None and job.task is not None:
+                job.task.cancel()
 
         self.call(cancel_task)
 
@@ -83,15 +91,18 @@ class LoopThread:
             return "this client was made before the process forked; make a new one in the child, or pickle the sampler"
         return "this client is closed"
 
-    def _start(self, work: Coroutine[Any, Any, T], outcome: concurrent.futures.Future[T]) -> None:
-        task = self._loop.create_task(_settle(work, outcome))
-        self._tasks[outcome] = task
-        task.add_done_callback(lambda _: self._forget(outcome))
+    def _start(self, outcome: concurrent.futures.Future[Any]) -> None:
+        job = self._jobs[outcome]
+        job.task = self._loop.create_task(_settle(job.work, outcome))
+        job.task.add_done_callback(lambda _: self._end(outcome))
 
-    def _forget(self, outcome: concurrent.futures.Future[Any]) -> None:
-        self._tasks.pop(outcome, None)
-        if not outcome.done():  # cancelled before its first step
-            outcome.set_exception(ClientClosedError("the request was cancelled before it began"))
+    def _end(self, outcome: concurrent.futures.Future[Any]) -> None:
+        """Settle what has not settled itself because it never took its first step."""
+        job = self._jobs.pop(outcome)
+        if not outcome.done():
+            outcome.set_exception(ClientClosedError("the client was closed before this request finished"))
+        with contextlib.suppress(RuntimeError):  # work that refuses to end has had its chance
+            job.work.close()
 
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -110,10 +121,8 @@ class LoopThread:
             self._loop.run_until_complete(asyncio.wait(tasks, timeout=2.0))
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
-        for outcome in list(self._tasks):
-            if not outcome.done():
-                outcome.set_exception(ClientClosedError("the client was closed before this request finished"))
-        self._tasks.clear()
+        for outcome in list(self._jobs):
+            self._end(outcome)
 
 
 async def _settle(work: Coroutine[Any, Any, T], outcome: concurrent.futures.Future[T]) -> None:

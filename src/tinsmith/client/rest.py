@@ -54,7 +54,7 @@ class RestClient:
         self._connection = _holder or Connection(resolve_config(base_url=base_url, api_key=api_key, timing=Timing()))
 
     def __repr__(self) -> str:
-        return f"<RestClient of {self._connection.config.shown_url}>"
+        return f"<RestClient of {self._connection.config.base_url}>"
 
     def close(self) -> APIFuture[None]:
         """Close the connections, unless a `ServiceClient` shares them."""

@@ -152,7 +152,7 @@ class SamplingClient:
         self._last_progress = time.monotonic()
 
     def __repr__(self) -> str:
-        return f"<SamplingClient {self._sampling_session_id} of {self._connection.config.shown_url}>"
+        return f"<SamplingClient {self._sampling_session_id} of {self._connection.config.base_url}>"
 
     @staticmethod
     def create(

@@ -77,7 +77,7 @@ class ServiceClient:
         self._closing: APIFuture[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<ServiceClient of {self._connection.config.shown_url}>"
+        return f"<ServiceClient of {self._connection.config.base_url}>"
 
     @property
     def holder(self) -> Connection:
@@ -217,7 +217,7 @@ class ServiceClient:
 
     def get_console_url(self) -> str:
         """Where the server shows its pages."""
-        return self._connection.config.shown_url
+        return self._connection.config.base_url
 
     def get_telemetry(self) -> None:
         """None: this client reports nothing to anybody."""

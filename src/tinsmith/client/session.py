@@ -168,7 +168,7 @@ class Link:
         self.flags = await http.send_for(call, ServerFlags, self._startup_retry())
         if self.flags.pjwt_auth_enabled:
             raise ConfigurationError(
-                f"the server at {self.config.shown_url} wants keys exchanged for tokens (pjwt_auth_enabled), "
+                f"the server at {self.config.base_url} wants keys exchanged for tokens (pjwt_auth_enabled), "
                 "which this client does not do"
             )
         self.result_bytes = ByteBudget(self.flags.inflight_response_bytes_semaphore_size)
@@ -229,7 +229,7 @@ async def heartbeats(
                 logger.warning(
                     "no heartbeat of session %s has reached %s for %.0f s: %s",
                     session_id,
-                    config.shown_url,
+                    config.base_url,
                     clock() - last_success,
                     error,
                 )

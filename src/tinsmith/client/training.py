@@ -53,7 +53,7 @@ class TrainingClient:
         self._queue_log = QueueStateLog(f"training of {model_id}")
 
     def __repr__(self) -> str:
-        return f"<TrainingClient {self.model_id} of {self._connection.config.shown_url}>"
+        return f"<TrainingClient {self.model_id} of {self._connection.config.base_url}>"
 
     # ---- training ----
 
@@ -206,7 +206,7 @@ class TrainingClient:
 
     def get_console_url(self) -> str:
         """Where the server shows its pages."""
-        return self._connection.config.shown_url
+        return self._connection.config.base_url
 
     def get_telemetry(self) -> None:
         """None: this client reports nothing to anybody."""
