@@ -59,6 +59,7 @@ class _Promise:
     key: Hashable | None
     fingerprint: bytes
     on_poll: Callable[[], Pending] | None
+    session_id: str | None
     done: asyncio.Event = field(default_factory=asyncio.Event)
     outcome: Outcome | None = None
     num_bytes: int = 0
@@ -111,10 +112,11 @@ class FutureStore:
         key: Hashable | None = None,
         fingerprint: bytes = b"",
         on_poll: Callable[[], Pending] | None = None,
+        session_id: str | None = None,
     ) -> str:
         """A new request id. `on_poll` is asked what an unfinished request waits for."""
         request_id = self._ids.request_id()
-        self._promises[request_id] = _Promise(request_type, key, fingerprint, on_poll)
+        self._promises[request_id] = _Promise(request_type, key, fingerprint, on_poll, session_id)
         if key is not None:
             self._by_key[key] = request_id
         return request_id
@@ -133,9 +135,10 @@ class FutureStore:
         self.fail(request_id, error)
         return request_id
 
-    def is_finished(self, request_id: str) -> bool:
+    def session_of(self, request_id: str) -> str | None:
+        """The session whose client asks for this result, if that is known."""
         promise = self._promises.get(request_id)
-        return promise is None or promise.outcome is not None
+        return None if promise is None else promise.session_id
 
     async def wait(self, request_id: str, timeout_s: float) -> Outcome | Pending:
         """The outcome, or after `timeout_s` what the request waits for.

@@ -170,7 +170,9 @@ class Sampling:
             return _receipt(known, request)
         if len(self._open) >= self._max_pending:
             raise Overloaded(f"{len(self._open)} samples are waiting, the most this server takes; try again later")
-        request_id = self._futures.open("Sample", key=key, fingerprint=fingerprint)
+        sampler = self._samplers.get(sampler_id)
+        session_id = None if sampler is None else sampler.session_id
+        request_id = self._futures.open("Sample", key=key, fingerprint=fingerprint, session_id=session_id)
         try:
             self._begin(request_id, request)
         except TinsmithError as error:

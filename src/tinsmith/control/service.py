@@ -188,6 +188,10 @@ class Control:
     def base_models(self) -> list[BaseModelCard]:
         return [slot.card for slot in self._engines]
 
+    async def sweep(self) -> None:
+        """Do the janitor's chores now: end and remove whatever has run out of time."""
+        await self._janitor.sweep()
+
     def _check_engines(self) -> None:
         for slot in self._engines:
             slot.check_alive()
@@ -308,6 +312,8 @@ class Control:
 
     async def wait_future(self, request_id: str, timeout_s: float) -> Outcome | Pending:
         """Wait for at most `timeout_s`. Raises `FutureExpired`, or `NotFound` for an id that was never given out."""
+        if (session_id := self._futures.session_of(request_id)) is not None:
+            self._sessions.touch(session_id, self._clock.monotonic())
         return await self._futures.wait(request_id, timeout_s)
 
     # ---- records ----

@@ -146,7 +146,7 @@ class Training:
         session.model_ids.append(model_id)
         model = Model(model_id=model_id, session_id=session_id, slot=None, user_metadata=request.user_metadata)
         self._models[model_id] = model
-        request_id = self._futures.open(request_type, key=key, fingerprint=fingerprint)
+        request_id = self._futures.open(request_type, key=key, fingerprint=fingerprint, session_id=session_id)
         try:
             slot, creation = plan()
         except TinsmithError as error:
@@ -191,7 +191,9 @@ class Training:
         except TinsmithError as error:
             return Submission(request_id=self._futures.failed(request_type, error), model_id=model_id)
         self._check_room(model, seq, num_tokens)
-        request_id = self._futures.open(request_type, key=key, fingerprint=fingerprint, on_poll=model.pending)
+        request_id = self._futures.open(
+            request_type, key=key, fingerprint=fingerprint, on_poll=model.pending, session_id=model.session_id
+        )
         work = Work(request_id, request, num_tokens)
         model.queue.push(seq, work, self._clock.monotonic())
         model.pending_tokens += num_tokens
