@@ -7,11 +7,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tinsmith.engine.attention import ATTENTION, PassLayout, plan_blocks
@@ -34,8 +33,9 @@ class BaseModel:
     def __init__(self, source: ModelSource, options: EngineOptions) -> None:
         """Raises `InvalidInput` if the model cannot be found, `Unsupported` if its architecture is not ours to run."""
         self.device = pick_device(options.device)
-        self.dtype = pick_dtype(options.dtype, self.device)
-        self._model = _load(source, self.dtype).to(self.device)
+        config = _load_config(source)
+        self.dtype = pick_dtype(options.dtype, self.device, config.get_text_config().hidden_size // 4 * 4)
+        self._model = _load(source, config, self.dtype).to(self.device)
         self._router = LoraRouter()
         reference = _reference_logits(self._model)
         self.sites = self._open_sites()
@@ -151,42 +151,65 @@ def pick_device(choice: str) -> torch.device:
     return torch.device(choice)
 
 
-def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU that has it; on a CPU whichever multiplies faster, by a short measurement."""
+def pick_dtype(choice: str, device: torch.device, hidden_size: int) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU that has it; on a CPU, for models that are not small, if it is measured to be faster."""
     if choice != "auto":
         return torch.float32 if choice == "float32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "mps":
+    if device.type == "mps" or hidden_size < _BF16_MIN_WIDTH:
         return torch.float32
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: _layer_seconds(dtype, hidden_size) for dtype in (torch.float32, torch.bfloat16)}
     return torch.bfloat16 if seconds[torch.bfloat16] * _BF16_ADVANTAGE < seconds[torch.float32] else torch.float32
 
 
 _BF16_ADVANTAGE = 1.5
 """How much faster bfloat16 must be before its lost precision is worth it."""
+_BF16_MIN_WIDTH = 384
+"""Narrower models spend their time between the products: at width 192 whole training steps were slower in bfloat16."""
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best of a few products of the size of a small layer."""
-    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+def _layer_seconds(dtype: torch.dtype, hidden_size: int) -> float:
+    """Best of a few passes through something like one layer: small models spend their time between the products."""
+    x_TH = torch.full((256, hidden_size), 0.01, dtype=dtype)
+    up, down = (
+        torch.full(shape, 0.01, dtype=dtype)
+        for shape in ((4 * hidden_size, hidden_size), (hidden_size, 4 * hidden_size))
+    )
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
-        a @ b
+        with torch.inference_mode():
+            wide = nn.functional.silu(nn.functional.linear(x_TH, up))
+            y_TH = nn.functional.linear(wide, down)
+            q = y_TH.view(1, 256, 4, -1).transpose(1, 2)
+            nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+            nn.functional.rms_norm(y_TH.float(), (hidden_size,)).to(dtype) + x_TH
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def _load(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    transformers_logging.disable_progress_bar()
-    where: Any = source.load_from
+def _load_config(source: ModelSource) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, attn_implementation="eager")
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.load_from)
     except (OSError, ValueError, KeyError) as error:
-        raise InvalidInput(f"base model {source.name!r} cannot be loaded from {source.location!r}: {error}") from error
+        raise _cannot_load(source, error) from error
+    return config
+
+
+def _load(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.load_from, config=config, dtype=dtype, attn_implementation="eager"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(source, error) from error
     return model.eval().requires_grad_(False)
+
+
+def _cannot_load(source: ModelSource, error: Exception) -> InvalidInput:
+    return InvalidInput(f"base model {source.name!r} cannot be loaded from {source.location!r}: {error}")
 
 
 def _group(name: str) -> str | None:
