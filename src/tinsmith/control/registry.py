@@ -216,8 +216,8 @@ class Registry:
             with connection.begin():
                 for job in jobs:
                     answers.append((job, *_attempt(connection, job)))
-        except sa.exc.SQLAlchemyError as error:
-            self.fault = f"cannot write the registry: {error.__class__.__name__}: {getattr(error, 'orig', error)}"
+        except (_DatabaseFailed, sa.exc.SQLAlchemyError) as error:
+            self.fault = f"cannot write the registry: {getattr(error, 'orig', error)}"
             for job in jobs:
                 job.done.set_exception(StorageError(self.fault))
             return
@@ -238,17 +238,25 @@ def _log_failure(done: Future[Any]) -> None:
         logger.error("a record was not written: %s", error)
 
 
+class _DatabaseFailed(Exception):
+    """Not the fault of one job: the disk is full, or cannot be read or written."""
+
+
 def _attempt(connection: sa.Connection, job: _Job) -> tuple[Any, BaseException | None]:
-    """One job in its own savepoint: its error is its own, unless the database itself failed."""
+    """One job in its own savepoint: its error is its own. Raises `_DatabaseFailed` if the transaction is lost."""
+    savepoint = connection.begin_nested()
     try:
-        with connection.begin_nested():
-            return job.work(connection), None
-    except sa.exc.OperationalError:
-        raise
+        result = job.work(connection)
+    except sa.exc.OperationalError as error:
+        raise _DatabaseFailed(str(error.orig)) from error  # SQLite may have ended the transaction: no savepoint is left
     except sa.exc.SQLAlchemyError as error:
+        savepoint.rollback()
         return None, StorageError(f"cannot write the registry: {error}")
     except Exception as error:  # noqa: BLE001 - the boundary of a job: whatever it raised goes to its caller
+        savepoint.rollback()
         return None, error
+    savepoint.commit()
+    return result, None
 
 
 def _configure_connection(connection: Any, _record: Any) -> None:
