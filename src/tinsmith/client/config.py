@@ -107,7 +107,7 @@ def _checked_url(url: str) -> tuple[str, dict[str, str]]:
     """The URL without a login, and the header that carries the login, so that no message can show it."""
     parsed = httpx2.URL(url)
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigurationError(f"base_url {str(parsed)!r} must start with http://, https:// or {LOCAL_URL}")
+        raise ConfigurationError(f"base_url {parsed!r} must start with http://, https:// or {LOCAL_URL}")
     if not parsed.userinfo:
         return url.rstrip("/"), {}
     login = base64.b64encode(f"{parsed.username}:{parsed.password}".encode()).decode()

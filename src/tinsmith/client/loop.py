@@ -17,6 +17,8 @@ from tinsmith.client.errors import ClientClosedError
 T = TypeVar("T")
 logger = logging.getLogger("tinsmith.client")
 
+_WIND_DOWN_S = 2.0
+
 
 @dataclass(slots=True)
 class _Job:
@@ -114,11 +116,13 @@ class LoopThread:
             self._wind_down()
 
     def _wind_down(self) -> None:
+        """Let what was handed in still begin, then cancel everything, then settle what did not settle itself."""
+        self._loop.run_until_complete(asyncio.sleep(0))
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
         if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks, timeout=2.0))
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_WIND_DOWN_S))
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
         for outcome in list(self._jobs):
