@@ -13,8 +13,9 @@ import pytest
 from tests.unit.server.tinker_client import Client, OpenServer
 from tinsmith.control.service import Control
 from tinsmith.control.settings import ControlSettings
-from tinsmith.runtime.fake import FakeEngine
+from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
 from tinsmith.server import ServerSettings, create_app
+from tinsmith.types.operations import BaseModelCard
 
 
 @pytest.fixture
@@ -25,8 +26,10 @@ def anyio_backend() -> str:
 @pytest.fixture
 def open_server(tmp_path: Path) -> OpenServer:
     @asynccontextmanager
-    async def opened(control: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[Client]:
-        engine = FakeEngine()
+    async def opened(
+        control: dict[str, Any] | None = None, card: BaseModelCard = FAKE_CARD, **settings: Any
+    ) -> AsyncIterator[Client]:
+        engine = FakeEngine(card)
         service = Control(ControlSettings(data_dir=tmp_path / "data", **(control or {})), [engine])
         app = create_app(service, ServerSettings(**({"poll_hold_s": 5.0} | settings)))
         async with app.router.lifespan_context(app):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import httpx2
 import numpy as np
@@ -13,6 +14,7 @@ import uvicorn
 
 from tests.unit.server.tinker_client import Client, OpenServer, datum, train_body
 from tinsmith.control.settings import ControlSettings
+from tinsmith.models import TINY, tiny_folder
 from tinsmith.runtime.fake import FAKE_CARD
 from tinsmith.server import ServerSettings
 from tinsmith.types import TensorData
@@ -321,6 +323,13 @@ async def test_T18_get_info_says_where_the_tokenizer_is(client: Client) -> None:
     assert info["model_data"]["model_name"] == info["model_name"] == FAKE_CARD.name
     assert info["is_lora"] is True
     assert info["lora_rank"] == 4
+
+
+async def test_T18_the_tokenizer_of_the_shipped_model_is_a_folder(open_server: OpenServer) -> None:
+    async with open_server(card=replace(FAKE_CARD, name=TINY, source=TINY)) as client:
+        info = (await client.post("get_info", {"model_id": await client.model()})).json()
+        assert info["model_data"]["model_name"] == TINY
+        assert info["model_data"]["tokenizer_id"] == str(tiny_folder())
 
 
 async def test_T19_no_token_exchange_is_announced(client: Client) -> None:

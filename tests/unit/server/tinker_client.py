@@ -34,7 +34,7 @@ class Client:
 
     async def model(self, session_id: str | None = None, model_seq_id: int = 0) -> str:
         session_id = session_id or await self.session()
-        body = {"session_id": session_id, "model_seq_id": model_seq_id, "base_model": "tinsmith/fake"}
+        body = {"session_id": session_id, "model_seq_id": model_seq_id, "base_model": self.engine.card.name}
         receipt = await self.post("create_model", body | {"lora_config": {"rank": 4}})
         return (await self.result(receipt))["model_id"]
 
@@ -71,7 +71,7 @@ class Client:
 
     async def sampler(self, session_id: str | None = None, **fields: Any) -> str:
         session_id = session_id or await self.session()
-        body = {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "tinsmith/fake"} | fields
+        body = {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": self.engine.card.name} | fields
         return (await self.post("create_sampling_session", body)).json()["sampling_session_id"]
 
     async def sample(self, sampler: str, seq_id: int = 0, **fields: Any) -> httpx2.Response:
