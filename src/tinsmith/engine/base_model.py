@@ -152,7 +152,7 @@ def pick_device(choice: str) -> torch.device:
 
 
 def pick_dtype(choice: str, device: torch.device, hidden_size: int) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU that has it; on a CPU, for models that are not small, if it is measured to be faster."""
+    """`auto`: bfloat16 on a GPU that has it; on a CPU, for models that are not narrow, if it measures faster."""
     if choice != "auto":
         return torch.float32 if choice == "float32" else torch.bfloat16
     if device.type == "cuda":
