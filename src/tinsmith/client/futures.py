@@ -76,14 +76,14 @@ class APIFuture(Generic[T]):
 
 
 class ClientFuture(APIFuture[T]):
-    """A future of a client that older scripts use as the client itself: any other attribute waits for the client."""
+    """A future of a client that older scripts use as the client itself: other public attributes wait for the client."""
 
     @classmethod
     def of(cls, future: APIFuture[T]) -> ClientFuture[T]:
         return cls(future._outcome, future._loop)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
         client = self.result()
         value = getattr(client, name)

@@ -54,20 +54,22 @@ class LoopThread:
         """Start `work`; callable from any thread. A stopped loop gives a failed outcome, never an exception here."""
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
         outcome.set_running_or_notify_cancel()
-        with self._lock:
-            if self.is_alive:
-                self._jobs[outcome] = _Job(work)
-                self._loop.call_soon_threadsafe(self._start, outcome)
-                return outcome
+        if self.is_alive:  # also keeps a forked child off the lock, which a thread of its parent may have held
+            with self._lock:
+                if not self._closed:
+                    self._jobs[outcome] = _Job(work)
+                    self._loop.call_soon_threadsafe(self._start, outcome)
+                    return outcome
         work.close()
         outcome.set_exception(ClientClosedError(self.why_not_alive))
         return outcome
 
     def call(self, function: Callable[[], object]) -> None:
         """Call `function` on the loop, soon; dropped if the loop has stopped."""
-        with self._lock:
-            if self.is_alive:
-                self._loop.call_soon_threadsafe(function)
+        if self.is_alive:
+            with self._lock:
+                if not self._closed:
+                    self._loop.call_soon_threadsafe(function)
 
     def cancel(self, outcome: concurrent.futures.Future[Any]) -> None:
         """Stop the work behind `outcome`, which then fails with `ClientClosedError`."""
