@@ -11,8 +11,9 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -24,7 +25,7 @@ from tinsmith.control.registry import Registry
 from tinsmith.control.validation import check_ttl
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
 from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, TinsmithError
-from tinsmith.types.operations import LoraSpec, SaveAdapter, SavedCheckpoint
+from tinsmith.types.operations import BaseModelCard, LoraSpec, SaveAdapter, SavedCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -76,53 +77,44 @@ class CheckpointStore:
         A model's saves are asked for one after another.
         """
         version = await self._registry.read(lambda c: _next_version(c, order, self._clock.time()))
-        folder = _relative_folder(order, version)
-        while (self._data_dir / folder).exists():  # left by a save that was never registered
+        while (self._data_dir / _relative_folder(order, version)).exists():  # left by a save that was never registered
             version += 1
-            folder = _relative_folder(order, version)
-        checkpoint_id, now = self._ids.checkpoint_id(), self._clock.time()
-        record = {
-            "id": checkpoint_id,
-            "name": order.name,
-            "version": version,
-            "parent": order.parent,
-            "metrics": dict(order.metrics),
-            "base_model": slot.card.name,
-            "tokenizer": slot.card.source,
-            "created_at": records.moment(now).isoformat(),
-            "training_run_id": order.model_id,
-            "has_optimizer": order.optimizer,
-        }
+        draft = self._draft(order, version, slot.card)
         saved: SavedCheckpoint = await slot.call(
             SaveAdapter(
                 model_id=order.model_id,
-                folder=str(self._data_dir / folder),
+                folder=self.folder(draft),
                 optimizer=order.optimizer,
-                record=record,
+                record=_record(draft),
             )
         )
-        row = CheckpointRow(
-            checkpoint_id=checkpoint_id,
+        row = replace(draft, step=saved.step, digest=saved.digest, size_bytes=saved.size_bytes)
+        await self._register(row, overwrite=order.overwrite)
+        return row
+
+    def _draft(self, order: SaveOrder, version: int, card: BaseModelCard) -> CheckpointRow:
+        """All that is known before the engine has written."""
+        now = self._clock.time()
+        return CheckpointRow(
+            checkpoint_id=self._ids.checkpoint_id(),
             run_id=order.model_id,
             kind=order.kind,
             name=order.name,
             version=version,
-            folder=folder.as_posix(),
-            base_model=slot.card.name,
-            tokenizer=slot.card.source,
+            folder=_relative_folder(order, version).as_posix(),
+            base_model=card.name,
+            tokenizer=card.source,
             lora=asdict(order.lora),
             has_optimizer=order.optimizer,
-            step=saved.step,
+            step=0,
             metrics=dict(order.metrics),
-            digest=saved.digest,
-            size_bytes=saved.size_bytes,
+            digest="",
+            size_bytes=0,
             parent=order.parent,
             user_metadata=None if order.user_metadata is None else dict(order.user_metadata),
             created_at=now,
             expires_at=None if order.ttl_seconds is None else now + order.ttl_seconds,
         )
-        await self._register(row, overwrite=order.overwrite)
-        return row
 
     async def _register(self, row: CheckpointRow, *, overwrite: bool) -> None:
         keep = self._superseded_versions_kept
@@ -188,6 +180,22 @@ def check_loadable(row: CheckpointRow, *, optimizer: bool) -> None:
             f"checkpoint {row.path!r} holds weights for sampling and no optimizer state; "
             "load it with optimizer=false, or a checkpoint made by save_state"
         )
+
+
+def _record(row: CheckpointRow) -> dict[str, Any]:
+    """What `checkpoint.json` says beside what the engine adds."""
+    return {
+        "id": row.checkpoint_id,
+        "training_run_id": row.run_id,
+        "name": row.name,
+        "version": row.version,
+        "parent": row.parent,
+        "metrics": dict(row.metrics),
+        "base_model": row.base_model,
+        "tokenizer": row.tokenizer,
+        "has_optimizer": row.has_optimizer,
+        "created_at": records.moment(row.created_at).isoformat(),
+    }
 
 
 def _next_version(connection: sa.Connection, order: SaveOrder, now: float) -> int:

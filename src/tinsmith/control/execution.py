@@ -163,46 +163,32 @@ class Executor:
     # ---- saving ----
 
     async def _save_state(self, model: Model, operation: SaveState) -> str:
-        row = await self._save(
-            model,
-            SaveOrder(
-                model_id=model.model_id,
-                kind="weights",
-                name=operation.name,
-                overwrite=operation.overwrite,
-                optimizer=True,
-                ttl_seconds=operation.ttl_seconds,
-                user_metadata=operation.user_metadata,
-                lora=_lora(model),
-                parent=model.parent,
-                metrics=model.metrics,
-            ),
-        )
+        row = await self._save(model, operation, kind="weights", name=operation.name, overwrite=operation.overwrite)
         return row.path
 
     async def _save_for_sampler(self, model: Model, operation: SaveForSampler) -> SamplerSaved:
         path = sampler_id = None
         if operation.name is not None:
-            row = await self._save(
-                model,
-                SaveOrder(
-                    model_id=model.model_id,
-                    kind="sampler_weights",
-                    name=operation.name,
-                    optimizer=False,
-                    ttl_seconds=operation.ttl_seconds,
-                    user_metadata=operation.user_metadata,
-                    lora=_lora(model),
-                    parent=model.parent,
-                    metrics=model.metrics,
-                ),
-            )
-            path = row.path
+            path = (await self._save(model, operation, kind="sampler_weights", name=operation.name)).path
         if operation.sampling_session_seq_id is not None:
             sampler_id = await self._publish(model, operation.sampling_session_seq_id, path)
         return SamplerSaved(path=path, sampling_session_id=sampler_id)
 
-    async def _save(self, model: Model, order: SaveOrder) -> CheckpointRow:
+    async def _save(
+        self, model: Model, operation: SaveState | SaveForSampler, *, kind: str, name: str, overwrite: bool = False
+    ) -> CheckpointRow:
+        order = SaveOrder(
+            model_id=model.model_id,
+            kind=kind,
+            name=name,
+            overwrite=overwrite,
+            optimizer=kind == "weights",
+            ttl_seconds=operation.ttl_seconds,
+            user_metadata=operation.user_metadata,
+            lora=_lora(model),
+            parent=model.parent,
+            metrics=model.metrics,
+        )
         row = await self.checkpoints.save(order, _slot(model))
         model.parent = row.checkpoint_id
         return row

@@ -281,7 +281,8 @@ class FakeEngine:
         norm, adapter.gradient_norm, adapter.has_gradients = adapter.gradient_norm, 0.0, False
         old = adapter.weights
         adapter.weights = replace(old, step=old.step + applied, num_effects=old.num_effects + effect)
-        return {"step_applied": float(applied), "grad_norm": norm, "step": float(adapter.weights.step)}
+        rate = operation.params.learning_rate
+        return {"step_applied": float(applied), "grad_norm:mean": norm, "learning_rate:mean": rate}
 
     def _save(self, operation: SaveAdapter) -> SavedCheckpoint:
         weights = self._adapter(operation.model_id).weights

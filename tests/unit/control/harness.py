@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tinsmith.control.futures import Outcome, Pending
@@ -65,7 +66,6 @@ class Harness:
     control: Control
     engine: FakeEngine
     clock: ManualClock
-    _sessions: list[str] = field(default_factory=list)
 
     async def session(self) -> str:
         return await self.control.create_session(NewSession())
@@ -108,8 +108,6 @@ class Harness:
 
     async def settle(self) -> None:
         """Let everything happen that waits for nothing but its turn in the event loop."""
-        import asyncio
-
         for _ in range(20):
             await asyncio.sleep(0)
 
@@ -127,7 +125,3 @@ class Harness:
 
 def fingerprint(payload: object) -> bytes:
     return hashlib.sha256(repr(payload).encode()).digest()
-
-
-def with_seq(request: ForwardBackward, seq_id: int) -> ForwardBackward:
-    return replace(request, seq_id=seq_id)

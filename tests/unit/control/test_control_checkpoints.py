@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from tests.unit.control.conftest import OpenControl
 from tests.unit.control.harness import Harness, draw, forward_backward, optim
@@ -207,8 +211,6 @@ async def test_a_damaged_checkpoint_is_refused_and_the_model_keeps_its_weights(h
 
 
 async def test_a_checkpoint_of_another_base_model_is_refused(open_control: OpenControl) -> None:
-    from dataclasses import replace
-
     engines = [FakeEngine(), FakeEngine(replace(FAKE_CARD, name="other"))]
     async with open_control(engines) as h:
         session_id = await h.session()
@@ -351,21 +353,18 @@ async def test_writes_are_durable_grouped_and_fail_alone(tmp_path: Path) -> None
     registry.open()
     row = records.SessionRow(session_id="s", created_at=1.0)
 
-    def clash(connection: object) -> None:
-        records.insert(connection, records.SESSIONS, row)  # type: ignore[arg-type]
+    def clash(connection: sa.Connection) -> None:
+        records.insert(connection, records.SESSIONS, row)
         raise AlreadyExists("rolled back")
 
-    import asyncio
+    def insert(n: int) -> Callable[[sa.Connection], None]:
+        session = records.SessionRow(session_id=f"s{n}", created_at=n)
+        return lambda connection: records.insert(connection, records.SESSIONS, session)
 
     results = await asyncio.gather(
-        *(
-            registry.write(
-                lambda c, n=n: records.insert(c, records.SESSIONS, records.SessionRow(session_id=f"s{n}", created_at=n))
-            )  # type: ignore[misc]
-            for n in range(50)
-        ),
+        *(registry.write(insert(n)) for n in range(50)),
         registry.write(clash),
-        registry.write(lambda c: records.sessions(c, 1, 0)[1]),
+        registry.write(lambda connection: records.sessions(connection, 1, 0)[1]),
         return_exceptions=True,
     )
     assert isinstance(results[50], AlreadyExists)
@@ -383,10 +382,10 @@ async def test_a_full_disk_turns_readiness_off_until_a_write_succeeds(h: Harness
     model_id = await h.model()
     control = h.control
 
-    def limit(pages: int) -> object:
-        return control._registry.write(lambda c: c.exec_driver_sql(f"PRAGMA max_page_count={pages}"))
+    async def limit(pages: int) -> None:
+        await control._registry.write(lambda c: c.exec_driver_sql(f"PRAGMA max_page_count={pages}"))
 
-    await limit(1)  # type: ignore[misc]
+    await limit(1)
     metadata = {"k": "x" * 100_000}
     error = await h.error(h.submit(save(model_id, 1, user_metadata=metadata)))
     assert isinstance(error, StorageError)
@@ -398,7 +397,7 @@ async def test_a_full_disk_turns_readiness_off_until_a_write_succeeds(h: Harness
     await control.sweep()
     await control._registry.flush()
     assert control.is_ready
-    await limit(1_000_000)  # type: ignore[misc]
+    await limit(1_000_000)
     await h.result(h.submit(save(model_id, 2, user_metadata=metadata)))
 
 
