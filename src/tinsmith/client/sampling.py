@@ -150,6 +150,7 @@ class SamplingClient:
         self._in_flight = asyncio.Semaphore(self._max_in_flight())
         self._queue_log = QueueStateLog(f"sampling from {sampling_session_id}")
         self._last_progress = time.monotonic()
+        self._description: GetSamplerResponse | None = None
 
     def __repr__(self) -> str:
         return f"<SamplingClient {self._sampling_session_id} of {self._connection.config.base_url}>"
@@ -228,20 +229,20 @@ class SamplingClient:
     # ---- about the model ----
 
     def get_base_model(self) -> str:
-        """Raises `TinkerError` if the server did not say."""
+        """The name of the base model; asks the server if it is not known yet."""
         if self._base_model is None:
-            self._base_model = self._connection.begin(self._look_up).result().base_model
+            self._base_model = self._connection.begin(self._describe).result().base_model
         return self._base_model
 
     async def get_base_model_async(self) -> str:
         if self._base_model is None:
-            self._base_model = (await self._connection.begin(self._look_up)).base_model
+            self._base_model = (await self._connection.begin(self._describe)).base_model
         return self._base_model
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer, from transformers."""
         if self._tokenizer_id is None:
-            self._tokenizer_id = self._connection.begin(self._look_up).result().tokenizer_id
+            self._tokenizer_id = self._connection.begin(self._describe).result().tokenizer_id
         return load_tokenizer(self._tokenizer_id, self.get_base_model())
 
     def get_telemetry(self) -> None:
@@ -392,8 +393,11 @@ class SamplingClient:
         call = post("join_sampling_session", body, pool=Pool.SESSION)
         return (await link.http.send_for(call, JoinReply, link.submit_retry)).client_counter
 
-    async def _look_up(self) -> GetSamplerResponse:
-        return await look_up_sampler(self._connection, self._sampling_session_id)
+    async def _describe(self) -> GetSamplerResponse:
+        """What the server says of this sampler, asked once."""
+        if self._description is None:
+            self._description = await look_up_sampler(self._connection, self._sampling_session_id)
+        return self._description
 
 
 async def open_sampling_client(

@@ -6,16 +6,18 @@ import asyncio
 import http.server
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import numpy as np
 import pytest
 
-from tests.unit.client.fake_tinker import FAST, FakeTinker, no_connection, status
+from tests.unit.client.fake_tinker import FAST, FakeTinker, answer, no_connection, status
 from tinsmith import types
 from tinsmith.client import (
     APIConnectionError,
@@ -30,6 +32,8 @@ from tinsmith.client import (
     TrainingClient,
 )
 from tinsmith.client.sampling import CLONE_BLOCK
+from tinsmith.client.tokenizer import tokenizer_source
+from tinsmith.models import tiny_folder
 
 PROMPT = types.ModelInput.from_ints([5, 6, 7])
 PARAMS = types.SamplingParams(max_tokens=3, temperature=0.5, stop=["\n"])
@@ -211,6 +215,33 @@ def test_a_sampler_of_the_current_weights_needs_no_further_call(training: Traini
     assert [seen.path for seen in server.seen if seen.path not in ("retrieve_future", "optim_step")] == [
         "save_weights_for_sampler"
     ]
+
+
+def test_a_tokenizer_the_server_names_wins_and_is_asked_for_once(
+    service: ServiceClient, server: FakeTinker, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a" / "b"
+    shutil.copytree(tiny_folder(), folder)
+    reply = {"sampler_id": "s:sample:0", "base_model": "my/alias", "tokenizer_id": str(folder)}
+    server.always["samplers/s:sample:0"] = answer(reply)
+    sampling = service.create_sampling_client(base_model="my/alias").result(5)
+    assert sampling.get_tokenizer() is sampling.get_tokenizer()
+    assert sampling.get_tokenizer().name_or_path == str(folder)
+    assert len(server.of("samplers/s:sample:0")) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_id", "base_model", "source"),
+    [
+        (None, "tinsmith/tiny", str(tiny_folder())),
+        (None, "Qwen/Qwen3-8B:long", "Qwen/Qwen3-8B"),
+        (None, "meta-llama/Llama-3.2-1B", "thinkingmachineslabinc/meta-llama-3-instruct-tokenizer"),
+        ("meta-llama/Llama-3.2-1B", "x", "meta-llama/Llama-3.2-1B"),
+        ("Qwen/Qwen3-8B", "alias", "Qwen/Qwen3-8B"),
+    ],
+)
+def test_tokenizers_are_found_where_they_are(tokenizer_id: str | None, base_model: str, source: str) -> None:
+    assert tokenizer_source(tokenizer_id, base_model) == source
 
 
 # ---- other processes ----
