@@ -36,6 +36,7 @@ def serve(
     from tinsmith.server.app import create_app
     from tinsmith.server.assemble import default_data_dir, open_control
     from tinsmith.server.run import allow_many_connections, bind, configure_logging, run_app, url_of
+    from tinsmith.server.settings import ServerSettings
     from tinsmith.types.engine_options import EngineOptions, ModelSource
     from tinsmith.types.errors import TinsmithError
 
@@ -49,7 +50,8 @@ def serve(
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)
         ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"
-        run_app(create_app(control), listener, on_ready=lambda: print(ready, flush=True))
+        app = create_app(control, ServerSettings(loopback_hosts_only=True))
+        run_app(app, listener, on_ready=lambda: print(ready, flush=True))
     except TinsmithError as error:
         typer.echo(f"tinsmith serve: {error}", err=True)
         raise typer.Exit(1) from error

@@ -60,7 +60,7 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
     app.add_exception_handler(TinsmithError, handle_tinsmith_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
-    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, loopback_hosts_only=settings.loopback_hosts_only)
     app.openapi = partial(build_openapi, app)  # type: ignore[method-assign]
     return app
 

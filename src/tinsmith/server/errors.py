@@ -6,15 +6,17 @@ for minutes, so no permanent error may have them; 429 slows the client down.
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import secrets
-import traceback
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
-import structlog
 from fastapi.exceptions import HTTPException, RequestValidationError
 from pydantic import ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tinsmith.control.errors import FutureExpired, SessionEnded
 from tinsmith.types.errors import InvalidInput, NotFound, Overloaded, ServerError, TinsmithError, UserError
 
-log = structlog.get_logger("tinsmith.server")
+logger = logging.getLogger(__name__)
 
 
 class BodyTooLarge(InvalidInput):
@@ -62,12 +64,10 @@ def error_response(error: TinsmithError) -> Response:
 def new_incident(error: BaseException, **facts: Any) -> InternalError:
     """Log an unforeseen error with its traceback; the returned error names it without telling what happened inside.
 
-    `facts` must hold no header and no body: those carry keys and data. For the same reason the traceback is formatted
-    here: structlog's own, with rich installed, prints the local variables.
+    `facts` must hold no header and no body: those carry keys and data.
     """
     incident = secrets.token_hex(6)
-    trace = "".join(traceback.format_exception(error))
-    log.error("unforeseen error", incident=incident, traceback=trace, **facts)
+    logger.error("internal error %s, %s", incident, facts, exc_info=error)
     return InternalError(f"internal error {incident}; the server's log has the details")
 
 
@@ -99,7 +99,7 @@ def brief(value: Any, length: int = 80) -> str:
 async def handle_tinsmith_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TinsmithError)
     if status_of(error) == 500:
-        log.warning("request failed", method=request.method, path=request.url.path, error=error.message)
+        logger.warning("%s %s failed: %s", request.method, request.url.path, error)
     return error_response(error)
 
 
@@ -118,16 +118,46 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
     return json_response({"detail": detail}, error.status_code, error.headers)
 
 
-class Guard:
-    """Outermost middleware: bounds the size of bodies, and turns what nobody caught into a logged 500."""
+def refuse_foreign_host(headers: Headers) -> Response | None:
+    """403 if a request reached a server without keys under a name that is not this machine's own: a web page can make
+    a browser send such a request by pointing its own name at 127.0.0.1 (DNS rebinding), or from another origin."""
+    for value in (headers.get("host", ""), headers.get("origin", "")):
+        if value and not is_loopback(_host_name(value)):
+            detail = f"this server has no keys and answers to localhost and 127.0.0.1 only, not to {brief(value)}"
+            return json_response({"detail": detail}, 403)
+    return None
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+
+def _host_name(value: str) -> str:
+    """Of a `Host` or an `Origin`; empty if it has none."""
+    try:
+        return urlsplit(value if "//" in value else f"//{value}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, can only mean this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+class Guard:
+    """Outermost middleware: turns away what browsers are tricked into sending, bounds the size of bodies, and turns
+    what nobody caught into a logged 500."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, loopback_hosts_only: bool) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.loopback_hosts_only = loopback_hosts_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if self.loopback_hosts_only and (refusal := refuse_foreign_host(Headers(scope=scope))):
+            return await refusal(scope, receive, send)
         started = False
 
         async def watched_send(message: Message) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -12,10 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from tinsmith.server.errors import is_loopback
 from tinsmith.server.service import Service
 from tinsmith.types.errors import InvalidInput
 
@@ -56,13 +55,6 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, int, int, str,
     return found
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -71,10 +63,6 @@ def url_of(listener: socket.socket) -> str:
 def configure_logging() -> None:
     """Warnings and errors, to stderr; stdout is for what the command was asked to print."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def allow_many_connections() -> None:
@@ -113,6 +101,7 @@ async def serve_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACE_S,

@@ -10,6 +10,8 @@ class ServerSettings(BaseModel):
 
     poll_hold_s: float = Field(default=25.0, gt=0, le=40)
     """How long `retrieve_future` holds a request whose result is not there. The official SDK gives up after 45 s."""
+    loopback_hosts_only: bool = False
+    """Answer only requests whose `Host` and `Origin` name this machine; for a server on a port without keys."""
     max_body_bytes: int = Field(default=256 * 2**20, ge=1024)
     """Of a request as it arrives; a larger one is answered 413."""
     max_expanded_bytes: int = Field(default=2**30, ge=1024)

@@ -17,8 +17,8 @@ from tinsmith import __version__
 from tinsmith.control.futures import Outcome
 from tinsmith.embedded import parse_local_url
 from tinsmith.server.assemble import default_data_dir, open_control
-from tinsmith.server.errors import status_of
-from tinsmith.server.run import bind, is_loopback, url_of
+from tinsmith.server.errors import is_loopback, status_of
+from tinsmith.server.run import bind, url_of
 from tinsmith.server.tinker.results import encode_failure, encode_result
 from tinsmith.server.tinker.unsupported import UNSUPPORTED
 from tinsmith.types import ForwardBackwardOutput, SampledSequence, SampleResponse, TensorData, TopkLogprobs
@@ -93,7 +93,7 @@ def test_no_permanent_error_has_a_status_that_is_sent_again() -> None:
 
 
 async def test_an_unforeseen_error_is_logged_under_a_number_and_tells_nothing(
-    client: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(*_: Any) -> None:
         raise RuntimeError("the secret plan")
@@ -104,10 +104,9 @@ async def test_an_unforeseen_error_is_logged_under_a_number_and_tells_nothing(
     detail = answer.json()["detail"]
     assert "secret" not in detail
     incident = detail.split()[2].rstrip(";")
-    logged = "".join(capsys.readouterr())
-    assert incident in logged
-    assert "the secret plan" in logged
-    assert "tml-secret-key" not in logged
+    assert incident in caplog.text
+    assert "the secret plan" in caplog.text
+    assert "tml-secret-key" not in caplog.text
 
 
 async def test_a_fault_while_reading_a_training_body_is_a_failed_future(
@@ -145,6 +144,30 @@ async def test_a_full_sample_queue_is_429_that_asks_to_come_again(open_server: O
             if answer.status_code == 200:
                 assert "error" not in await client.result(answer)
         assert "error" not in await client.result(await client.sample(sampler, 7))
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:8000"}, 200),
+        ({"host": "localhost"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "localhost:8000", "origin": "http://127.0.0.1:8000"}, 200),
+        ({"host": "evil.example:8000"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "null"}, 403),
+        ({"host": "[evil"}, 403),
+    ],
+)
+async def test_a_server_without_keys_answers_under_its_own_name_only(
+    open_server: OpenServer, headers: dict[str, str], status: int
+) -> None:
+    async with open_server(loopback_hosts_only=True) as client:
+        answer = await client.get("sessions", headers=headers)
+        assert answer.status_code == status
+        if status == 403:
+            assert "evil" in answer.json()["detail"] or "null" in answer.json()["detail"]
 
 
 # ---- polls ----
@@ -373,7 +396,16 @@ async def test_weights_info_tells_the_shape_of_a_checkpoint(client: Client) -> N
 
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [("127.0.0.1", True), ("127.0.0.2", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False)],
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("localhost", True),
+        ("a.localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("localhost.example", False),
+    ],
 )
 def test_loopback_addresses_are_told_from_others(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected

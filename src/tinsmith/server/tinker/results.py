@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +11,13 @@ import numpy as np
 import orjson
 
 from tinsmith.control.futures import Outcome
-from tinsmith.server.errors import log
 from tinsmith.types.results import ForwardBackwardOutput, SampleResponse, TopkLogprobs
 from tinsmith.types.tensor import TensorData
 from tinsmith.wire.tinker_proto import CONTENT_TYPE as PROTOBUF
 from tinsmith.wire.tinker_proto import encode_forward_backward_output, encode_sample_response
 
 JSON = "application/json"
+logger = logging.getLogger(__name__)
 
 
 def encode_result(outcome: Outcome, accept: str) -> tuple[str, bytes]:
@@ -74,7 +75,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """JSON has no NaN, and clients refuse null for a number; such metrics are left out and logged."""
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     if len(finite) < len(metrics):
-        log.warning("metrics left out of a JSON result", not_finite=sorted(metrics.keys() - finite.keys()))
+        logger.warning("metrics that are not finite were left out: %s", sorted(metrics.keys() - finite.keys()))
     return finite
 
 
