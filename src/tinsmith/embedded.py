@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -23,36 +24,66 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _OPTIONS = ("base_model", "data_dir", "dtype", "device", "threads")
+_MAX_DEFAULT_FOLDERS = 64
+
+_log = logging.getLogger(__name__)
 
 
 async def open_local(url: str) -> tuple[httpx2.AsyncBaseTransport, Callable[[], Awaitable[None]]]:
     """Start the server that `url` describes on the running event loop; a transport to it, and what ends it.
 
     The transport serves requests of that loop only; the engine computes in a thread of its own. Every call starts
-    another server, and two may not share a data folder: whoever wants to share one shares the transport.
-    Raises `UserError` if the URL has an unknown option or a base model cannot be loaded.
+    another server, and two may not share a data folder: whoever wants to share one shares the transport. If the default
+    folder is taken, by a notebook next door say, the next free one of `local-2`, `local-3`, … is used, with a warning.
+    Raises `UserError` if the URL has an unknown option, a base model cannot be loaded, or its data folder is in use.
     """
-    app = await asyncio.to_thread(build_app, url)
+    from tinsmith.control.data_lock import DataDirInUse
+
+    number = 1
+    while True:
+        try:
+            opened = await _open(url, number)
+        except DataDirInUse:
+            if "data_dir" in parse_local_url(url) or number == _MAX_DEFAULT_FOLDERS:
+                raise
+            number += 1
+            continue
+        if number > 1:
+            _log.warning("another program uses %s; checkpoints go to %s", _default_folder(1), _default_folder(number))
+        return opened
+
+
+async def _open(url: str, folder_number: int) -> tuple[httpx2.AsyncBaseTransport, Callable[[], Awaitable[None]]]:
+    app = await asyncio.to_thread(build_app, url, folder_number)
     running = AsyncExitStack()
     await running.enter_async_context(app.router.lifespan_context(app))
     return httpx2.ASGITransport(app), running.aclose
 
 
-def build_app(url: str) -> FastAPI:
-    """The server that `url` describes, not started. Raises `InvalidInput` for an option that is not known."""
+def build_app(url: str, folder_number: int = 1) -> FastAPI:
+    """The server that `url` describes, not started. Raises `InvalidInput` for an option that is not known.
+
+    `folder_number` picks among the default data folders, if `url` names none.
+    """
     from tinsmith.server import create_app
-    from tinsmith.server.assemble import default_data_dir, open_control
+    from tinsmith.server.assemble import open_control
     from tinsmith.server.errors import explain
 
     options = parse_local_url(url)
     sources = [ModelSource.parse(text) for text in options.pop("base_model", ["tinsmith/tiny"])]
     folder = options.pop("data_dir", None)
-    data_dir = Path(folder[0]).expanduser() if folder else default_data_dir() / "local"
+    data_dir = Path(folder[0]).expanduser() if folder else _default_folder(folder_number)
     try:
         engine_options = EngineOptions.model_validate({name: values[0] for name, values in options.items()})
     except ValidationError as error:
         raise InvalidInput(f"{url!r}: {explain(error)}") from error
     return create_app(open_control(sources, engine_options, data_dir, home="thread"))
+
+
+def _default_folder(number: int) -> Path:
+    from tinsmith.server.assemble import default_data_dir
+
+    return default_data_dir() / ("local" if number == 1 else f"local-{number}")
 
 
 def parse_local_url(url: str) -> dict[str, list[str]]:

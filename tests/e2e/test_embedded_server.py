@@ -89,6 +89,20 @@ async def test_two_servers_over_one_data_folder_are_refused(tmp_path: Path) -> N
     await close()
 
 
+async def test_a_second_program_takes_the_next_default_folder_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TINSMITH_DATA_DIR", str(tmp_path))
+    _, close_first = await open_local("local:?threads=1")
+    _, close_second = await open_local("local:?threads=1")
+    await close_second()
+    await close_first()
+    assert {folder.name for folder in tmp_path.iterdir()} == {"local", "local-2"}
+    assert [record.getMessage() for record in caplog.records if "checkpoints go to" in record.getMessage()] == [
+        f"another program uses {tmp_path / 'local'}; checkpoints go to {tmp_path / 'local-2'}"
+    ]
+
+
 @pytest.mark.parametrize(("url", "named"), [("local:?dtype=int4", "int4"), ("local:?base_model=no=/where", "/where")])
 async def test_a_url_that_cannot_be_served_says_why(url: str, named: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=named):

@@ -13,6 +13,10 @@ except ImportError:  # Windows has no flock; there two servers on one folder are
     fcntl = None  # type: ignore[assignment]
 
 
+class DataDirInUse(UserError):
+    """Another server runs on the folder."""
+
+
 class DataLock:
     """Held from `acquire` to `release`, or until the process ends, however it ends."""
 
@@ -33,7 +37,7 @@ class DataLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.release()
-            raise UserError(
+            raise DataDirInUse(
                 f"data directory {str(self._data_dir)!r} is in use by another server; stop it, or give another one"
             ) from error
 

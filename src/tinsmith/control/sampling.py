@@ -139,8 +139,12 @@ class Sampling:
         """Raises `NotFound`. Knows the samplers of ended sessions too."""
         sampler = self._samplers.get(sampler_id)
         if sampler is not None:
+            card = sampler.slot.card
             return GetSamplerResponse(
-                sampler_id=sampler_id, base_model=sampler.slot.card.name, model_path=sampler.model_path
+                sampler_id=sampler_id,
+                base_model=card.name,
+                model_path=sampler.model_path,
+                tokenizer_id=card.source,
             )
         row = self._registry.read_now(lambda c: records.sampler(c, sampler_id))
         if row is None:

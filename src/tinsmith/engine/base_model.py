@@ -129,7 +129,7 @@ class BaseModel:
         eos = config.eos_token_id if eos is None else eos
         return BaseModelCard(
             name=source.name,
-            source=source.location,
+            source=source.load_from,
             architecture=type(self._model).__name__,
             vocab_size=self.head.vocab_size,
             max_context=int(config.max_position_embeddings),

@@ -24,7 +24,6 @@ from tinsmith.server.tinker.schemas import (
     SessionBody,
 )
 from tinsmith.server.tinker.submits import receipt_response
-from tinsmith.types.engine_options import ModelSource
 from tinsmith.types.errors import TinsmithError
 from tinsmith.types.rest import (
     Cursor,
@@ -125,12 +124,7 @@ async def create_model(body: CreateModelBody, service: ServiceDep) -> Response:
 
 @router.post("/get_info", response_model_exclude_none=True)
 async def get_info(body: ModelBody, service: ServiceDep) -> GetInfoResponse:
-    """The SDK hands `tokenizer_id` to `transformers` as it is, so the model that ships is named by its folder."""
-    info = service.control.model_info(body.model_id)
-    if info.model_data.tokenizer_id is None:
-        return info
-    source = ModelSource(name=info.model_data.tokenizer_id, location=info.model_data.tokenizer_id)
-    return info.model_copy(update={"model_data": info.model_data.model_copy(update={"tokenizer_id": source.load_from})})
+    return service.control.model_info(body.model_id)
 
 
 @router.post("/create_sampling_session")
