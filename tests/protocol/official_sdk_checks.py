@@ -6,6 +6,7 @@ Every function below `@check` is one test. One line of JSON per check goes to st
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import pickle
@@ -166,6 +167,28 @@ def two_dimensional_targets_give_two_dimensional_logprobs() -> None:
     assert logprobs_of(wide)[0].shape == (n, 3)
     np.testing.assert_allclose(logprobs_of(wide)[0][:, 0], logprobs_of(plain)[0], atol=1e-5)
     assert math.isclose(wide.metrics["loss:sum"], plain.metrics["loss:sum"], rel_tol=1e-5)
+
+
+@check
+def a_result_of_over_a_megabyte_comes_back_whole() -> None:
+    tokens = [5 + i % 500 for i in range(1001)]
+    targets = np.stack([(np.arange(1000) + k) % 1000 for k in range(110)], axis=1).astype(np.int64)
+    wide = datum(tokens, target_tokens=targets, weights=np.zeros((1000, 110), dtype=np.float32))
+    result = Shared.trainer.forward([wide] * 3, "cross_entropy").result()
+    assert [lp.shape for lp in logprobs_of(result)] == [(1000, 110)] * 3
+    np.testing.assert_allclose(logprobs_of(result)[0], logprobs_of(result)[2], atol=1e-4)
+
+
+@check
+def the_asynchronous_twins_work() -> None:
+    async def both() -> tuple[types.ForwardBackwardOutput, types.OptimStepResponse]:
+        first = await Shared.trainer.forward_backward_async([datum(SENTENCES[0])], "cross_entropy")
+        second = await Shared.trainer.optim_step_async(adam(learning_rate=0.0))
+        return await first, await second
+
+    result, step = asyncio.run(both())
+    assert result.metrics["loss:sum"] > 0
+    assert step.metrics["step_applied"] == 1
 
 
 # ---- losses ----

@@ -57,8 +57,13 @@ def status_of(error: TinsmithError) -> int:
 
 
 def error_response(error: TinsmithError) -> Response:
-    headers = {"retry-after": "1", "x-should-retry": "true"} if isinstance(error, Overloaded) else None
-    return json_response({"detail": error.message}, status_of(error), headers)
+    status = status_of(error)
+    headers: dict[str, str] = {}
+    if status == 429:
+        headers = {"retry-after": "1", "x-should-retry": "true"}
+    elif status == 500:  # a full disk, a dead engine, a fault of ours: sending it again at once changes nothing
+        headers = {"x-should-retry": "false"}
+    return json_response({"detail": error.message}, status, headers)
 
 
 def new_incident(error: BaseException, **facts: Any) -> InternalError:

@@ -33,7 +33,7 @@ def deterministic(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_run_reports_a_falling_loss_and_fills_its_folder(train: Train, tmp_path: Path, data: Path) -> None:
-    result = train(save_every=2)
+    result = train(save_every=2, test_size=1)
     assert result.steps == STEPS
     assert result.loss_last < result.loss_first
     assert sorted(path.name for path in result.output.iterdir()) == [
