@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tinsmith.kitchen.ports import TrainingBackend
 
 DEFAULT_OUTPUT: Final = Path("tinsmith-demo")
-PROBES: Final = ("Who are you?", "How do I mend a leaking kettle?", "What is solder made of?")
+PROBES: Final = ("Who are you?", "My kettle leaks. What can I do?", "What is solder made of?")
 """Questions whose answers the shipped conversations change."""
 MAX_ANSWER_TOKENS: Final = 48
 SAMPLES_FILE: Final = "samples.json"
@@ -72,9 +72,9 @@ def demo_config(*, output: Path, seed: int) -> SupervisedConfig:
     return SupervisedConfig(
         data=DEMO_CONVERSATIONS,
         output=output,
-        epochs=12,
+        epochs=10,
         batch_size=8,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         lr_schedule="linear",
         warmup_steps=4,
         lora_rank=16,

@@ -24,7 +24,7 @@ def plot_loss(rows: Sequence[StepRow], path: Path, *, title: str = "Training los
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9db8d2", linewidth=1.2, marker="." if len(rows) < 60 else "", label="each step")
-    window = min(SMOOTHING_STEPS, max(1, len(rows) // 8))
+    window = min(SMOOTHING_STEPS, max(1, len(rows) // 15))
     if window > 1:
         label = f"mean of the last {window} steps"
         axes.plot(steps, running_mean(losses, window), color="#1f4e79", linewidth=2.0, label=label)

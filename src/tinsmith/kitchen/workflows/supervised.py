@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -195,6 +196,14 @@ class _Submitted:
     evaluation: Pending[ForwardBackwardOutput] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sinks:
+    metrics: JsonlSink
+    evaluations: JsonlSink | None
+    """`None` without a test set."""
+    checkpoints: JsonlSink
+
+
 @dataclass(slots=True)
 class _Training:
     config: SupervisedConfig
@@ -231,17 +240,22 @@ class _Training:
         self.started_at = self.clock() - before
         self.read_at = self.clock()
         under_way: deque[_Submitted] = deque()
-        with (
-            JsonlSink(self.folder.metrics_file) as metrics,
-            JsonlSink(self.folder.evaluations_file) as evaluations,
-            JsonlSink(self.folder.checkpoints_file, durable=True) as checkpoints,
-        ):
+        with ExitStack() as files:
+            sinks = self._open_sinks(files)
             for step in range(first, last + 1):
                 under_way.append(self._submit(step))
                 if len(under_way) > 1:
-                    self._read(under_way.popleft(), metrics, evaluations, checkpoints)
+                    self._read(under_way.popleft(), sinks)
             while under_way:
-                self._read(under_way.popleft(), metrics, evaluations, checkpoints)
+                self._read(under_way.popleft(), sinks)
+
+    def _open_sinks(self, files: ExitStack) -> _Sinks:
+        folder = self.folder
+        return _Sinks(
+            metrics=files.enter_context(JsonlSink(folder.metrics_file)),
+            evaluations=files.enter_context(JsonlSink(folder.evaluations_file)) if self.course.test else None,
+            checkpoints=files.enter_context(JsonlSink(folder.checkpoints_file, durable=True)),
+        )
 
     def _submit(self, step: int) -> _Submitted:
         config, last = self.config, step == self.course.plan.num_steps
@@ -283,7 +297,8 @@ class _Training:
             grad_clip_norm=config.grad_clip_norm,
         )
 
-    def _read(self, submitted: _Submitted, metrics: JsonlSink, evaluations: JsonlSink, checkpoints: JsonlSink) -> None:
+    def _read(self, submitted: _Submitted, sinks: _Sinks) -> None:
+        """Wait for one step and write it down; its checkpoint last, so that the rows before a checkpoint are there."""
         loss = submitted.forward_backward.result().loss_sum
         optimizer_metrics = submitted.optim_step.result().metrics or {}
         if not math.isfinite(loss):
@@ -292,25 +307,27 @@ class _Training:
             )
         row = self._row(submitted, loss, optimizer_metrics.get("grad_norm:mean"))
         self.rows.append(row)
-        metrics.write(row.as_dict())
+        sinks.metrics.write(row.as_dict())
         for observer in self.observers:
             observer.stepped(row)
-        if submitted.evaluation is not None:
+        if submitted.evaluation is not None and sinks.evaluations is not None:
             self.test_loss = submitted.evaluation.result().loss_sum
-            evaluations.write({"step": row.step, "test_loss": self.test_loss})
+            sinks.evaluations.write({"step": row.step, "test_loss": self.test_loss})
             self._note(f"step {row.step}: test loss {self.test_loss:.4f}")
         if submitted.save is not None:
-            paths = submitted.save.result()
-            self.checkpoint = CheckpointRecord(
-                step=row.step,
-                name=f"step_{row.step:06d}",
-                run_id=self.session.run_id,
-                state_path=paths.state,
-                sampler_path=paths.sampler,
-                seconds=row.seconds,
-            )
-            checkpoints.write(checkpoint_row(self.checkpoint))
-            self._note(f"step {row.step}: saved {paths.sampler}")
+            self.checkpoint = self._record(row, submitted.save.result())
+            sinks.checkpoints.write(checkpoint_row(self.checkpoint))
+            self._note(f"step {row.step}: saved {self.checkpoint.sampler_path}")
+
+    def _record(self, row: StepRow, paths: CheckpointPaths) -> CheckpointRecord:
+        return CheckpointRecord(
+            step=row.step,
+            name=f"step_{row.step:06d}",
+            run_id=self.session.run_id,
+            state_path=paths.state,
+            sampler_path=paths.sampler,
+            seconds=row.seconds,
+        )
 
     def _row(self, submitted: _Submitted, loss: float, grad_norm: float | None) -> StepRow:
         before, self.read_at = self.read_at, self.clock()

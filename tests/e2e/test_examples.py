@@ -1,0 +1,41 @@
+"""The examples run as they stand, and show what they promise."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / name, *arguments], capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    return ran.stdout
+
+
+def test_train_and_sample_teaches_its_three_answers() -> None:
+    out = run("01_train_and_sample.py")
+    for answer in ("Ask Tilly the tinsmith.", "In the shop by the river.", "Snips, a hammer and solder."):
+        assert f"after:  {answer}" in out
+
+
+def test_training_on_a_server_leaves_a_checkpoint_for_another_client(server: str) -> None:
+    assert run("02_against_a_server.py", server).endswith("What is the password? Copper kettle.\n")
+
+
+def test_rewards_rise() -> None:
+    shares = [float(share) for share in re.findall(r"last five steps\s+([\d.]+)%", run("03_rl_addition.py", "20"))]
+    assert len(shares) == 20
+    assert shares[-1] > shares[0] + 5
+
+
+def test_adapters_of_three_ranks_learn_three_answers() -> None:
+    out = run("04_many_adapters.py")
+    for rank, answer in ((4, "I sell kettles and pans."), (16, "I sell warm bread."), (64, "I sell old books.")):
+        assert re.search(rf"rank {rank} +{re.escape(answer)}", out)
