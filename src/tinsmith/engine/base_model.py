@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tinsmith.engine.attention import ATTENTION, PassLayout, plan_blocks
+from tinsmith.engine.attention import ATTENTION, PassLayout
 from tinsmith.engine.lora import LoraLayout, LoraLinear, LoraRouter, LoraSite, Segment
 from tinsmith.engine.loss_head import Unembedding, logits_of
+from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import InvalidInput, Unsupported
 from tinsmith.types.operations import BaseModelCard, LoraSpec

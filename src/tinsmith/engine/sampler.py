@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.engine.attention import PassLayout, plan_blocks
+from tinsmith.engine.attention import PassLayout
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.kv_cache import BlockTable, CachePlan, KVCache
 from tinsmith.engine.lora import LoraWeights, Segment
 from tinsmith.engine.loss_head import logits_of, target_logprobs
+from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.engine.stopping import Decoder, StopRule
 from tinsmith.engine.token_choice import ChoiceRule, Choices, choose, uniform
 from tinsmith.types.errors import InvalidInput, ServerError, TinsmithError, UserError

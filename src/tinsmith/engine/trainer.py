@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from tinsmith.engine.adapter import Adapter
-from tinsmith.engine.attention import PassLayout, plan_blocks
+from tinsmith.engine.attention import PassLayout
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.lora import Segment
 from tinsmith.engine.loss_head import target_logprobs
 from tinsmith.engine.losses import LOSSES, evaluate
 from tinsmith.engine.packing import Piece, loss_inputs, micro_batches, pack
+from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.types.errors import NotFound, ServerError, TinsmithError
 from tinsmith.types.metrics import merge_metrics
 from tinsmith.types.operations import TrainItem, TrainOutcome
