@@ -389,7 +389,12 @@ async def test_weights_info_tells_the_shape_of_a_checkpoint(client: Client) -> N
     assert (info["base_model"], info["is_lora"], info["lora_rank"]) == ("tinsmith/fake", True, 4)
     sampler = await client.sampler(base_model=None, model_path=saved["path"])
     described = (await client.get(f"samplers/{sampler}")).json()
-    assert described == {"sampler_id": sampler, "base_model": "tinsmith/fake", "model_path": saved["path"]}
+    assert described == {
+        "sampler_id": sampler,
+        "base_model": "tinsmith/fake",
+        "model_path": saved["path"],
+        "tokenizer_id": "tinsmith/fake",
+    }
 
 
 # ---- starting a server ----

@@ -14,11 +14,11 @@ import uvicorn
 
 from tests.unit.server.tinker_client import Client, OpenServer, datum, train_body
 from tinsmith.control.settings import ControlSettings
-from tinsmith.models import TINY, tiny_folder
 from tinsmith.runtime.fake import FAKE_CARD
 from tinsmith.server import ServerSettings
 from tinsmith.types import TensorData
-from tinsmith.types.operations import OptimStep, TrainBatch
+from tinsmith.types.errors import StorageError
+from tinsmith.types.operations import OptimStep, SaveAdapter, TrainBatch
 from tinsmith.wire import tinker_pb2 as pb
 from tinsmith.wire.compression import compress
 from tinsmith.wire.tinker_proto import CONTENT_TYPE, decode_forward_backward_output, decode_sample_response
@@ -72,6 +72,24 @@ async def test_T1_a_zstd_bomb_is_a_failed_future(open_server: OpenServer) -> Non
         assert failed["category"] == "user"
         assert "100000 bytes" in failed["error"]
         assert "error" not in await client.result(await client.train(model_id, 2))
+
+
+async def test_T1_no_data_at_all_is_a_failed_future(client: Client) -> None:
+    model_id = await client.model()
+    failed = await client.result(await client.train(model_id, 1, data=()))
+    assert failed["category"] == "user"
+    assert "empty" in failed["error"]
+
+
+async def test_a_full_disk_fails_the_save_and_nothing_else(client: Client) -> None:
+    model_id = await client.model()
+    client.engine.fail_next(SaveAdapter, StorageError("no space left on the disk"))
+    save = {"model_id": model_id, "path": "a"}
+    failed = await client.result(await client.post("save_weights", save | {"seq_id": 1}))
+    assert failed["category"] == "server"
+    assert "no space left" in failed["error"]
+    assert "error" not in await client.result(await client.train(model_id, 2))
+    assert "error" not in await client.result(await client.post("save_weights", save | {"seq_id": 3}))
 
 
 async def test_T1_an_unknown_model_is_a_failed_future(client: Client) -> None:
@@ -325,11 +343,13 @@ async def test_T18_get_info_says_where_the_tokenizer_is(client: Client) -> None:
     assert info["lora_rank"] == 4
 
 
-async def test_T18_the_tokenizer_of_the_shipped_model_is_a_folder(open_server: OpenServer) -> None:
-    async with open_server(card=replace(FAKE_CARD, name=TINY, source=TINY)) as client:
+async def test_T18_a_model_with_a_name_of_its_own_says_where_its_tokenizer_is(open_server: OpenServer) -> None:
+    async with open_server(card=replace(FAKE_CARD, name="mine", source="/models/somewhere/mine")) as client:
         info = (await client.post("get_info", {"model_id": await client.model()})).json()
-        assert info["model_data"]["model_name"] == TINY
-        assert info["model_data"]["tokenizer_id"] == str(tiny_folder())
+        assert info["model_data"]["model_name"] == "mine"
+        assert info["model_data"]["tokenizer_id"] == "/models/somewhere/mine"
+        sampler = (await client.get(f"samplers/{await client.sampler()}")).json()
+        assert (sampler["base_model"], sampler["tokenizer_id"]) == ("mine", "/models/somewhere/mine")
 
 
 async def test_T19_no_token_exchange_is_announced(client: Client) -> None:
