@@ -1,8 +1,8 @@
 """Attention over packed rows, registered with transformers so that any architecture calls it.
 
 A pass is described by a `PassLayout`, which travels through the model as a keyword; the model hands over queries, keys
-and values of one packed row `[1, heads, T, D]`. Three kinds of pass: training (each sequence attends to itself), prefill
-(the same, and keys and values go into the cache), decode (one row per sequence, which attends to its cached tokens).
+and values of one packed row `[1, heads, T, D]`. Three kinds of pass: training (sequences attend to themselves), prefill
+(the same, and keys and values go into the cache), decode (one row per sequence over its cached tokens).
 """
 
 # T packed token, H query head, K key head, D head size

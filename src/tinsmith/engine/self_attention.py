@@ -1,7 +1,7 @@
 """Packed sequences attending to themselves: training, and prompts that start from nothing.
 
-Sequences of similar length are computed together as one padded block; padding lies behind every real token, where a causal
-mask hides it.
+Sequences of similar length are computed together as one padded block; padding lies behind every real token, where a
+causal mask hides it.
 """
 
 # T packed token, B sequence of a padded block, L its length, N real token, H query head, K key head, D head size
