@@ -1,6 +1,6 @@
 """How errors look over HTTP.
 
-A status is chosen by what a Tinker client does with it: 400, 404, 410 and 413 end the call; 409 and 5xx are sent again
+A status is chosen by what a Tinker client does with it: 400, 404 and 410 end the call; 409 and 5xx are sent again
 for minutes, so no permanent error may have them; 429 slows the client down.
 """
 
@@ -23,13 +23,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinsmith.control.errors import FutureExpired, SessionEnded
-from tinsmith.types.errors import InvalidInput, NotFound, Overloaded, ServerError, TinsmithError, UserError
+from tinsmith.types.errors import NotFound, Overloaded, ServerError, TinsmithError, UserError
 
 logger = logging.getLogger(__name__)
-
-
-class BodyTooLarge(InvalidInput):
-    """A body beyond the limit, as sent or once expanded."""
 
 
 class InternalError(ServerError):
@@ -46,8 +42,6 @@ def status_of(error: TinsmithError) -> int:
             return 404
         case SessionEnded() | FutureExpired():
             return 410
-        case BodyTooLarge():
-            return 413
         case Overloaded():
             return 429
         case UserError():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -174,6 +175,18 @@ async def test_a_body_that_only_claims_to_be_zstd_is_400(client: Client) -> None
     status, detail = await post_raw(client, "asample", b"{}", content_encoding="zstd")
     assert status == 400
     assert "zstd" in detail
+
+
+async def test_any_queued_operation_may_come_compressed(client: Client) -> None:
+    model_id = await client.model()
+    headers = {"content-type": "application/json", "content-encoding": "zstd"}
+    saved = await client.result(await client.post("save_weights", {"model_id": model_id, "seq_id": 1, "path": "a"}))
+    load = {"model_id": model_id, "seq_id": 2, "path": saved["path"], "optimizer": True}
+    sample = sample_body(await client.sampler())
+    for path, body in (("load_weights", load), ("asample", sample)):
+        content = compress(json.dumps(body).encode())
+        receipt = await client.http.post(f"/api/v1/{path}", content=content, headers=headers)
+        assert "error" not in await client.result(receipt)
 
 
 def test_a_cut_or_continued_zstd_frame_is_refused() -> None:

@@ -43,7 +43,7 @@ async def _train(request: Request, *, forward_only: bool) -> Response:
             request, body, service, lambda fields: decode.train_from_json(fields, forward_only=forward_only)
         )
 
-    return await _submit(service, len(body), work)
+    return await _submit(request, body, work)
 
 
 def _read_protobuf(request: Request, body: bytes, max_bytes: int) -> tuple[ask.ModelRequest, bytes]:
@@ -61,7 +61,13 @@ def _read_protobuf(request: Request, body: bytes, max_bytes: int) -> tuple[ask.M
 
 def _read_json(request: Request, body: bytes, service: Service, decoder: JsonDecoder) -> tuple[ask.ModelRequest, bytes]:
     content = expand(request, body, max_bytes=service.settings.max_expanded_bytes)
-    fields = parse_json_object(content)
+    return _read_fields(request, content, parse_json_object(content), decoder)
+
+
+def _read_fields(
+    request: Request, content: bytes, fields: Mapping[str, Any], decoder: JsonDecoder
+) -> tuple[ask.ModelRequest, bytes]:
+    """As `_read_protobuf`."""
     digest = fingerprint(request.url.path, content)
     try:
         return decoder(fields), digest
@@ -78,9 +84,10 @@ def _as_tinsmith_error(error: Exception, request: Request) -> TinsmithError:
     return new_incident(error, method=request.method, path=request.url.path)
 
 
-async def _submit(service: Service, size: int, work: Callable[[], tuple[ask.ModelRequest, bytes]]) -> Response:
+async def _submit(request: Request, body: bytes, work: Callable[[], tuple[ask.ModelRequest, bytes]]) -> Response:
+    service = service_of(request)
     try:
-        asked, digest = await service.codecs.run(size, work)
+        asked, digest = await service.codecs.decode(request, body, work)
         receipt = service.control.submit(asked, digest)
     except TinsmithError as error:
         return error_response(error)
@@ -100,7 +107,7 @@ def model_operation(decoder: JsonDecoder) -> Callable[[Request], Any]:
     async def route(request: Request) -> Response:
         service = service_of(request)
         body = await request.body()
-        return await _submit(service, len(body), lambda: _read_json(request, body, service, decoder))
+        return await _submit(request, body, lambda: _read_json(request, body, service, decoder))
 
     return route
 
@@ -108,14 +115,20 @@ def model_operation(decoder: JsonDecoder) -> Callable[[Request], Any]:
 async def load_weights(request: Request) -> Response:
     """Into a live model (`model_id`, `seq_id`), or as a new one (`session_id`, `model_seq_id`)."""
     service = service_of(request)
+    body = await request.body()
+
+    def work() -> tuple[bytes, dict[str, Any]]:
+        content = expand(request, body, max_bytes=service.settings.max_expanded_bytes)
+        return content, parse_json_object(content)
+
     try:
-        body = expand(request, await request.body(), max_bytes=service.settings.max_expanded_bytes)
-        fields = parse_json_object(body)
+        content, fields = await service.codecs.decode(request, body, work)
         if "model_seq_id" not in fields:
-            return await _submit(service, 0, lambda: _read_json(request, body, service, decode.load_into_model))
-        if fields.get("seq_id") is not None:
+            receipt = service.control.submit(*_read_fields(request, content, fields, decode.load_into_model))
+        elif fields.get("seq_id") is not None:
             raise InvalidInput("give either model_id and seq_id (load into a model) or session_id and model_seq_id")
-        receipt = await service.control.create_model_from_checkpoint(decode.load_new_model(fields))
+        else:
+            receipt = await service.control.create_model_from_checkpoint(decode.load_new_model(fields))
     except TinsmithError as error:
         return error_response(error)
     return receipt_response(receipt)
@@ -130,7 +143,7 @@ async def asample(request: Request) -> Response:
         return _read_sample(request, content), fingerprint("asample", content)
 
     try:
-        asked, digest = await service.codecs.run(len(body), work)
+        asked, digest = await service.codecs.decode(request, body, work)
         receipt = service.control.submit_sample(asked, digest)
     except TinsmithError as error:
         return error_response(error)
