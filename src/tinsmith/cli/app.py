@@ -91,7 +91,10 @@ def _exit_code(error: Exception) -> int:
 def _message(error: Exception) -> str:
     """What happened, in the words of whoever noticed it; a bug is named as one."""
     if _is_expected(error):
-        return str(error) or type(error).__name__
+        body = getattr(error, "body", None)
+        detail = body.get("detail") if isinstance(body, dict) else None
+        advice = " (is a server running there? `tinsmith serve` starts one)" if _is_unreachable(error) else ""
+        return f"{detail or str(error) or type(error).__name__}{advice}"
     return f"internal error, {type(error).__name__}: {error} (run `tinsmith --debug …` for the traceback)"
 
 
@@ -103,6 +106,11 @@ def _is_expected(error: Exception) -> bool:
     if client_errors is not None:
         expected += (client_errors.TinkerError,)
     return isinstance(error, expected)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    client_errors = sys.modules.get("tinsmith.client.errors")
+    return client_errors is not None and isinstance(error, client_errors.APIConnectionError)
 
 
 def _print_error(message: str) -> None:

@@ -21,6 +21,7 @@ PROBES: Final = ("Who are you?", "My kettle leaks. What can I do?", "What is sol
 """Questions whose answers the shipped conversations change."""
 MAX_ANSWER_TOKENS: Final = 48
 SAMPLES_FILE: Final = "samples.json"
+RECIPE: Final = "demo"
 
 
 def demo(
@@ -42,6 +43,7 @@ def demo(
     console = Console(stderr=as_json)
     folder = RunFolder(output)
     _clear(folder)
+    folder.check_fresh()
     config = demo_config(output=output, seed=seed)
 
     def connect(config: SupervisedConfig, folder: RunFolder) -> TrainingBackend:
@@ -51,7 +53,7 @@ def demo(
         backend = connect(config, folder)
         before = ask(backend, config.model)
     try:
-        result = run_supervised(config, connect, observers=[ProgressLine(console)])
+        result = run_supervised(config, connect, recipe=RECIPE, observers=[ProgressLine(console)])
         after = ask(backend, result.checkpoint.sampler_path)
     finally:
         backend.close()
@@ -102,14 +104,10 @@ def _clear(folder: RunFolder) -> None:
     from tinsmith.kitchen import RunFolder, RunFolderError
     from tinsmith.kitchen.run_folder import RUN_ENTRIES
 
-    if not folder.path.exists():
-        return
-    if not folder.path.is_dir():
-        raise RunFolderError(f"{str(folder.path)!r} is a file; give another --output")
-    entries = {path.name for path in folder.path.iterdir()}
-    foreign = sorted(entries - RUN_ENTRIES - {SAMPLES_FILE})
-    is_demo = SAMPLES_FILE in entries or not RunFolder.is_run(folder.path)
-    if foreign or not is_demo:
+    if not RunFolder.is_run(folder.path):
+        return  # whether a run may begin here is for the run to say
+    foreign = sorted({path.name for path in folder.path.iterdir()} - RUN_ENTRIES - {SAMPLES_FILE})
+    if foreign or folder.read_manifest().get("recipe") != RECIPE:
         what = f"{foreign[0]!r}, which is not the demo's" if foreign else "another run"
         raise RunFolderError(f"{str(folder.path)!r} holds {what}; give another --output")
     for path in folder.path.iterdir():

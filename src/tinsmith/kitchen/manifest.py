@@ -13,10 +13,10 @@ PACKAGES: Final = ("tinsmith", "torch", "transformers", "tokenizers", "numpy")
 
 
 def make_manifest(
-    *, file: ConversationFile, model: str, seed: int, run_id: str, base_url: str | None
+    *, recipe: str, file: ConversationFile, model: str, seed: int, run_id: str, base_url: str | None
 ) -> dict[str, Any]:
     return {
-        "recipe": "supervised",
+        "recipe": recipe,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "run_id": run_id,
         "base_url": base_url,

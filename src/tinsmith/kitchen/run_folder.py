@@ -23,6 +23,8 @@ from tinsmith.kitchen.errors import RunFolderError
 from tinsmith.observe import StepRow, keep_rows, read_jsonl
 
 CONFIG: Final = "config.json"
+STORE_MARK: Final = "registry.sqlite3"
+"""A file that every store of a server has."""
 DEFAULT_PARENT: Final = Path("runs")
 RUN_ENTRIES: Final = frozenset(
     (CONFIG, "manifest.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints.jsonl", "loss.png", "checkpoints")
@@ -85,12 +87,16 @@ class RunFolder:
         """Raises `RunFolderError` unless a new run may be written here."""
         if self.is_run(self.path):
             raise RunFolderError(
-                f"{str(self.path)!r} already holds a run; give another output=, or go on with it by resume=true"
+                f"{str(self.path)!r} already holds a run; give another output, or go on with it by resume=true"
             )
         if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"{str(self.path)!r} is a file; give another output=")
-        if self.path.exists() and any(path != self.store for path in self.path.iterdir()):
-            raise RunFolderError(f"{str(self.path)!r} holds something that is no run of ours; give another output=")
+            raise RunFolderError(f"{str(self.path)!r} is a file; give another output")
+        if self.path.exists() and any(path != self.store or not self._is_store() for path in self.path.iterdir()):
+            raise RunFolderError(f"{str(self.path)!r} holds something that is no run of ours; give another output")
+
+    def _is_store(self) -> bool:
+        """Whether `store` is what an embedded server left behind when its run ended before it began."""
+        return self.store.is_dir() and (not any(self.store.iterdir()) or (self.store / STORE_MARK).exists())
 
     def create(self, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

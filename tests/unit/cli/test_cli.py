@@ -114,7 +114,7 @@ def test_a_recipe_runs_and_says_where_everything_is(cli: Run, opened: list[dict[
     outcome = cli("run", "supervised", f"data={data}", "epochs=3", "batch_size=2", "output=out", "model=some/model")
     assert outcome.code == 0, outcome.err
     assert opened == [{"base_url": None, "model": "some/model", "store": Path("out/checkpoints")}]
-    assert "6 steps are few; raise epochs or lower batch_size to learn more" in outcome.out
+    assert "6 steps will not teach much; raise epochs or lower batch_size" in outcome.out
     assert "step 6/6" in outcome.out
     assert "weights   tinker://noop-1/sampler_weights/step_000006" in outcome.out
     assert 'try it    tinsmith sample "Hello!" --model out' in outcome.out
@@ -137,7 +137,7 @@ def test_keys_may_come_from_a_file(cli: Run, opened: list[dict[str, Any]], data:
         (("run", "supervised", "data=none.jsonl"), 1, "error: cannot read the data file 'none.jsonl': No such file"),
         (("run", "supervised", "--config", "none.toml"), 2, "error: cannot read the config file 'none.toml'"),
         (("sample", "hi", "--raw", "--system", "x"), 2, "--system belongs to the chat template"),
-        (("sample", "hi", "--base-url", "ftp://x"), 1, "error: base_url 'ftp://x' must start with http://"),
+        (("sample", "hi", "--base-url", "ftp://x"), 1, "must start with http://, https:// or local:"),
         (("sample", "hi", "--temperature", "-1"), 2, "Invalid value for '--temperature'"),
     ],
 )
@@ -213,6 +213,9 @@ def test_the_demo_replaces_its_own_folder_and_touches_no_other(cli: Run, opened:
     assert cli("demo").code == 0
     assert Path("tinsmith-demo/metrics.jsonl").read_text()
 
+    Path("tinsmith-demo/samples.json").unlink()  # as an interrupted demo leaves it
+    assert cli("demo").code == 0
+
     Path("tinsmith-demo/thesis.tex").write_text("")
     outcome = cli("demo")
     assert outcome.code == 1
@@ -234,3 +237,42 @@ def test_the_demo_ends_with_one_line_of_json(cli: Run, opened: list[dict[str, An
     assert summary.keys() == {"loss_first", "loss_last", "tokens_per_s", "seconds", "samples"}
     assert [sample.keys() for sample in summary["samples"]] == [{"prompt", "before", "after"}] * 3
     assert "Try next" in outcome.err
+
+
+def test_what_a_server_says_is_told_without_its_wrapping(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx2
+
+    from tinsmith.client.errors import APIConnectionError, status_error
+
+    request = httpx2.Request("POST", "http://127.0.0.1:9/x")
+    missing = status_error(httpx2.Response(404, json={"detail": "no checkpoint 'x'"}, request=request))
+    refused = APIConnectionError(request, "connection refused")
+    told = {
+        missing: "error: no checkpoint 'x'\n",
+        refused: "error: connection refused (is a server running there? `tinsmith serve` starts one)\n",
+    }
+    for error, text in told.items():
+
+        def fail(error: Exception = error, **_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("tinsmith.kitchen.adapters.tinker.open_backend", fail)
+        assert cli("sample", "hi") == Outcome(code=1, out="", err=text)
+
+
+@pytest.mark.parametrize("precious", ["metrics.jsonl", "checkpoints/model.bin"])
+def test_the_demo_touches_no_folder_that_is_no_run(cli: Run, opened: list[dict[str, Any]], precious: str) -> None:
+    file = Path("mine") / precious
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    outcome = cli("demo", "--output", "mine")
+    assert (outcome.code, opened) == (1, [])
+    assert outcome.err == "error: 'mine' holds something that is no run of ours; give another output\n"
+
+
+def test_a_run_may_begin_where_one_ended_before_its_first_step(
+    cli: Run, opened: list[dict[str, Any]], data: Path
+) -> None:
+    Path("out/checkpoints").mkdir(parents=True)
+    Path("out/checkpoints/registry.sqlite3").write_text("")
+    assert cli("run", "supervised", f"data={data}", "output=out").code == 0

@@ -150,7 +150,7 @@ def test_there_must_be_a_run_to_resume(train: Train, tmp_path: Path) -> None:
 
 def test_a_run_is_never_overwritten(train: Train) -> None:
     train()
-    with pytest.raises(RunFolderError, match=r"already holds a run; give another output=, or go on with it by resume"):
+    with pytest.raises(RunFolderError, match=r"already holds a run; give another output, or go on with it by resume"):
         train()
 
 

@@ -66,10 +66,13 @@ def run_supervised(
     config: SupervisedConfig,
     connect: ConnectTo,
     *,
+    recipe: str = "supervised",
     observers: Sequence[RunObserver] = (),
     clock: Callable[[], float] = time.monotonic,
 ) -> SupervisedResult:
     """Fine-tune as `config` says. Nothing is written before data and config are known to fit.
+
+    `recipe` is the name under which the run goes into its manifest and to the server.
 
     Raises `DataError`, `RenderError`, `ConfigError`, `RunFolderError`, `TrainingDiverged`, and what the backend raises.
     """
@@ -86,7 +89,7 @@ def run_supervised(
                 lora_rank=config.lora_rank,
                 seed=config.seed,
                 resume_from=begin.state_path if begin else None,
-                metadata={"recipe": "supervised"},
+                metadata={"recipe": recipe},
             )
         )
         course = _set_course(config, file, session)
@@ -96,7 +99,12 @@ def run_supervised(
             folder.create(
                 config=config.model_copy(update={"output": folder.path}).model_dump(mode="json"),
                 manifest=make_manifest(
-                    file=file, model=config.model, seed=config.seed, run_id=session.run_id, base_url=backend.location
+                    recipe=recipe,
+                    file=file,
+                    model=config.model,
+                    seed=config.seed,
+                    run_id=session.run_id,
+                    base_url=backend.location,
                 ),
             )
         result = _Training(config, folder, session, course, begin, observers, clock).run()
@@ -150,18 +158,18 @@ def _set_course(config: SupervisedConfig, file: ConversationFile, session: Train
 def _remarks(file: ConversationFile, training: ConversationDataset, plan: BatchPlan) -> list[str]:
     """What a person should know before the run: counts, and everything that was left out."""
     remarks = [
-        f"{len(training.examples)} conversations, {training.num_tokens:,} tokens, "
-        f"{training.num_trained_tokens:,} of them trained; {plan.num_steps} steps"
+        f"{_count(len(training.examples), 'conversation')}, {_count(training.num_tokens, 'token')}, "
+        f"{training.num_trained_tokens:,} of them trained; {_count(plan.num_steps, 'step')}"
     ]
     if training.num_truncated:
-        remarks.append(f"{training.num_truncated} conversations were truncated to max_length")
+        remarks.append(f"{_count(training.num_truncated, 'conversation')} truncated to max_length")
     if training.num_skipped:
-        remarks.append(f"{training.num_skipped} conversations were skipped: too long, or nothing left to learn")
+        remarks.append(f"{_count(training.num_skipped, 'conversation')} skipped: too long, or nothing left to learn")
     if file.ignored_keys:
-        keys = ", ".join(f"{key!r} ({count} lines)" for key, count in file.ignored_keys.items())
+        keys = ", ".join(f"{key!r} ({_count(count, 'line')})" for key, count in file.ignored_keys.items())
         remarks.append(f"keys in {file.path.name} that were not read: {keys}")
     if plan.num_steps < FEW_STEPS:
-        remarks.append(f"{plan.num_steps} steps are few; raise epochs or lower batch_size to learn more")
+        remarks.append(f"{_count(plan.num_steps, 'step')} will not teach much; raise epochs or lower batch_size")
     return remarks
 
 
@@ -227,7 +235,8 @@ class _Training:
         try:
             self._note(*self.course.remarks)
             if self.begin:
-                self._note(f"going on after step {self.begin.step} of {last}")
+                done = "; nothing is left to train" if self.begin.step == last else ""
+                self._note(f"going on after step {self.begin.step} of {last}{done}")
             self._train(first, last)
         finally:
             for observer in self.observers:
@@ -363,6 +372,10 @@ class _Training:
             seconds=seconds,
             checkpoint=self.checkpoint,
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _is_due(step: int, every: int) -> bool:
