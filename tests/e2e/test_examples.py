@@ -7,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _own_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINSMITH_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("TINKER_BASE_URL", raising=False)
 
 
 def run(name: str, *arguments: str) -> str:
