@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -143,8 +145,16 @@ def _print_outcome(console: Console, result: SupervisedResult, samples: Sequence
     console.print(f"\nLoss plot: {output / 'loss.png'}", markup=False, highlight=False)
     console.print("\n[bold]Try next[/bold]", highlight=False)
     for command, comment in (
-        (f'tinsmith sample "How do I clean a copper pan?" --model {output}', "ask the model you just trained"),
-        ("tinsmith run supervised data=YOURS.jsonl epochs=3", "train on your own conversations"),
-        ("tinsmith serve", "let any Tinker script train here"),
+        (f'sample "How do I clean a copper pan?" --model {output}', "ask the model you just trained"),
+        ("run supervised data=YOURS.jsonl epochs=3", "train on your own conversations"),
+        ("serve", "let any Tinker script train here"),
     ):
-        console.print(f"  {command}    # {comment}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {program()} {command}    # {comment}", markup=False, highlight=False, soft_wrap=True)
+
+
+def program() -> str:
+    """How this command can be typed again: by name, or by its place in an environment that is not on the path."""
+    if shutil.which("tinsmith"):
+        return "tinsmith"
+    beside = Path(sys.executable).parent / "tinsmith"
+    return os.path.relpath(beside) if beside.exists() else "python -m tinsmith"
