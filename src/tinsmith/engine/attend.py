@@ -1,6 +1,8 @@
 """Attention proper, of queries over keys that are already laid side by side.
 
-softmax(q k^T * scale + mask) v
+softmax(cap(q k^T * scale) + mask) v,   cap(x) = softcap * tanh(x / softcap)
+
+An attention sink is one more key whose score is a constant of the query head and whose value is zero.
 """
 
 # B sequence, L query position, S key position, H query head, K key head, G query heads per key head, D head size
@@ -11,9 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_SCORES_AT_ONCE = 2**24
+"""Scores held at once where they must be held: 64 MB in fp32."""
+_HEAD_SIZE_STEP = 8
+"""Fast kernels want head sizes that are multiples of this."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoreRule:
     """What an architecture does to attention scores."""
 
@@ -21,21 +29,39 @@ class ScoreRule:
     """`None`: 1 / sqrt(D)."""
     window: int | None = None
     """A query sees this many newest positions, its own included; `None`: all."""
+    softcap: float | None = None
+    """Scores are squeezed into ± this."""
+    sinks_H: Tensor | None = None
+    """The score of each query head's sink."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Scores are only scaled and masked."""
+        return self.softcap is None and self.sinks_H is None
 
 
 def attend(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, rule: ScoreRule) -> Tensor:
     """Causal attention of sequences to themselves -> `[B, H, L, D]`."""
-    length = q_BHLD.shape[2]
+    length, head_size = q_BHLD.shape[2], v_BKLD.shape[3]
     mask = _window_mask(length, rule.window, q_BHLD.device) if rule.window and rule.window < length else None
-    return nn.functional.scaled_dot_product_attention(
+    if rule.softcap is not None:
+        return _capped(q_BHLD, k_BKLD, v_BKLD, mask, rule)
+    scale = _scale(rule, q_BHLD)
+    if rule.sinks_H is not None:
+        q_BHLD, k_BKLD, v_BKLD = _with_sinks(q_BHLD, k_BKLD, v_BKLD, rule.sinks_H, scale)
+        # query i must see the sink in front and keys 0..i: a causal mask over one more query in front gives just that
+        q_BHLD = nn.functional.pad(q_BHLD, (0, 0, 1, 0))
+        mask = None if mask is None else _see_sinks(nn.functional.pad(mask, (0, 0, 1, 0)))
+    out_BHLD = nn.functional.scaled_dot_product_attention(
         q_BHLD,
         k_BKLD,
         v_BKLD,
         attn_mask=mask,
         is_causal=mask is None,
-        scale=rule.scale,
+        scale=scale,
         enable_gqa=q_BHLD.shape[1] != k_BKLD.shape[1],
     )
+    return out_BHLD if rule.sinks_H is None else out_BHLD[:, :, 1:, :head_size]
 
 
 def attend_grouped(q_BHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_BS: Tensor, rule: ScoreRule) -> Tensor:
@@ -44,11 +70,73 @@ def attend_grouped(q_BHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_BS: Tenso
     The query heads of one key head stand in for query positions, so that keys need not be repeated.
     """
     num_sequences, num_heads, head_size = q_BHD.shape
-    q_BKGD = q_BHD.reshape(num_sequences, k_BKSD.shape[1], -1, head_size)
-    out_BKGD = nn.functional.scaled_dot_product_attention(
-        q_BKGD, k_BKSD, v_BKSD, attn_mask=mask_BS[:, None, None, :], scale=rule.scale
-    )
-    return out_BKGD.reshape(num_sequences, num_heads, -1)
+    num_key_heads, value_size = k_BKSD.shape[1], v_BKSD.shape[3]
+    q_BKGD = q_BHD.reshape(num_sequences, num_key_heads, -1, head_size)
+    mask = mask_BS[:, None, None, :]
+    scale = _scale(rule, q_BHD)
+    if rule.softcap is not None:
+        out_BKGD = _eager(q_BKGD, k_BKSD, v_BKSD, mask, scale, rule.softcap)
+    else:
+        if rule.sinks_H is not None:
+            sinks_KG = rule.sinks_H.view(num_key_heads, -1)
+            q_BKGD, k_BKSD, v_BKSD = _with_sinks(q_BKGD, k_BKSD, v_BKSD, sinks_KG, scale)
+            mask = _see_sinks(mask)
+        out_BKGD = nn.functional.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale)
+    return out_BKGD[..., :value_size].reshape(num_sequences, num_heads, -1)
+
+
+def _scale(rule: ScoreRule, q_D: Tensor) -> float:
+    return float(q_D.shape[-1] ** -0.5) if rule.scale is None else rule.scale
+
+
+def _capped(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_LL: Tensor | None, rule: ScoreRule) -> Tensor:
+    """No fused kernel caps scores: some queries at a time, their scores computed again in the backward pass."""
+    num_sequences, num_heads, length, _ = q_BHLD.shape
+    repeats = num_heads // k_BKLD.shape[1]
+    k_BHLD, v_BHLD = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_BKLD, v_BKLD))
+    if mask_LL is None:
+        mask_LL = _window_mask(length, length, q_BHLD.device)
+    size = max(1, _SCORES_AT_ONCE // (num_sequences * num_heads * length))
+    scale = _scale(rule, q_BHLD)
+    outputs = []
+    for q, mask in zip(q_BHLD.split(size, dim=2), mask_LL.split(size), strict=True):
+        if torch.is_grad_enabled() and size < length:
+            out = checkpoint(
+                _eager, q, k_BHLD, v_BHLD, mask, scale, rule.softcap, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            out = _eager(q, k_BHLD, v_BHLD, mask, scale, rule.softcap)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A first key that scores each head's sink, by one more head dimension: q gets the sink, that key 1 / scale.
+
+    `sinks` is `[H]`, or `[K, G]` where query heads stand in for positions. Head sizes are padded, values to the same.
+    """
+    size = -(-(q.shape[-1] + 1) // _HEAD_SIZE_STEP) * _HEAD_SIZE_STEP
+    sink_column = sinks.to(q.dtype).view(*sinks.shape, *[1] * (3 - sinks.ndim))
+    q = torch.cat([q, sink_column.expand(*q.shape[:-1], 1)], dim=-1)
+    first_key = k.new_zeros(*k.shape[:2], 1, q.shape[-1])
+    first_key[..., -1] = 1 / scale
+    k = torch.cat([first_key, nn.functional.pad(k, (0, 1))], dim=2)
+    padding = size - q.shape[-1]
+    v = nn.functional.pad(v, (0, size - v.shape[-1], 1, 0))
+    return nn.functional.pad(q, (0, padding)), nn.functional.pad(k, (0, padding)), v
+
+
+def _see_sinks(mask: Tensor) -> Tensor:
+    """One more key in front, visible to all."""
+    return nn.functional.pad(mask, (1, 0), value=True)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

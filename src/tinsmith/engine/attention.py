@@ -41,7 +41,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: PassLayout,
+    packing: PassLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -49,10 +49,15 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`query [1, H, T, D]`, `key`, `value [1, K, T, D]` -> `[1, T, H, D]`."""
-    if softcap is not None or s_aux is not None:
-        raise Unsupported("attention with logit soft-capping or sinks is not supported by this engine")
-    rule = ScoreRule(scaling, sliding_window)
+    """`query [1, H, T, D]`, `key`, `value [1, K, T, D]` -> `[1, T, H, D]`. `s_aux [H]` holds the sinks' scores.
+
+    Raises `Unsupported` for an architecture that does not hand its keywords on to attention, or both caps and sinks.
+    """
+    if packing is None:
+        raise Unsupported("this architecture does not pass keywords on to its attention; it cannot run packed rows")
+    if softcap is not None and s_aux is not None:
+        raise Unsupported("attention with both soft-capped scores and sinks is not supported")
+    rule = ScoreRule(scaling, sliding_window, softcap, s_aux)
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     if packing.cache is not None and packing.plan is not None:
         packing.cache.write(_layer(module), packing.plan, k_TKD, v_TKD)

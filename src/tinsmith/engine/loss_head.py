@@ -29,6 +29,8 @@ class Unembedding:
     bias_V: Tensor | None
     site: int | None
     """Its number among the adapter sites, if adapters may attach to it."""
+    softcap: float | None = None
+    """Logits are squeezed into ± this: c * tanh(logits / c)."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,12 +78,15 @@ class _TargetLogprobs(torch.autograd.Function):
                 continue
             hidden_CH = hidden_TH[start:end].float()
             grad_logits_CV, low_rank = _chunk_logits(hidden_CH, head, ctx.segments, start)
+            slope_CV = None if head.softcap is None else 1 - (grad_logits_CV / head.softcap).square_()
             rows = rows_M[pairs] - start
             total_C = torch.zeros(end - start, dtype=torch.float32, device=grad_M.device).index_add_(
                 0, rows, chunk_grad
             )
             grad_logits_CV.sub_(normalizer_T[start:end, None]).exp_().mul_(-total_C[:, None])
             grad_logits_CV.index_put_((rows, tokens_M[pairs]), chunk_grad, accumulate=True)
+            if slope_CV is not None:
+                grad_logits_CV.mul_(slope_CV)
             grad_CH = grad_logits_CV @ head.weight_VH
             if low_rank:
                 inside = _within(ctx.segments, start, end)
@@ -96,6 +101,8 @@ def _chunk_logits(
     logits_CV = torch.nn.functional.linear(hidden_CH, head.weight_VH, head.bias_V)
     inside = _within(segments, start, start + hidden_CH.shape[0])
     low_rank = add_updates(logits_CV, hidden_CH, _site(head), inside) if inside else []
+    if head.softcap is not None:
+        logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits_CV, low_rank
 
 
