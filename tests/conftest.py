@@ -1,8 +1,13 @@
-"""For all tiers: no network, and threads that do not fight over two cores."""
+"""For all tiers: no network, threads that do not fight over two cores, and no test that fails for being slow."""
 
 from __future__ import annotations
 
 import os
 
+from hypothesis import HealthCheck, settings
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+settings.register_profile("tinsmith", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tinsmith")
