@@ -12,6 +12,7 @@ from tinsmith.types.errors import InvalidInput
 
 DtypeChoice: TypeAlias = Literal["auto", "float32", "bfloat16"]
 DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+CheckpointingChoice: TypeAlias = Literal["auto", "on", "off"]
 
 
 class ModelSource(BaseModel):
@@ -79,6 +80,8 @@ class EngineOptions(BaseModel):
     max_rank: int = Field(default=256, ge=1)
     max_micro_batch_tokens: int = Field(default=2048, ge=1)
     """Tokens in one forward and backward pass; a longer sequence goes alone."""
+    gradient_checkpointing: CheckpointingChoice = "auto"
+    """Compute activations twice instead of keeping them; `auto`: for passes that would fill much of the memory."""
     max_prefill_tokens: int = Field(default=4096, ge=1)
     """Prompt tokens in one pass of the sampler; a longer prompt goes alone."""
     max_decode_batch: int = Field(default=256, ge=1)
