@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,19 @@ class StoredAdapter:
 
 
 def save_checkpoint(
-    adapter: Adapter, folder: Path, *, optimizer: bool, base_model: str, record: Mapping[str, Any]
+    adapter: Adapter,
+    folder: Path,
+    *,
+    optimizer: bool,
+    base_model: str,
+    other_modules: Sequence[str],
+    record: Mapping[str, Any],
 ) -> SavedCheckpoint:
-    """Raises `StorageError` if the disk refuses or `folder` exists; nothing is left behind then."""
+    """`other_modules` are the base model's module paths beside its adapter sites.
+
+    Raises `StorageError` if the disk refuses or `folder` exists; nothing is left behind then."""
     digest = adapter.weights.digest()
-    files = {WEIGHTS: _weights_file(adapter.weights), CONFIG: _peft_config(adapter.layout, base_model)}
+    files = {WEIGHTS: _weights_file(adapter.weights), CONFIG: _peft_config(adapter.layout, base_model, other_modules)}
     if optimizer:
         files[OPTIMIZER] = _optimizer_file(adapter)
     entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
@@ -138,9 +146,8 @@ def _optimizer_file(adapter: Adapter) -> bytes:
     return save(tensors, {"format": "pt"})
 
 
-def _peft_config(layout: LoraLayout, base_model: str) -> bytes:
+def _peft_config(layout: LoraLayout, base_model: str, other_modules: Sequence[str]) -> bytes:
     spec = layout.spec
-    targets = sorted({site.name.rpartition(".")[2] for site in layout.sites if layout.trains(site)})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -154,9 +161,21 @@ def _peft_config(layout: LoraLayout, base_model: str) -> bytes:
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": targets,
+        "target_modules": _target_modules(layout, other_modules),
     }
     return json.dumps(config, indent=2).encode()
+
+
+def _target_modules(layout: LoraLayout, other_modules: Sequence[str]) -> list[str]:
+    """Last parts of module paths, as is customary; full paths where a last part would also match what is not trained.
+
+    PEFT takes a module if its path equals a target or ends with `.` and the target.
+    """
+    trained = [site.name for site in layout.sites if layout.trains(site)]
+    untrained = [site.name for site in layout.sites if not layout.trains(site)]
+    leaves = {name.rpartition(".")[2] for name in trained}
+    shared = leaves & {name.rpartition(".")[2] for name in (*untrained, *other_modules)}
+    return sorted(trained) if shared else sorted(leaves)
 
 
 def _verified_record(folder: Path) -> dict[str, Any]:

@@ -192,6 +192,7 @@ class Engine:
             Path(operation.folder),
             optimizer=operation.optimizer,
             base_model=self.card.name,
+            other_modules=self._base.other_modules,
             record=operation.record,
         )
 

@@ -20,18 +20,22 @@ _MLP = re.compile(
     r"(^|\.)((mlp|feed_forward|ffn|block_sparse_moe|shared_experts?|shared_mlp)\.([^.]+\.)*|(layers|h)\.\d+\.)"
     r"([a-z_]*proj|fc_?(\d|in|out)|dense_h_to_4h|dense_4h_to_h|c_fc|w\d|W[io]|[a-z]+_linear)$"
 )
-_ROUTED = re.compile(r"(^|\.)experts\.\d+\.")
-"""One of many experts: it sees the rows that a router chose, not the rows of the batch."""
 _GROUP_NAMES = {"attn": "attention", "mlp": "MLP", "unembed": "unembedding"}
 
 
 def group_of(name: str) -> str | None:
     """`attn` or `mlp` by the module path of a linear layer, `None` if adapters do not attach there."""
-    if _ROUTED.search(name):
-        return None
     if _ATTENTION.search(name):
         return "attn"
     return "mlp" if _MLP.search(name) else None
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether a router chooses among experts somewhere."""
+    return any(
+        name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+        for name, module in model.named_modules()
+    )
 
 
 @contextmanager
@@ -63,14 +67,17 @@ def open_sites(
 ) -> tuple[LoraSite, ...]:
     """Replace every targeted `nn.Linear`; returns the sites in module order, the unembedding last.
 
-    `rows` are what the model's own pass over `num_rows` tokens showed: only layers that see all of them qualify.
+    `rows` are what the model's own pass over `num_rows` tokens showed: only layers that see all of them qualify. The
+    MLPs of a mixture of experts do not: experts see rows that a router chose, and an adapter on the dense rest alone
+    would leave most of what `train_mlp` means untrained, in a shape that PEFT reads as an adapter on the experts.
     Raises `Unsupported` if no attention projection does.
     """
     head = model.get_output_embeddings()
+    groups = {"attn"} if is_mixture(model) else {"attn", "mlp"}
     sites: list[LoraSite] = []
     for name, module in list(model.named_modules()):
         group = group_of(name)
-        if group is None or not isinstance(module, nn.Linear) or module is head or rows.get(name) != {num_rows}:
+        if group not in groups or not isinstance(module, nn.Linear) or module is head or rows.get(name) != {num_rows}:
             continue
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, LoraLinear(module, len(sites), router))
@@ -90,10 +97,9 @@ def check_groups(sites: tuple[LoraSite, ...], spec: LoraSpec, architecture: str)
     """Raises `InvalidInput` if a group that is to be trained has no site: it would silently stay as it is."""
     for group, what in _GROUP_NAMES.items():
         if getattr(spec, f"train_{group}") and not any(site.group == group for site in sites):
-            experts = " (the experts of a mixture are not trained by this version)" if group == "mlp" else ""
             raise InvalidInput(
                 f"lora_config.train_{group} is true, but {architecture} has no {what} layers that adapters can attach "
-                f"to{experts}; set train_{group} to false"
+                f"to (routed experts are none); set train_{group} to false"
             )
 
 

@@ -1,0 +1,132 @@
+"""Every architecture against its own transformers code, PEFT and `generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.numerics.driver import VOCAB, Driver, item, plain_model, random_datum, sample_operation
+from tests.numerics.families import FAMILIES, save_tiny
+from tests.numerics.test_forward import reference_logprobs
+from tests.numerics.test_peft import key_of, load_peft, reference_loss, relative, trainable
+from tinsmith.engine.checkpoint_io import save_checkpoint
+from tinsmith.types.errors import InvalidInput, Unsupported
+from tinsmith.types.operations import SaveAdapter
+
+FolderOf = Callable[[str], Path]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            family = FAMILIES[name]
+            folders[name] = save_tiny(tmp_path_factory.mktemp(name), family.model_type, **family.config)
+        return folders[name]
+
+    return folder
+
+
+@every_family
+def test_log_probs_gradients_and_saved_adapter_equal_transformers_and_peft(
+    family: str, folder_of: FolderOf, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    folder = folder_of(family)
+    data = [random_datum(rng, int(n)) for n in [3, 17, 17, 40, 1]]
+    driver = Driver(folder)
+    driver.create("m", rank=3, **FAMILIES[family].flags)
+    (fresh,) = driver.train(item("m", *data, forward_only=True))
+    plain = plain_model(folder)
+    for datum, logprobs in zip(data, fresh.logprobs, strict=True):
+        assert np.abs(logprobs.to_numpy() - reference_logprobs(plain, datum)).max() <= 1e-4
+
+    driver.randomize("m")
+    driver(SaveAdapter(model_id="m", folder=str(tmp_path / "saved"), optimizer=False))
+    peft = load_peft(folder, tmp_path / "saved")
+    (tuned,) = driver.train(item("m", *data))
+    for datum, logprobs in zip(data, tuned.logprobs, strict=True):
+        assert np.abs(logprobs.to_numpy() - reference_logprobs(peft, datum)).max() <= 1e-4
+    assert np.abs(tuned.logprobs[3].to_numpy() - fresh.logprobs[3].to_numpy()).max() > 0.01
+
+    reference_loss(peft, data).backward()
+    ours = dict(driver.engine._adapters["m"].layout.named_views(torch.from_numpy(driver.grads("m"))))
+    theirs = trainable(peft)
+    assert {key_of(name) for name in theirs} == set(ours)
+    for name, parameter in theirs.items():
+        assert parameter.grad is not None
+        assert relative(ours[key_of(name)], parameter.grad) <= 1e-4, name
+
+
+@every_family
+def test_greedy_samples_equal_generate(family: str, folder_of: FolderOf) -> None:
+    rng = np.random.default_rng(1)
+    folder = folder_of(family)
+    prompts = [rng.integers(3, VOCAB, int(n)).tolist() for n in [5, 20]]
+    plain, driver = plain_model(folder), Driver(folder)
+    samples = driver.all([sample_operation(prompt, temperature=0.0, max_tokens=24) for prompt in prompts])
+    for prompt, sample in zip(prompts, samples, strict=True):
+        expected = plain.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+        assert sample.sequences[0].tokens == expected[0, len(prompt) :].tolist()
+
+
+@every_family
+def test_train_mlp_adapts_the_dense_layers_or_is_refused(family: str, folder_of: FolderOf) -> None:
+    driver, expected = Driver(folder_of(family)), FAMILIES[family].mlp_sites
+    assert sum(site.group == "mlp" for site in driver.engine._base.sites) == expected
+    if not expected:
+        with pytest.raises(
+            InvalidInput, match=r"train_mlp is true, but .* has no MLP layers .* set train_mlp to false"
+        ):
+            driver.create("m")
+        with pytest.raises(InvalidInput, match="train_mlp"):
+            driver.create("m", train_attn=False, train_unembed=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "reason"),
+    [
+        ("gpt2", {"intermediate_size": None, "num_key_value_heads": None}, "Conv1D"),
+        ("falcon", {"num_key_value_heads": None}, "does not reproduce"),
+        ("stablelm", {}, "does not pass keywords on to its attention"),
+        ("mamba", {"num_attention_heads": None}, "cannot be told"),
+        (
+            "qwen3_next",
+            {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention"] * 2},
+            "layers of kind linear_attention",
+        ),
+    ],
+)
+def test_an_architecture_that_we_would_compute_wrongly_is_refused_at_load(
+    model_type: str, config: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path, model_type, **config)
+    with pytest.raises(Unsupported, match=reason):
+        Driver(folder)
+
+
+def test_target_modules_are_full_paths_where_a_last_part_would_match_more(folder_of: FolderOf, tmp_path: Path) -> None:
+    driver = Driver(folder_of("qwen3"))
+    driver.create("m", train_mlp=False, train_unembed=False)
+    targets = {}
+    for others in ("model.layers.0.mlp.up_proj", "vision.layers.0.q_proj"):
+        save_checkpoint(
+            driver.engine._adapters["m"],
+            tmp_path / others,
+            optimizer=False,
+            base_model="test/model",
+            other_modules=(others,),
+            record={},
+        )
+        targets[others] = json.loads((tmp_path / others / "adapter_config.json").read_text())["target_modules"]
+    assert targets["model.layers.0.mlp.up_proj"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert len(targets["vision.layers.0.q_proj"]) == 8
+    assert targets["vision.layers.0.q_proj"][0] == "model.layers.0.self_attn.k_proj"
