@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import signal
 import sys
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> int:
     """Exits when told to, and when the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Connection(int(arguments[0]))
+    _log_to_stderr()
     try:
         from tinsmith.engine.engine import Engine
 
@@ -39,6 +41,12 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 1  # the parent is gone, and with it everybody who waits
     return 0
+
+
+def _log_to_stderr() -> None:
+    """Warnings, and what our own engine says of itself; stdout belongs to the command that started us."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("tinsmith").setLevel(logging.INFO)
 
 
 def _receive(channel: Connection, inbox: queue.SimpleQueue[tuple[int, Operation] | None]) -> None:
