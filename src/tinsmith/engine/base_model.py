@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from tinsmith.engine.attention import ATTENTION, PassLayout
 from tinsmith.engine.footprint import ModelShape, check_fits, footprint, in_words
+from tinsmith.engine.fused import FusedKernels, fuse_layers
 from tinsmith.engine.hardware import available_bytes, pick_device, pick_dtype
 from tinsmith.engine.lora import LoraLayout, LoraRouter, Segment
 from tinsmith.engine.loss_head import Unembedding, logits_of
@@ -56,6 +57,7 @@ class BaseModel:
         self._shape = _shape(self._model.config, self._model.num_parameters())
         self._hidden_scale = _logit_scale(self._model.config.get_text_config())
         self._router = LoraRouter()
+        self.kernels = FusedKernels()
         self._recomputation = Recomputation(self._most_tokens_kept(options))
         self._backbone: nn.Module = self._model.get_decoder()
         self._embed = self._model.get_input_embeddings()
@@ -129,9 +131,14 @@ class BaseModel:
         refuse_unknown_layers(config, architecture)
         with narrow_windows(self._model):
             reference = reference_of(self._model)
+            is_fused = (
+                self.dtype == torch.bfloat16 and self.device.type == "cpu" and fuse_layers(self._model, self.kernels)
+            )
             self.sites = open_sites(self._model, self._router, reference.rows_seen, CHECK_LENGTHS[0])
             self.head = self._unembedding()
             compare(self._packed_logits(), reference, self.dtype, architecture)
+        if is_fused:
+            self.kernels.compile_in_background(config.hidden_size, self.dtype)
 
     def _packed_logits(self) -> Tensor:
         ids_T, positions_T = check_rows(self.head.vocab_size, self.device)
@@ -214,7 +221,7 @@ def _shape(config: PretrainedConfig, num_parameters: int) -> ModelShape:
     text = config.get_text_config()
     try:
         return ModelShape.of(text, num_parameters)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: layers of different shapes
         raise Unsupported(f"the size of model type {text.model_type!r} cannot be told: {error}") from error
 
 

@@ -227,8 +227,16 @@ def backward_updates(
         grad_TI[rows].addmm_(gh_tR, pair.a_RI)
         grads = segment.grads[site] if segment.grads is not None else None
         if grads is not None:
-            grads.a_RI.addmm_(gh_tR.float().T, x_TI[rows].float())
-            grads.b_OR.addmm_(g_tO.float().T, h_tR.float(), alpha=scale)
+            _accumulate(grads.a_RI, gh_tR.T, x_TI[rows])
+            _accumulate(grads.b_OR, g_tO.T, h_tR, scale)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Add a product to an fp32 gradient. Low-precision factors are multiplied as they are and rounded once."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.add_(left @ right, alpha=scale)
 
 
 def _compute_pair(segment: Segment, site: int, dtype: torch.dtype) -> tuple[MatrixPair, float]:

@@ -23,12 +23,15 @@ def main(arguments: list[str]) -> int:
     _log_to_stderr()
     try:
         from tinsmith.engine.engine import Engine
+        from tinsmith.engine.precision import multiply_float32_in_bfloat16
 
         source = ModelSource.model_validate_json(arguments[1])
         engine = Engine(source, EngineOptions.model_validate_json(arguments[2]))
     except TinsmithError as error:
         channel.send(error)
         return 0
+    if engine.card.dtype == "bfloat16" and engine.card.device == "cpu":
+        multiply_float32_in_bfloat16()
     channel.send(engine.card)
     inbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
