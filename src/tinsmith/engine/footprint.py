@@ -75,6 +75,11 @@ class ModelShape:
         working = self.layer_activation_bytes(itemsize)
         return num_tokens * (self.num_layers * kept + working + 3 * self.hidden * _FP32) + _LOGITS_BYTES
 
+    def tokens_kept_in(self, num_bytes: int, itemsize: int) -> int:
+        """Length of the longest training pass whose activations, all kept, fit into so many bytes."""
+        per_token = self.activation_bytes(1, itemsize, recomputed=False) - _LOGITS_BYTES
+        return max(0, num_bytes - _LOGITS_BYTES) // per_token
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
