@@ -167,8 +167,8 @@ class BaseModel:
         free = available_bytes(self.device)
         if options.gradient_checkpointing == "off" or free is None:
             return None
-        per_token = self._shape.activation_bytes(1024, self.dtype.itemsize, recomputed=False) // 1024
-        return int(_ACTIVATIONS_SHARE * max(0, free - options.kv_cache_bytes)) // per_token
+        room = int(_ACTIVATIONS_SHARE * max(0, free - options.kv_cache_bytes))
+        return self._shape.tokens_kept_in(room, self.dtype.itemsize)
 
     def _layers(self) -> Iterator[nn.Module]:
         matches = (_LAYER.match(site.name) for site in self.sites)
