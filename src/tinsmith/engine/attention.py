@@ -34,6 +34,18 @@ class PassLayout:
     is_decode: bool = False
 
 
+@dataclass(slots=True)
+class CurrentPass:
+    """The layout of the pass that runs now, for architectures that lose keywords on the way to their attention."""
+
+    layout: PassLayout = PassLayout()
+
+    def attach(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.current_pass = self  # type: ignore[assignment]
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -51,10 +63,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """`query [1, H, T, D]`, `key`, `value [1, K, T, D]` -> `[1, T, H, D]`. `s_aux [H]` holds the sinks' scores.
 
-    Raises `Unsupported` for an architecture that does not hand its keywords on to attention, or both caps and sinks.
+    Raises `Unsupported` for scores with both caps and sinks.
     """
     if packing is None:
-        raise Unsupported("this architecture does not pass keywords on to its attention; it cannot run packed rows")
+        packing = _current_pass(module).layout
     if softcap is not None and s_aux is not None:
         raise Unsupported("attention with both soft-capped scores and sinks is not supported")
     rule = ScoreRule(scaling, sliding_window, softcap, s_aux)
@@ -68,6 +80,12 @@ def packed_attention(
     else:
         out_THD = self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule)
     return out_THD.unsqueeze(0), None
+
+
+def _current_pass(module: nn.Module) -> CurrentPass:
+    current = module.current_pass
+    assert isinstance(current, CurrentPass)
+    return current
 
 
 def _layer(module: nn.Module) -> int:
