@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tinsmith.engine.attention import ATTENTION, PassLayout
+from tinsmith.engine.attention import ATTENTION, CurrentPass, PassLayout
 from tinsmith.engine.footprint import ModelShape, check_fits, footprint, in_words
 from tinsmith.engine.fused import FusedKernels, fuse_layers
 from tinsmith.engine.hardware import available_bytes, pick_device, pick_dtype
@@ -57,6 +57,8 @@ class BaseModel:
         self._shape = _shape(self._model.config, self._model.num_parameters())
         self._hidden_scale = _logit_scale(self._model.config.get_text_config())
         self._router = LoraRouter()
+        self._pass = CurrentPass()
+        self._pass.attach(self._model)
         self.kernels = FusedKernels()
         self._recomputation = Recomputation(self._most_tokens_kept(options))
         self._backbone: nn.Module = self._model.get_decoder()
@@ -94,6 +96,7 @@ class BaseModel:
             embeds_1TH = embeds_1TH.detach().requires_grad_()
         self._recomputation.decide(len(input_ids_T))
         self._router.segments = segments
+        self._pass.layout = packing  # stays: a backward pass that recomputes needs it again
         try:
             output = self._backbone(
                 inputs_embeds=embeds_1TH, position_ids=position_ids_T[None], use_cache=False, packing=packing
