@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.attend import ScoreRule, attend
+from tinsmith.engine.short_attention import is_short, short_attention
 
 _MAX_PADDING = 1.25
 """Sequences share a padded block while the longest is at most this much longer than the shortest."""
@@ -69,9 +70,16 @@ def self_attention(
     outputs = []
     for block in blocks:
         q, k, v = (_Pad.apply(x, block) for x in (q_THD, k_TKD, v_TKD))
-        outputs.append(attend(q, k, v, rule).transpose(1, 2))
+        outputs.append(_attend(q, k, v, rule).transpose(1, 2))
     result: Tensor = _Unpad.apply(blocks, q_THD.shape[0], *outputs)
     return result
+
+
+def _attend(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, rule: ScoreRule) -> Tensor:
+    is_windowed = rule.window is not None and rule.window < q_BHLD.shape[2]
+    if rule.is_plain and not is_windowed and is_short(q_BHLD, v_BKLD):
+        return short_attention(q_BHLD, k_BKLD, v_BKLD, rule.scale)
+    return attend(q_BHLD, k_BKLD, v_BKLD, rule)
 
 
 class _Pad(torch.autograd.Function):
