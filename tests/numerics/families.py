@@ -111,6 +111,9 @@ FAMILIES = {
     ),
     "cohere": Family("cohere", {"logit_scale": 0.3}),
     "glm4": Family("glm4", {"head_dim": 8}, mlp_sites=4),
+    "stablelm": Family("stablelm"),
+    "nemotron": Family("nemotron", mlp_sites=4),
+    "starcoder2": Family("starcoder2", {"sliding_window": 8}, mlp_sites=4),
     "opt": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, mlp_sites=4),
 }
 

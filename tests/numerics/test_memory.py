@@ -18,7 +18,7 @@ from tinsmith.engine import base_model
 from tinsmith.types.errors import InvalidInput
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "stablelm"])
 def test_gradients_with_checkpointing_equal_those_without(family: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, FAMILIES[family].model_type, **FAMILIES[family].config)
     grads: dict[str, list[np.ndarray]] = {}

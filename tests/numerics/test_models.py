@@ -96,7 +96,6 @@ def test_train_mlp_adapts_the_dense_layers_or_is_refused(family: str, folder_of:
     [
         ("gpt2", {"intermediate_size": None, "num_key_value_heads": None}, "Conv1D"),
         ("falcon", {"num_key_value_heads": None}, "does not reproduce"),
-        ("stablelm", {}, "does not pass keywords on to its attention"),
         ("mamba", {"num_attention_heads": None}, "cannot be told"),
         (
             "qwen3_next",
