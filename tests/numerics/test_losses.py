@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.numerics.driver import Driver, item, random_datum, rl_datum
-from tinsmith.engine.losses import LOSSES, evaluate
-from tinsmith.types import Datum, ForwardBackwardOutput
+from tinsmith.engine.losses import LOSSES, LossInputs, evaluate
+from tinsmith.types import Datum, ForwardBackwardOutput, TensorData
+from tinsmith.types.metrics import reduction_of
 from tinsmith.types.operations import TrainItem
 
 Reference = Callable[..., tuple[np.ndarray, np.ndarray]]
@@ -62,7 +65,7 @@ def test_policy_losses_equal_their_formula_in_fp64(
 ) -> None:
     rng = np.random.default_rng(0)
     lp, q, a = rng.normal(-2, 1, 400), rng.normal(-2, 1, 400), rng.normal(0, 1, 400)
-    inputs = {"logprobs": as_float(q), "advantages": as_float(a)}
+    inputs = LossInputs({"logprobs": as_float(q), "advantages": as_float(a)}, [400])
     value, grad, _ = evaluate(LOSSES[name], as_float(lp), inputs, config)
     losses, expected_grad = reference(*(as_double(x) for x in (lp, q, a)), **settings)
     assert value.item() == pytest.approx(losses.sum(), rel=1e-5, abs=1e-4)
@@ -72,7 +75,8 @@ def test_policy_losses_equal_their_formula_in_fp64(
 def test_cross_entropy_equals_its_formula_in_fp64() -> None:
     rng = np.random.default_rng(0)
     lp, w = rng.normal(-2, 1, 400), rng.normal(0, 2, 400)
-    value, grad, metrics = evaluate(LOSSES["cross_entropy"], as_float(lp), {"weights": as_float(w)}, {})
+    inputs = LossInputs({"weights": as_float(w)}, [400])
+    value, grad, metrics = evaluate(LOSSES["cross_entropy"], as_float(lp), inputs, {})
     losses, expected_grad = cross_entropy(as_double(lp), as_double(w))
     assert value.item() == pytest.approx(losses.sum(), rel=1e-5)
     assert np.abs(grad.numpy() - expected_grad).max() <= 1e-6
@@ -96,9 +100,158 @@ def test_the_adapter_gradient_is_the_formulas_gradient_carried_through_the_model
     )
     losses, slope = reference(lp, q, a, **settings)
     assert output.loss_sum == pytest.approx(losses.sum(), rel=1e-5, abs=1e-4)
-    inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"], "weights": (-slope).astype(np.float32)}
-    surrogate = Datum(datum.model_input, inputs)
-    assert relative(driver.grads("m"), grads_of(driver, surrogate)) <= 1e-5
+    assert relative(driver.grads("m"), grads_of(driver, surrogate(datum, slope))) <= 1e-5
+
+
+# ---- bounds per token ----
+
+
+@pytest.mark.parametrize(("name", "reference"), [("ppo", ppo), ("cispo", cispo)])
+@pytest.mark.parametrize("given", [("low", "high"), ("low",), ("high",)])
+def test_bounds_may_differ_from_token_to_token(
+    driver: Driver, name: str, reference: Reference, given: tuple[str, ...]
+) -> None:
+    """A bound that the datum does not give is that of the config; gradients through the model as above."""
+    rng = np.random.default_rng(11)
+    bounds = {"low": rng.uniform(0.5, 0.9, 30), "high": rng.uniform(1.1, 1.6, 30)}
+    config = {"low": 0.7, "high": 1.3}
+    datum = near_datum(driver, rng, 30, **{f"clip_{key}_threshold": bounds[key] for key in given})
+    other = near_datum(driver, rng, 20)
+    (output,) = trained_probe(
+        driver,
+        item(
+            "m",
+            datum,
+            other,
+            loss_fn=name,
+            loss_fn_config={f"clip_{key}_threshold": value for key, value in config.items() if key not in given},
+        ),
+    )
+    defaults = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}[name]
+    settings = [
+        {key: as_double(bounds[key]) if key in given else np.float32(config[key]) for key in config},
+        {key: d if key in given else np.float32(config[key]) for key, d in zip(config, defaults, strict=True)},
+    ]
+    losses, slopes = [], []
+    for datum_, logprobs, bound in zip((datum, other), output.logprobs, settings, strict=True):
+        values, slope = reference(*policy_arrays(datum_, logprobs), **bound)
+        losses.append(values.sum())
+        slopes.append(slope)
+    assert output.loss_sum == pytest.approx(sum(losses), rel=1e-5, abs=1e-4)
+    assert 0 < output.metrics["clip_fraction:mean"] < 1
+    surrogates = [surrogate(d, slope) for d, slope in zip((datum, other), slopes, strict=True)]
+    assert relative(driver.grads("m"), grads_of(driver, *surrogates)) <= 1e-5
+
+
+# ---- gspo ----
+
+
+def gspo(
+    lp: np.ndarray, q: np.ndarray, a: np.ndarray, mask: np.ndarray, low: Any = 0.8, high: Any = 1.2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of one sequence. The ratio's gradient is that of the token's own log-probability: ds/dlp = s."""
+    s = np.exp((lp - q)[mask != 0].mean()) if mask.any() else 1.0
+    clipped = np.clip(s, low, high)
+    inside = (s >= low) & (s <= high)
+    return -np.minimum(s * a, clipped * a), -np.where((s * a <= clipped * a) | inside, s * a, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "per_token"),
+    [({}, False), ({"clip_low_threshold": 0.95, "clip_high_threshold": 1.02}, False), ({}, True)],
+    ids=["default", "set", "per token"],
+)
+def test_gspo_equals_its_formula_sequence_by_sequence(
+    driver: Driver, config: dict[str, float], per_token: bool
+) -> None:
+    """Value and gradient, several datums of different length in one request, in one pass or in many."""
+    rng = np.random.default_rng(12)
+    data = []
+    for length in (30, 1, 17, 23):
+        inputs = {"sequence_ratio_mask": (rng.random(length) < 0.6).astype(np.float32) * 2}
+        inputs["sequence_ratio_mask"][0] = 1
+        if per_token:
+            inputs["clip_low_threshold"] = rng.uniform(0.8, 1.0, length).astype(np.float32)
+            inputs["clip_high_threshold"] = rng.uniform(1.0, 1.2, length).astype(np.float32)
+        data.append(near_datum(driver, rng, length, **inputs))
+    (output,) = trained_probe(driver, item("m", *data, loss_fn="gspo", loss_fn_config=config))
+    total, surrogates, ratios = 0.0, [], []
+    for datum, logprobs in zip(data, output.logprobs, strict=True):
+        arrays = {key: as_double(tensor.to_numpy()) for key, tensor in datum.loss_fn_inputs.items()}
+        bounds = {
+            key: arrays.get(f"clip_{key}_threshold", config.get(f"clip_{key}_threshold", default))
+            for key, default in (("low", 0.8), ("high", 1.2))
+        }
+        lp, q, a = policy_arrays(datum, logprobs)
+        losses, slope = gspo(lp, q, a, arrays["sequence_ratio_mask"], **bounds)
+        total += losses.sum()
+        surrogates.append(surrogate(datum, slope))
+        ratios.append(np.exp((lp - q)[arrays["sequence_ratio_mask"] != 0].mean()))
+    assert output.loss_sum == pytest.approx(total, rel=1e-5, abs=1e-4)
+    assert relative(driver.grads("m"), grads_of(driver, *surrogates)) <= 1e-5
+    assert output.metrics["ratio:max"] == pytest.approx(max(ratios), rel=1e-4)
+    assert output.metrics["ratio:min"] == pytest.approx(min(ratios), rel=1e-4)
+
+
+def test_gspo_is_the_same_however_its_datums_are_spread_over_passes(qwen_folder: Path) -> None:
+    gradients = []
+    for max_tokens in (8192, 20):
+        driver = Driver(qwen_folder, max_micro_batch_tokens=max_tokens)
+        rng = np.random.default_rng(13)
+        data = [near_datum(driver, rng, n, sequence_ratio_mask=np.ones(n, dtype=np.float32)) for n in (9, 14, 6, 12)]
+        trained_probe(driver, item("m", *data, loss_fn="gspo"))
+        gradients.append(driver.grads("m"))
+    assert relative(*gradients) <= 1e-5
+
+
+def test_a_sequence_without_ratio_and_advantage_contributes_nothing(driver: Driver) -> None:
+    datum = rl_datum(np.random.default_rng(14), 12)
+    zero = np.zeros(12, dtype=np.float32)
+    empty = with_inputs(datum, sequence_ratio_mask=zero, advantages=zero)
+    (output,) = trained_probe(driver, item("m", empty, loss_fn="gspo"))
+    assert output.loss_sum == 0
+    assert not driver.grads("m").any()
+
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_metrics_are_named_with_one_colon_and_a_known_reduction(driver: Driver, name: str) -> None:
+    rng = np.random.default_rng(15)
+    datum = random_datum(rng, 10) if name == "cross_entropy" else near_datum(driver, rng, 10)
+    if name == "gspo":
+        datum = with_inputs(datum, sequence_ratio_mask=np.ones(10, dtype=np.float32))
+    (output,) = trained_probe(driver, item("m", datum, loss_fn=name))
+    assert {"loss:sum", "tokens:sum"} < output.metrics.keys()
+    for key in output.metrics:
+        assert key.count(":") == 1, key
+        assert reduction_of(key) is not None, key
+    assert ("ratio:mean" in output.metrics) == (name != "cross_entropy")
+    assert ("clip_fraction:mean" in output.metrics) == (name in ("ppo", "cispo", "gspo"))
+
+
+def test_ratio_metrics_are_those_of_the_tokens_with_an_advantage(driver: Driver) -> None:
+    rng = np.random.default_rng(16)
+    datum = near_datum(driver, rng, 40)
+    advantages = datum.loss_fn_inputs["advantages"].to_numpy().copy()
+    advantages[:25] = 0
+    (output,) = trained_probe(driver, item("m", with_inputs(datum, advantages=advantages), loss_fn="ppo"))
+    lp, q, _ = policy_arrays(datum, output.logprobs[0])
+    gap = (lp - q)[25:]
+    ratio = np.exp(gap)
+    expected = {
+        "ratio:mean": ratio.mean(),
+        "ratio:max": ratio.max(),
+        "ratio:min": ratio.min(),
+        "clip_fraction:mean": ((ratio < 0.8) | (ratio > 1.2)).mean(),
+        "approx_kl:mean": (np.exp(gap) - 1 - gap).mean(),
+    }
+    for key, value in expected.items():
+        assert output.metrics[key] == pytest.approx(value, rel=1e-3), key
+
+
+# ---- laws of all losses ----
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, -1.0])
@@ -169,6 +322,35 @@ def grads_of(driver: Driver, *data: Datum) -> np.ndarray:
     driver.randomize(name)
     driver.train(item(name, *data))
     return driver.grads(name)
+
+
+def near_datum(driver: Driver, rng: np.random.Generator, length: int, **inputs: np.ndarray) -> Datum:
+    """A policy datum whose ratios lie around 1: its `logprobs` are the model's, disturbed."""
+    datum = rl_datum(rng, length)
+    name = f"probe {len(driver.engine._adapters)}"
+    driver.create(name)
+    driver.randomize(name)
+    plain = with_inputs(datum, weights=np.ones(length, dtype=np.float32))
+    plain = Datum(plain.model_input, {key: plain.loss_fn_inputs[key] for key in ("target_tokens", "weights")})
+    (output,) = driver.train(item(name, plain, forward_only=True))
+    old = output.logprobs[0].to_numpy() + rng.normal(0, 0.3, length)
+    given = {key: value.astype(np.float32) for key, value in inputs.items()}
+    return with_inputs(datum, logprobs=old.astype(np.float32), **given)
+
+
+def policy_arrays(datum: Datum, logprobs: TensorData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`lp`, `q` and `A` in fp64."""
+    inputs = datum.loss_fn_inputs
+    return (
+        as_double(logprobs.to_numpy()),
+        as_double(inputs["logprobs"].to_numpy()),
+        as_double(inputs["advantages"].to_numpy()),
+    )
+
+
+def surrogate(datum: Datum, slope: np.ndarray) -> Datum:
+    inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"], "weights": (-slope).astype(np.float32)}
+    return Datum(datum.model_input, inputs)
 
 
 def with_inputs(datum: Datum, **inputs: np.ndarray) -> Datum:

@@ -30,7 +30,7 @@ def check_request(request: ModelRequest, card: BaseModelCard) -> None:
     """Raises the `UserError` that the request's future should end with. Pure; large data take a while."""
     match request:
         case ForwardBackward():
-            check_training(request.data, request.loss_fn, request.loss_fn_config, card)
+            check_training(request.data, request.loss_fn, request.loss_fn_config, card, request.custom_loss)
         case ApplyOptimizer():
             check_adam(request.params)
         case SaveState():

@@ -258,4 +258,5 @@ def _train_item(operation: ModelOperation) -> TrainItem:
         loss_fn=operation.loss_fn,
         loss_fn_config=operation.loss_fn_config,
         forward_only=operation.forward_only,
+        custom_loss=operation.custom_loss,
     )

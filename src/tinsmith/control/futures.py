@@ -17,6 +17,7 @@ from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
 
 RequestType: TypeAlias = Literal[
     "CreateModel",
+    "CreateCustomLoss",
     "ForwardBackward",
     "OptimStep",
     "SaveWeights",

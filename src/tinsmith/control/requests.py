@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum, ModelInput
 from tinsmith.types.errors import TinsmithError
 from tinsmith.types.params import AdamParams, LoraConfig, SamplingParams
@@ -46,6 +47,13 @@ class CreateModelFromCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CreateCustomLoss:
+    session_id: str
+    custom_loss_seq_id: int
+    loss: CustomLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBackward:
     model_id: str
     seq_id: int
@@ -53,6 +61,8 @@ class ForwardBackward:
     loss_fn: str
     loss_fn_config: Mapping[str, float | str] = field(default_factory=dict)
     forward_only: bool = False
+    custom_loss: CustomLoss | None = None
+    """What a `loss_id` in `loss_fn_config` stands for; filled in when the request is taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

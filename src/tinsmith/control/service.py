@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from tinsmith.control import records
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
+from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
@@ -21,6 +22,7 @@ from tinsmith.control.janitor import Janitor
 from tinsmith.control.records import SessionRow
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.requests import (
+    CreateCustomLoss,
     CreateModel,
     CreateModelFromCheckpoint,
     ModelRequest,
@@ -110,11 +112,18 @@ class Control:
         self._samplers = SamplerBook(
             ephemeral_per_session=settings.ephemeral_samplers_per_session, max_loaded=settings.max_loaded_checkpoints
         )
+        self._custom_losses = CustomLosses(
+            sessions=self._sessions,
+            futures=self._futures,
+            clock=clock,
+            max_per_session=settings.max_custom_losses_per_session,
+        )
         self._training = Training(
             settings=settings,
             engines=self._engines,
             sessions=self._sessions,
             samplers=self._samplers,
+            custom_losses=self._custom_losses,
             futures=self._futures,
             registry=self._registry,
             checkpoints=self._checkpoints,
@@ -276,6 +285,10 @@ class Control:
     async def create_model_from_checkpoint(self, request: CreateModelFromCheckpoint) -> Submission:
         """The future's request type is `LoadWeights`, as the client that created it so expects."""
         return await self._training.create_from_checkpoint(request)
+
+    def create_custom_loss(self, request: CreateCustomLoss, fingerprint: bytes) -> Submission:
+        """Keep a loss for the life of its session; the future's result is its id."""
+        return self._custom_losses.create(request, fingerprint)
 
     def submit(self, request: ModelRequest, fingerprint: bytes) -> Submission:
         """Queue in the model's order. `fingerprint` is a hash of the payload: the same again is the same request.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from tinsmith.control.errors import SessionEnded
+from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.errors import NotFound
 
 FinishReason: TypeAlias = Literal["success", "errored", "interrupted"]
@@ -23,6 +24,8 @@ class Session:
     ended: SessionEnded | None = None
     model_ids: list[str] = field(default_factory=list)
     sampler_ids: list[str] = field(default_factory=list)
+    custom_losses: dict[str, CustomLoss] = field(default_factory=dict)
+    """By loss id; empty once the session has ended."""
 
 
 class SessionBook:
@@ -60,6 +63,7 @@ class SessionBook:
     def end(self, session: Session, error: SessionEnded) -> list[Session]:
         """The sessions that are forgotten for it."""
         session.ended = error
+        session.custom_losses.clear()
         self._live.pop(session.session_id, None)
         self._ended[session.session_id] = session
         forgotten = []

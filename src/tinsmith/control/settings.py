@@ -32,6 +32,8 @@ class ControlSettings(BaseModel):
     """A session without heartbeat, request or poll for this long is ended, and its models dropped."""
     ephemeral_samplers_per_session: int = Field(default=64, ge=1)
     """Unnamed sampler snapshots kept per session; beyond it the oldest is dropped."""
+    max_custom_losses_per_session: int = Field(default=64, ge=0)
+    """Losses that a session may upload."""
     max_loaded_checkpoints: int = Field(default=32, ge=1)
     """Checkpoint snapshots an engine holds for sampling; beyond it the least recently used is dropped and reloaded
     when asked for."""

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from tinsmith.control import records
 from tinsmith.control.admission import check_load, check_request, num_train_tokens
 from tinsmith.control.checkpoints import CheckpointStore, check_loadable
+from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import ModelEnded
 from tinsmith.control.execution import Executor, check_base_model, drop_adapter
@@ -63,6 +64,7 @@ class Training:
         engines: EngineBook,
         sessions: SessionBook,
         samplers: SamplerBook,
+        custom_losses: CustomLosses,
         futures: FutureStore,
         registry: Registry,
         checkpoints: CheckpointStore,
@@ -72,6 +74,7 @@ class Training:
         self._settings = settings
         self._engines = engines
         self._sessions = sessions
+        self._custom_losses = custom_losses
         self._futures = futures
         self._registry = registry
         self._checkpoints = checkpoints
@@ -191,6 +194,7 @@ class Training:
         except TinsmithError as error:
             return Submission(request_id=self._futures.failed(request_type, error), model_id=model_id)
         self._check_room(model, seq, num_tokens)
+        request = self._custom_losses.attach(request, model.session_id)
         request_id = self._futures.open(
             request_type, key=key, fingerprint=fingerprint, on_poll=model.pending, session_id=model.session_id
         )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinsmith.control.requests import DrawSamples
+from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum, EncodedTextChunk, ModelInput, ProvenanceSpan
 from tinsmith.types.errors import InvalidInput, Unsupported
 from tinsmith.types.operations import BaseModelCard, LoraSpec, Sample
@@ -33,11 +34,13 @@ _SEED_RANGE = 2**63 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossRule:
-    """What one loss reads. All inputs are required."""
+    """What one loss reads."""
 
     inputs: Mapping[str, str]
-    """Name to dtype."""
+    """Name to dtype; all are required."""
     config: frozenset[str] = frozenset()
+    per_token: frozenset[str] = frozenset()
+    """Settings that a datum may give as float32 inputs, one value per token, where the config does not name them."""
     many_targets: bool = False
     """Whether targets may be `(N, K)`."""
 
@@ -48,35 +51,45 @@ _CLIP = frozenset({"clip_low_threshold", "clip_high_threshold"})
 LOSSES: dict[str, LossRule] = {
     "cross_entropy": LossRule(inputs={"target_tokens": "int64", "weights": "float32"}, many_targets=True),
     "importance_sampling": LossRule(inputs=_POLICY_INPUTS),
-    "ppo": LossRule(inputs=_POLICY_INPUTS, config=_CLIP),
-    "cispo": LossRule(inputs=_POLICY_INPUTS, config=_CLIP),
+    "ppo": LossRule(inputs=_POLICY_INPUTS, config=_CLIP, per_token=_CLIP),
+    "cispo": LossRule(inputs=_POLICY_INPUTS, config=_CLIP, per_token=_CLIP),
     "dro": LossRule(inputs=_POLICY_INPUTS, config=frozenset({"beta"})),
+    "gspo": LossRule(inputs={**_POLICY_INPUTS, "sequence_ratio_mask": "float32"}, config=_CLIP, per_token=_CLIP),
 }
-_UNSUPPORTED_LOSSES = {
-    "gspo": "use 'ppo' or 'cispo'",
-    "stable_reinforce": "its objective is not published; use 'importance_sampling'",
-    "custom": "server-side custom losses are not supported; use forward_backward_custom, which runs in the client",
-}
-_CLIP_DEFAULTS = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0)}
-"""Lower and upper bound of the ratio; protocol documentation of the losses."""
+_UNSUPPORTED_LOSSES = {"stable_reinforce": "its objective is not published; use 'importance_sampling'"}
+_CLIP_DEFAULTS = {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0), "gspo": (0.8, 1.2)}
+"""Lower and upper bound of the ratio; for gspo our choice, for none are published."""
+MAX_CUSTOM_INPUT = 2**24
+"""Most values in one tensor that a custom loss reads."""
 
 
 def check_training(
-    data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float | str], card: BaseModelCard
+    data: Sequence[Datum],
+    loss_fn: str,
+    loss_fn_config: Mapping[str, float | str],
+    card: BaseModelCard,
+    custom_loss: CustomLoss | None = None,
 ) -> None:
-    """Raises `InvalidInput` or `Unsupported`."""
-    rule = _loss_rule(loss_fn)
-    _check_loss_config(loss_fn, rule, loss_fn_config)
+    """`custom_loss` is the loss that a `loss_fn` of "custom" stands for. Raises `InvalidInput` or `Unsupported`."""
+    rule = None
+    if custom_loss is None:
+        rule = _loss_rule(loss_fn)
+        _check_loss_config(loss_fn, rule, loss_fn_config)
     if not data:
         raise InvalidInput("data is empty; a training request needs at least one datum")
     for index, datum in enumerate(data):
-        _check_datum(datum, f"data[{index}]", loss_fn, rule, card)
+        if rule is not None:
+            _check_datum(datum, f"data[{index}]", loss_fn, rule, loss_fn_config, card)
+        elif custom_loss is not None:
+            _check_custom_datum(datum, f"data[{index}]", custom_loss, card)
 
 
 def _loss_rule(loss_fn: str) -> LossRule:
     if loss_fn in LOSSES:
         return LOSSES[loss_fn]
-    supported = ", ".join(LOSSES)
+    if loss_fn == "custom":
+        raise InvalidInput("loss_fn 'custom' needs a loss_fn_config['loss_id'], which create_custom_loss gives")
+    supported = ", ".join([*LOSSES, "custom"])
     if loss_fn in _UNSUPPORTED_LOSSES:
         hint = _UNSUPPORTED_LOSSES[loss_fn]
         raise Unsupported(f"loss_fn {loss_fn!r} is not supported by this server: {hint}. Supported: {supported}")
@@ -104,7 +117,14 @@ def _check_loss_config(loss_fn: str, rule: LossRule, config: Mapping[str, float 
             )
 
 
-def _check_datum(datum: Datum, where: str, loss_fn: str, rule: LossRule, card: BaseModelCard) -> None:
+def _check_datum(
+    datum: Datum,
+    where: str,
+    loss_fn: str,
+    rule: LossRule,
+    config: Mapping[str, float | str],
+    card: BaseModelCard,
+) -> None:
     num_tokens = len(check_tokens(datum.model_input, f"{where}.model_input", card))
     inputs = datum.loss_fn_inputs
     for key in rule.inputs:
@@ -113,14 +133,78 @@ def _check_datum(datum: Datum, where: str, loss_fn: str, rule: LossRule, card: B
                 f"{where}.loss_fn_inputs[{key!r}] is missing; {loss_fn!r} needs {', '.join(rule.inputs)}"
             )
     for key in inputs:
-        if key not in rule.inputs:
+        if key not in rule.inputs and key not in rule.per_token:
             raise InvalidInput(
-                f"{where}.loss_fn_inputs[{key!r}] is unknown for {loss_fn!r}, which takes {', '.join(rule.inputs)}"
+                f"{where}.loss_fn_inputs[{key!r}] is unknown for {loss_fn!r}, which takes "
+                f"{', '.join([*rule.inputs, *sorted(rule.per_token)])}"
             )
-    shape = _check_targets(inputs["target_tokens"], where, num_tokens, rule, card)
-    for key, dtype in rule.inputs.items():
+    shape = _check_targets(
+        inputs["target_tokens"], where, num_tokens, card, ranks=(1, 2) if rule.many_targets else (1,)
+    )
+    for key, tensor in inputs.items():
         if key != "target_tokens":
-            _check_float_input(inputs[key], f"{where}.loss_fn_inputs[{key!r}]", dtype, shape)
+            _check_float_input(tensor, f"{where}.loss_fn_inputs[{key!r}]", "float32", shape)
+    if rule.per_token & inputs.keys():
+        _check_thresholds(inputs, where, config, _CLIP_DEFAULTS[loss_fn])
+    if "sequence_ratio_mask" in inputs:
+        _check_ratio_mask(inputs, where)
+    _check_spans(datum, where, num_tokens)
+
+
+def _check_thresholds(
+    inputs: Mapping[str, TensorData], where: str, config: Mapping[str, float | str], defaults: tuple[float, float]
+) -> None:
+    """Of one datum: each bound from its input, else from the config, else the default."""
+    bounds = []
+    for key, default in zip(("clip_low_threshold", "clip_high_threshold"), defaults, strict=True):
+        if key in inputs and key in config:
+            raise InvalidInput(
+                f"{where}.loss_fn_inputs[{key!r}] and loss_fn_config[{key!r}] are both given; give one of them"
+            )
+        scalar = np.full(len(inputs["target_tokens"].flat), config.get(key, default), dtype=np.float32)
+        bound_N = inputs[key].flat if key in inputs else scalar
+        for position in np.flatnonzero(bound_N < 0)[:1]:
+            raise InvalidInput(
+                f"{where}.loss_fn_inputs[{key!r}] is {float(bound_N[position])!r} at position {position}; "
+                "must be at least 0"
+            )
+        bounds.append(bound_N)
+    low_N, high_N = bounds
+    for position in np.flatnonzero(low_N > high_N)[:1]:
+        raise InvalidInput(
+            f"{where}: clip_low_threshold {float(low_N[position]):g} is above clip_high_threshold "
+            f"{float(high_N[position]):g} at position {position}"
+        )
+
+
+def _check_ratio_mask(inputs: Mapping[str, TensorData], where: str) -> None:
+    if not inputs["sequence_ratio_mask"].flat.any() and inputs["advantages"].flat.any():
+        raise InvalidInput(
+            f"{where}.loss_fn_inputs['sequence_ratio_mask'] is 0 everywhere, so the sequence has no ratio, but "
+            "advantages are not; mark the tokens the ratio is taken over"
+        )
+
+
+def _check_custom_datum(datum: Datum, where: str, loss: CustomLoss, card: BaseModelCard) -> None:
+    """Values may be anything, NaN too: what they mean is the loss's affair. Other inputs may be there, unread."""
+    num_tokens = len(check_tokens(datum.model_input, f"{where}.model_input", card))
+    inputs = datum.loss_fn_inputs
+    for loss_input in loss.inputs:
+        key = "target_tokens" if loss_input.name == "logprobs" else loss_input.name
+        if key not in inputs:
+            raise InvalidInput(f"{where}.loss_fn_inputs[{key!r}] is missing; custom loss {loss.name!r} takes it")
+        shape = tensor_shape(inputs[key])
+        if len(shape) != loss_input.rank:
+            raise InvalidInput(
+                f"{where}.loss_fn_inputs[{key!r}] has shape {shape!r}, but custom loss {loss.name!r} takes "
+                f"{loss_input.name} with {loss_input.rank} dimensions"
+            )
+        if math.prod(shape) > MAX_CUSTOM_INPUT:
+            raise InvalidInput(
+                f"{where}.loss_fn_inputs[{key!r}] of shape {shape!r} has more than {MAX_CUSTOM_INPUT} values, "
+                "the most a custom loss reads"
+            )
+    _check_targets(inputs["target_tokens"], where, num_tokens, card, ranks=(loss.inputs[0].rank,))
     _check_spans(datum, where, num_tokens)
 
 
@@ -155,15 +239,15 @@ def _check_ids(ids: np.ndarray, where: str, card: BaseModelCard, place: Callable
 
 
 def _check_targets(
-    targets: TensorData, where: str, num_tokens: int, rule: LossRule, card: BaseModelCard
+    targets: TensorData, where: str, num_tokens: int, card: BaseModelCard, *, ranks: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The shape of the targets, `(N,)` or `(N, K)`."""
     where = f"{where}.loss_fn_inputs['target_tokens']"
     shape = tensor_shape(targets)
     if targets.dtype != "int64":
         raise InvalidInput(f"{where} has dtype {targets.dtype!r}; it must be 'int64'")
-    if len(shape) != 1 and not (rule.many_targets and len(shape) == 2):
-        allowed = "(N,) or (N, K)" if rule.many_targets else "(N,)"
+    if len(shape) not in ranks:
+        allowed = " or ".join({1: "(N,)", 2: "(N, K)"}[rank] for rank in ranks)
         raise InvalidInput(f"{where} has shape {shape!r}; it must be {allowed}")
     if shape[0] != num_tokens:
         raise InvalidInput(f"{where} has {shape[0]} rows, but model_input has {num_tokens} tokens")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.adapter import Adapter
-from tinsmith.engine.losses import LOSSES
+from tinsmith.engine.losses import Config, Loss, LossInputs
 from tinsmith.types.datum import Datum
 from tinsmith.types.operations import TrainItem
 
@@ -88,11 +88,17 @@ def pack(pieces: Sequence[Piece], device: torch.device) -> PackedRows:
     )
 
 
-def loss_inputs(piece: Piece, loss_fn: str, device: torch.device) -> dict[str, Tensor]:
-    """The loss's per-token inputs, flat fp32 `[M]`, datum after datum."""
-    return {
-        key: torch.from_numpy(
-            np.concatenate([datum.loss_fn_inputs[key].to_numpy().reshape(-1) for datum in piece.data])
-        ).to(device, torch.float32)
-        for key in LOSSES[loss_fn].inputs
-    }
+def loss_inputs(piece: Piece, loss: Loss, config: Config, device: torch.device) -> LossInputs:
+    """What the loss reads of the datums. A setting that some give per token has its value of `config` in the others."""
+    lengths = [datum.loss_fn_inputs["target_tokens"].to_numpy().size for datum in piece.data]
+    given = [name for name in loss.per_token if any(name in datum.loss_fn_inputs for datum in piece.data)]
+    per_token = {}
+    for key in (*loss.inputs, *given):
+        rows = [
+            datum.loss_fn_inputs[key].to_numpy().reshape(-1)
+            if key in datum.loss_fn_inputs
+            else np.full(length, config[key], dtype=np.float32)
+            for datum, length in zip(piece.data, lengths, strict=True)
+        ]
+        per_token[key] = torch.from_numpy(np.concatenate(rows)).to(device, torch.float32)
+    return LossInputs(per_token, lengths)

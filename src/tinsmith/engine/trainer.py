@@ -16,8 +16,8 @@ from tinsmith.engine.attention import PassLayout
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.lora import Segment
 from tinsmith.engine.loss_head import target_logprobs
-from tinsmith.engine.losses import LOSSES, evaluate
-from tinsmith.engine.packing import Piece, loss_inputs, micro_batches, pack
+from tinsmith.engine.packing import Piece, micro_batches, pack
+from tinsmith.engine.request_losses import RequestLosses
 from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.types.errors import NotFound, ServerError, TinsmithError
 from tinsmith.types.metrics import merge_metrics
@@ -44,6 +44,7 @@ class Trainer:
     def __init__(self, base: BaseModel, *, max_micro_batch_tokens: int) -> None:
         self._base = base
         self._max_tokens = max_micro_batch_tokens
+        self._losses = RequestLosses()
         self.tokens_trained = 0
 
     def run(
@@ -75,7 +76,7 @@ class Trainer:
     def _attempt(
         self, items: Sequence[TrainItem], adapters: Mapping[str, Adapter]
     ) -> Generator[None, None, list[ForwardBackwardOutput] | TinsmithError]:
-        """All items or none: on an error of the device every gradient is put back."""
+        """All items or none: on an error of the device, or of a custom loss, every gradient is put back."""
         owners = [_adapter_of(item, adapters) for item in items]
         trained = {a.model_id: a for a, item in zip(owners, items, strict=True) if not item.forward_only}
         backups = {model_id: adapter.backup_grads() for model_id, adapter in trained.items()}
@@ -84,9 +85,12 @@ class Trainer:
             for pieces in micro_batches(items, owners, max_tokens=self._max_tokens):
                 self._micro_batch(pieces, items, owners, progress)
                 yield
-        except (RuntimeError, MemoryError) as error:  # what torch raises for out-of-memory and device faults
+        except (TinsmithError, RuntimeError, MemoryError) as error:
             for model_id, adapter in trained.items():
                 adapter.restore_grads(backups[model_id])
+            if isinstance(error, TinsmithError):
+                return error
+            # what torch raises for out-of-memory and device faults
             return ServerError(f"the pass failed on the device: {error}")
         for adapter, item in zip(owners, items, strict=True):
             adapter.num_pending += 0 if item.forward_only else 1
@@ -109,9 +113,7 @@ class Trainer:
         grads = []
         for piece, piece_logprobs in zip(pieces, logprobs_M.detach().split(rows.targets_per_piece), strict=True):
             item = items[piece.item]
-            inputs = loss_inputs(piece, item.loss_fn, self._base.device)
-            config = {key: float(value) for key, value in item.loss_fn_config.items()}
-            value, grad, metrics = evaluate(LOSSES[item.loss_fn], piece_logprobs, inputs, config)
+            value, grad, metrics = self._losses.evaluate(item, piece, piece_logprobs)
             grads.append(torch.zeros_like(grad) if item.forward_only else grad)
             _record(progress[piece.item], piece, piece_logprobs.cpu().numpy(), float(value), metrics)
         if any_backward:

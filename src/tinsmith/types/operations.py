@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum
 from tinsmith.types.errors import InvalidInput, TinsmithError
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
@@ -98,6 +99,8 @@ class TrainItem:
     loss_fn: str
     loss_fn_config: Mapping[str, float | str] = field(default_factory=dict)
     forward_only: bool = False
+    custom_loss: CustomLoss | None = None
+    """The loss itself where `loss_fn` is "custom"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from tinsmith.control.requests import DrawSamples
 from tinsmith.control.validation import check_adam, check_training, check_ttl, sampling_operation
 from tinsmith.runtime.fake import FAKE_CARD
 from tinsmith.types import AdamParams, Datum, ImageChunk, ModelInput, SampledProvenanceSpan, SamplingParams, TensorData
+from tinsmith.types.custom_loss import CustomLoss, LossCall, LossInput, Ref
 from tinsmith.types.errors import InvalidInput, TinsmithError, Unsupported
 
 CARD = replace(FAKE_CARD, vocab_size=100, max_context=16, eos_token_ids=(7, 8))
@@ -69,6 +70,10 @@ def test_good_data_pass() -> None:
     check(rl(), loss_fn="ppo", clip_low_threshold=0.9, clip_high_threshold=1.1)
     check(rl(), loss_fn="cispo", clip_high_threshold=2)
     check(rl(), loss_fn="dro", beta=0.0)
+    check(rl(sequence_ratio_mask=[0.0, 1.0, 1.0]), loss_fn="gspo", clip_low_threshold=0.9)
+    for loss_fn in ("ppo", "cispo"):
+        check(rl(clip_low_threshold=[0.5, 0.6, 0.7], clip_high_threshold=[1.5, 1.6, 1.7]), loss_fn=loss_fn)
+    check(rl(clip_low_threshold=[0.5, 0.6, 0.7]), loss_fn="ppo", clip_high_threshold=0.8)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,46 @@ def test_bad_data_are_named(datum: Datum, message: str) -> None:
         ),
         ("cispo", rl(weights=[1.0, 1.0, 1.0]), "data[0].loss_fn_inputs['weights'] is unknown for 'cispo'"),
         (
+            "gspo",
+            rl(),
+            "data[0].loss_fn_inputs['sequence_ratio_mask'] is missing; 'gspo' needs target_tokens, logprobs",
+        ),
+        (
+            "gspo",
+            rl(sequence_ratio_mask=[0.0, 0.0, 0.0]),
+            "data[0].loss_fn_inputs['sequence_ratio_mask'] is 0 everywhere",
+        ),
+        (
+            "gspo",
+            rl(sequence_ratio_mask=[1.0, 1.0]),
+            "data[0].loss_fn_inputs['sequence_ratio_mask'] has shape (2,); it must be that of target_tokens, (3,)",
+        ),
+        (
+            "ppo",
+            rl(clip_low_threshold=[0.5, -0.5, 0.5]),
+            "data[0].loss_fn_inputs['clip_low_threshold'] is -0.5 at position 1; must be at least 0",
+        ),
+        (
+            "ppo",
+            rl(clip_low_threshold=[0.5, 0.5, 1.5]),
+            "data[0]: clip_low_threshold 1.5 is above clip_high_threshold 1.2 at position 2",
+        ),
+        (
+            "cispo",
+            rl(clip_high_threshold=[INF, 1.0, 1.0]),
+            "data[0].loss_fn_inputs['clip_high_threshold'] is inf at position 0",
+        ),
+        (
+            "ppo",
+            rl(clip_low_threshold=np.asarray([0, 0, 0])),
+            "data[0].loss_fn_inputs['clip_low_threshold'] has dtype 'int64'; it must be 'float32'",
+        ),
+        (
+            "dro",
+            rl(clip_low_threshold=[0.5, 0.5, 0.5]),
+            "data[0].loss_fn_inputs['clip_low_threshold'] is unknown for 'dro'",
+        ),
+        (
             "importance_sampling",
             rl(target_tokens=np.asarray([[1], [2], [3]])),
             "data[0].loss_fn_inputs['target_tokens'] has shape (3, 1); it must be (N,)",
@@ -161,6 +206,71 @@ def test_bad_data_are_named(datum: Datum, message: str) -> None:
 def test_bad_policy_data_are_named(loss_fn: str, datum: Datum, message: str) -> None:
     with pytest.raises(InvalidInput, match=re.escape(message)):
         check(datum, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("key", ["clip_low_threshold", "clip_high_threshold"])
+def test_a_bound_is_given_by_the_config_or_by_the_datum_not_by_both(key: str) -> None:
+    message = f"data[1].loss_fn_inputs[{key!r}] and loss_fn_config[{key!r}] are both given; give one of them"
+    with pytest.raises(InvalidInput, match=re.escape(message)):
+        check(rl(), rl(**{key: [1.0, 1.0, 1.0]}), loss_fn="ppo", **{key: 1.0})
+
+
+# ---- custom losses ----
+
+
+def weighted() -> CustomLoss:
+    """`(logprobs * advantages * scale).sum()`."""
+    return CustomLoss(
+        name="weighted",
+        inputs=(
+            LossInput(node="logprobs", name="logprobs", rank=1),
+            LossInput(node="advantages", name="advantages", rank=1),
+            LossInput(node="scale", name="scale", rank=0),
+        ),
+        calls=(
+            LossCall(node="mul", op="call_function", target="operator.mul", args=(Ref("logprobs"), Ref("advantages"))),
+            LossCall(node="mul_1", op="call_function", target="operator.mul", args=(Ref("mul"), Ref("scale"))),
+            LossCall(node="sum_1", op="call_method", target="sum", args=(Ref("mul_1"),)),
+        ),
+        loss=Ref("sum_1"),
+    )
+
+
+def for_weighted(**inputs: Any) -> Datum:
+    return rl(**{"scale": np.asarray(2.0)} | inputs)
+
+
+def test_a_custom_loss_takes_what_it_declares_and_ignores_the_rest() -> None:
+    check_training([for_weighted(), for_weighted(advantages=[NAN, INF, 0.0])], "custom", {}, CARD, weighted())
+
+
+@pytest.mark.parametrize(
+    ("datum", "message"),
+    [
+        (for_weighted(scale=None), "data[0].loss_fn_inputs['scale'] is missing; custom loss 'weighted' takes it"),
+        (for_weighted(target_tokens=None), "data[0].loss_fn_inputs['target_tokens'] is missing"),
+        (
+            for_weighted(scale=np.asarray([1.0, 2.0])),
+            "data[0].loss_fn_inputs['scale'] has shape (2,), but custom loss 'weighted' takes scale with 0 dimensions",
+        ),
+        (
+            for_weighted(target_tokens=np.asarray([[1], [2], [3]])),
+            "data[0].loss_fn_inputs['target_tokens'] has shape (3, 1), but custom loss 'weighted' takes logprobs",
+        ),
+        (for_weighted(target_tokens=[1, 2, 100]), "data[0].loss_fn_inputs['target_tokens']: token 100 at position 2"),
+        (for_weighted(target_tokens=[1, 2]), "has 2 rows, but model_input has 3 tokens"),
+    ],
+)
+def test_data_that_do_not_fit_a_custom_loss_are_named(datum: Datum, message: str) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(message)):
+        check_training([datum], "custom", {}, CARD, weighted())
+
+
+def test_a_custom_loss_reads_no_endless_tensor() -> None:
+    loss = replace(weighted(), inputs=(*weighted().inputs[:2], LossInput(node="scale", name="scale", rank=2)))
+    datum = for_weighted(scale=sparse((3, 10**12), [5], "float32", [0, 1, 1, 1], [8]))
+    with pytest.raises(InvalidInput, match="has more than 16777216 values"):
+        check_training([datum], "custom", {}, CARD, loss)
 
 
 def test_no_data_is_an_error() -> None:
@@ -181,11 +291,10 @@ def test_pictures_are_not_supported() -> None:
         (
             "xent",
             InvalidInput,
-            "loss_fn 'xent' is unknown. Supported: cross_entropy, importance_sampling, ppo, cispo, dro",
+            "loss_fn 'xent' is unknown. Supported: cross_entropy, importance_sampling, ppo, cispo, dro, gspo, custom",
         ),
         ("stable_reinforce", Unsupported, "use 'importance_sampling'. Supported: cross_entropy"),
-        ("gspo", Unsupported, "loss_fn 'gspo' is not supported"),
-        ("custom", Unsupported, "forward_backward_custom"),
+        ("custom", InvalidInput, "loss_fn 'custom' needs a loss_fn_config['loss_id']"),
     ],
 )
 def test_losses_that_are_not_there_are_refused_with_what_is(

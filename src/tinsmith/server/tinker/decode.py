@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from tinsmith.control import requests as ask
 from tinsmith.server.errors import brief, explain
+from tinsmith.server.tinker.loss_graphs import read_custom_loss
 from tinsmith.server.tinker.schemas import (
     OFF,
     Body,
+    CreateCustomLossBody,
     CreateModelBody,
     LoadIntoModelBody,
     LoadNewModelBody,
@@ -160,6 +162,15 @@ def _refuse_access_token(token: str | None) -> None:
 def unload_model(payload: Mapping[str, Any]) -> ask.UnloadModel:
     body = read(UnloadBody, payload)
     return ask.UnloadModel(model_id=body.model_id, seq_id=body.seq_id)
+
+
+def create_custom_loss(payload: Mapping[str, Any]) -> ask.CreateCustomLoss:
+    body = read(CreateCustomLossBody, payload)
+    return ask.CreateCustomLoss(
+        session_id=body.session_id,
+        custom_loss_seq_id=body.custom_loss_seq_id,
+        loss=read_custom_loss(body.name, body.inputs, body.graph),
+    )
 
 
 def create_model(body: CreateModelBody) -> ask.CreateModel:

@@ -50,6 +50,8 @@ def _json(outcome: Outcome) -> dict[str, Any]:
     match outcome.request_type:
         case "CreateModel":
             return {"model_id": result, "type": "create_model"}
+        case "CreateCustomLoss":
+            return {"loss_id": result, "type": "create_custom_loss"}
         case "ForwardBackward":
             return _forward_backward(result)
         case "OptimStep":

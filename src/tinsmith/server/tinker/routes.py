@@ -33,6 +33,7 @@ RAW: tuple[RawRoute, ...] = (
         "/optim_step", submits.model_operation(decode.optim_step), schemas.OptimStepBody, "Apply an optimizer step"
     ),
     RawRoute("/forward", submits.forward, schemas.TrainBody, "Loss without gradients (older SDKs)"),
+    RawRoute("/create_custom_loss", submits.create_custom_loss, schemas.CreateCustomLossBody, "Keep a traced loss"),
     RawRoute("/cancel_future", futures.cancel_future, schemas.CancelFutureBody, "Give up a sample"),
     RawRoute("/save_weights", submits.model_operation(decode.save_weights), schemas.SaveWeightsBody, "Save the state"),
     RawRoute(

@@ -87,6 +87,11 @@ class LoraBody(Body):
 class OptimizerConfigBody(Body):
     type: str = "adamw"
 
+    @model_validator(mode="after")
+    def _unknown_fields_are_off(self) -> Body:
+        """The fields of other optimizers are not read: the optimizer itself is refused, by its name."""
+        return super()._unknown_fields_are_off() if self.type == "adamw" else self
+
 
 class CreateModelBody(Body):
     session_id: str
@@ -95,6 +100,20 @@ class CreateModelBody(Body):
     user_metadata: dict[str, str] = {}
     lora_config: LoraBody = LoraBody()
     optimizer_config: OptimizerConfigBody = OptimizerConfigBody()
+
+
+class CustomLossInputBody(Body):
+    name: str
+    rank: int
+
+
+class CreateCustomLossBody(Body):
+    session_id: str
+    custom_loss_seq_id: Int64
+    name: str
+    inputs: list[CustomLossInputBody]
+    graph: dict[str, Any]
+    """`format` and `nodes`; read elsewhere."""
 
 
 class ModelBody(Body):

@@ -48,6 +48,7 @@ async def client_config(body: ClientBody, service: ServiceDep) -> dict[str, Any]
         "pjwt_auth_enabled": False,
         "proto_compress_fwdbwd": True,
         "parallel_fwdbwd_chunks": True,
+        "custom_loss_server_side": True,
         "fwdbwd_max_chunk_len": settings.max_chunk_datums,
         "fwdbwd_max_chunk_bytes_count": settings.max_chunk_bytes,
         "sample_max_concurrent_requests": settings.max_concurrent_samples,

@@ -134,6 +134,22 @@ async def load_weights(request: Request) -> Response:
     return receipt_response(receipt)
 
 
+async def create_custom_loss(request: Request) -> Response:
+    service = service_of(request)
+    body = await request.body()
+
+    def work() -> tuple[ask.CreateCustomLoss, bytes]:
+        content = expand(request, body, max_bytes=service.settings.max_expanded_bytes)
+        return decode.create_custom_loss(parse_json_object(content)), fingerprint("create_custom_loss", content)
+
+    try:
+        asked, digest = await service.codecs.decode(request, body, work)
+        receipt = service.control.create_custom_loss(asked, digest)
+    except TinsmithError as error:
+        return error_response(error)
+    return receipt_response(receipt)
+
+
 async def asample(request: Request) -> Response:
     service = service_of(request)
     body = await request.body()

@@ -16,7 +16,6 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     ("POST", "/auth/token"): "there are no tokens to exchange; any API key is accepted on this machine",
     ("GET", "/auth/apikey/me"): "API keys are not managed here; any key is accepted on this machine",
     ("DELETE", "/auth/apikey/me"): "API keys are not managed here; any key is accepted on this machine",
-    ("POST", "/create_custom_loss"): "custom losses run in the client; use forward_backward_custom with a callable",
     (
         "POST",
         "/copy_weights",
