@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,10 @@ from tinsmith.engine.fused import FusedKernels, FusedRMSNorm, _Gate
 def compiled() -> FusedKernels:
     kernels = FusedKernels()
     thread = kernels.compile_in_background(32, torch.bfloat16)
-    if thread is not None:
-        thread.join(timeout=240)
-        assert kernels.is_compiled
+    if thread is None:
+        pytest.skip("there is no C++ compiler")
+    thread.join(timeout=240)
+    assert kernels.is_compiled
     return kernels
 
 
@@ -61,11 +61,14 @@ def test_compiled_functions_agree_with_the_plain_ones(compiled: FusedKernels) ->
 
 def test_nothing_is_compiled_while_the_engine_works(qwen_folder: Path) -> None:
     driver, rng = Driver(qwen_folder, dtype="bfloat16"), np.random.default_rng(1)
-    for _ in range(2400):
-        if driver.engine._base.kernels.is_compiled:
-            break
-        time.sleep(0.1)
+    base = driver.engine._base
+    thread = base.kernels.compile_in_background(32, torch.bfloat16)
+    if thread is None:
+        pytest.skip("there is no C++ compiler")
+    thread.join(timeout=240)
     driver.create("m")
+    assert base._is_fused
+    assert sum(isinstance(module, FusedRMSNorm) for module in base._model.modules()) == 2 * 4 + 1
     counters.clear()
     for lengths in ([3], [40, 7, 9], [1], [60] * 5):
         driver.train(item("m", *(random_datum(rng, n) for n in lengths)))

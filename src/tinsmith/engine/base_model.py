@@ -27,6 +27,7 @@ from tinsmith.engine.model_check import (
     reference_of,
     refuse_unknown_layers,
 )
+from tinsmith.engine.precision import multiply_float32_in_bfloat16
 from tinsmith.engine.recomputation import Recomputation
 from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.engine.sites import check_groups, open_sites
@@ -60,6 +61,7 @@ class BaseModel:
         self._pass = CurrentPass()
         self._pass.attach(self._model)
         self.kernels = FusedKernels()
+        self._is_fused = False
         self._recomputation = Recomputation(self._most_tokens_kept(options))
         self._backbone: nn.Module = self._model.get_decoder()
         self._embed = self._model.get_input_embeddings()
@@ -134,14 +136,21 @@ class BaseModel:
         refuse_unknown_layers(config, architecture)
         with narrow_windows(self._model):
             reference = reference_of(self._model)
-            is_fused = (
-                self.dtype == torch.bfloat16 and self.device.type == "cpu" and fuse_layers(self._model, self.kernels)
-            )
             self.sites = open_sites(self._model, self._router, reference.rows_seen, CHECK_LENGTHS[0])
             self.head = self._unembedding()
             compare(self._packed_logits(), reference, self.dtype, architecture)
-        if is_fused:
-            self.kernels.compile_in_background(config.hidden_size, self.dtype)
+
+    def own_process(self) -> None:
+        """Settings for the whole process, and a compiler in the background; for engines that have one to themselves."""
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
+            multiply_float32_in_bfloat16()
+            self.kernels.compile_in_background(self._model.config.get_text_config().hidden_size, self.dtype)
+
+    def adopt_compiled_layers(self) -> None:
+        """Between two passes: put compiled layers to use if they have become ready."""
+        if self.kernels.is_compiled and not self._is_fused:
+            self._is_fused = True
+            _logger.info("compiled layers in %d places", fuse_layers(self._model, self.kernels))
 
     def _packed_logits(self) -> Tensor:
         ids_T, positions_T = check_rows(self.head.vocab_size, self.device)

@@ -94,6 +94,7 @@ class Engine:
 
     def work(self) -> list[tuple[int, Outcome]]:
         """One slice of work: an operation, a micro-batch, or a sampling step. Returns what is finished."""
+        self._base.adopt_compiled_layers()
         has_training = bool(self._queue or self._training)
         if has_training and not (self._sampler.has_work and self._sampling_time_s < self._training_time_s):
             self._training_time_s = self._timed(self._advance_training, self._training_time_s, self._sampling_time_s)
@@ -101,6 +102,10 @@ class Engine:
             self._sampling_time_s = self._timed(self._sampler.step, self._sampling_time_s, self._training_time_s)
         done, self._done = self._done, []
         return done
+
+    def own_process(self) -> None:
+        """Make the most of a process that is the engine's alone; it must end by `os._exit`."""
+        self._base.own_process()
 
     def status(self) -> EngineStatus:
         return EngineStatus(

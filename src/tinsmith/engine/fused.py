@@ -1,9 +1,9 @@
 """Norms and gated activations in one pass over memory instead of eight.
 
 Between its matrix products a transformer layer reads and writes the same rows again and again; in bfloat16 on a CPU
-that costs as much as the products. Each function here exists twice: written out in torch operations, and compiled by
-torch in the background while the engine already works; the compiled one replaces the other when it is ready. Rounding
-differs between the two, so only bfloat16 models use them: in float32 the same run gives the same bits.
+that costs as much as the products. The functions here are compiled by torch in the background while the engine already
+works, and take the place of the model's own layers when they are ready. Rounding differs between the two, so only
+bfloat16 models use them: in float32 the same run gives the same bits.
 """
 
 # T row, H hidden, F feed-forward
@@ -14,8 +14,9 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
+from functools import cache
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 
 class FusedKernels:
-    """The functions in use now; `compile_in_background` swaps in compiled ones."""
+    """The compiled functions, once `compile_in_background` is done."""
 
     def __init__(self) -> None:
         self.norm_forward: Callable[..., tuple[Tensor, Tensor]] = norm_forward
@@ -61,7 +62,10 @@ class FusedKernels:
         self.is_compiled = False
 
     def compile_in_background(self, hidden_size: int, dtype: torch.dtype) -> threading.Thread | None:
-        """`None` if there is no C++ compiler. A failure to compile is logged and changes nothing."""
+        """`None` if there is no C++ compiler. A failure to compile is logged and changes nothing.
+
+        A process must not end while its compiler runs, save by `os._exit`: torch aborts then.
+        """
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return None
         thread = threading.Thread(target=self._compile, args=(hidden_size, dtype), name="tinsmith-compile", daemon=True)
@@ -70,17 +74,13 @@ class FusedKernels:
 
     def _compile(self, hidden_size: int, dtype: torch.dtype) -> None:
         try:
-            compiled = {
-                name: _compile(function, _sample_arguments(name, hidden_size, dtype))
-                for name, function in _PLAIN.items()
-            }
-        except Exception as error:  # noqa: BLE001 - compilers fail in every way; the plain functions stay in use
+            compiled = {name: _compiled(name, hidden_size, dtype) for name in _PLAIN}
+        except Exception as error:  # noqa: BLE001 - compilers fail in every way; the model's own layers stay in use
             logger.warning("layers are not compiled and run slower: %s", str(error).splitlines()[0])
             return
         for name, function in compiled.items():
             setattr(self, name, function)
         self.is_compiled = True
-        logger.info("compiled layers are in use")
 
 
 _PLAIN: dict[str, Callable[..., Any]] = {
@@ -104,16 +104,18 @@ def _sample_arguments(name: str, hidden_size: int, dtype: torch.dtype) -> tuple[
     }[name]
 
 
-def _compile(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """Compiled for every situation it will meet, so that nothing is compiled later while somebody waits."""
-    compiled = torch.compile(function, dynamic=True)
+@cache
+def _compiled(name: str, hidden_size: int, dtype: torch.dtype) -> Callable[..., Any]:
+    """Compiled once per process, for every situation it will meet: nothing is compiled later while somebody waits."""
+    plain, arguments = _PLAIN[name], _sample_arguments(name, hidden_size, dtype)
+    function = torch.compile(plain, dynamic=True)
     with torch.no_grad():
-        compiled(*arguments)
+        function(*arguments)
     with torch.inference_mode():
-        compiled(*(a.clone() if isinstance(a, Tensor) and a.ndim > 1 else a for a in arguments))
+        function(*(a.clone() if isinstance(a, Tensor) and a.ndim > 1 else a for a in arguments))
 
-    def call(*tensors: Any) -> Any:
-        return compiled(*tensors) if tensors[0].shape[0] > 1 else function(*tensors)
+    def call(first: Tensor, *others: Any) -> Any:
+        return function(first, *others) if first.shape[0] > 1 else plain(first, *others)
 
     return call
 
@@ -121,10 +123,12 @@ def _compile(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callab
 class FusedRMSNorm(nn.Module):
     """Takes the place of a norm whose weight is frozen."""
 
+    weight: nn.Parameter
+
     def __init__(self, norm: nn.Module, kernels: FusedKernels) -> None:
         super().__init__()
-        self.weight = norm.weight
-        self.variance_epsilon = norm.variance_epsilon
+        self.weight = cast(nn.Parameter, norm.weight)
+        self.variance_epsilon = cast(float, norm.variance_epsilon)
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,21 +170,32 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def fuse_layers(model: nn.Module, kernels: FusedKernels) -> int:
-    """Put the fused functions where the model computes exactly them; returns how many places.
+    """Put the functions where the model computes exactly them; returns how many places.
 
-    Only norms and feed-forward blocks of the Llama form are touched. The engine compares the result with the model's
-    own logits afterwards, so a look-alike that computes something else is refused, not used.
+    Norms and feed-forward blocks of the Llama form are tried, each on random rows: a look-alike that computes something
+    else stays as it is.
     """
     count = 0
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, FusedRMSNorm(module, kernels))
-            count += 1
+            fused = FusedRMSNorm(module, kernels)
+            if _agree(module.forward, fused.forward, module.weight.shape[0], module.weight.dtype):
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, fused)
+                count += 1
         elif _is_gated(module):
-            module.forward = MethodType(_gated_forward(kernels), module)
-            count += 1
+            forward = MethodType(_gated_forward(kernels), module)
+            if _agree(module.forward, forward, module.gate_proj.in_features, module.gate_proj.weight.dtype):
+                module.forward = forward
+                count += 1
     return count
+
+
+def _agree(one: Callable[..., Any], other: Callable[..., Any], width: int, dtype: torch.dtype) -> bool:
+    rows = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.inference_mode():
+        expected, got = one(rows), other(rows)
+    return bool((expected.float() - got.float()).abs().max() <= 0.02 * expected.float().abs().max())
 
 
 def _is_gated(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import signal
 import sys
@@ -23,15 +24,13 @@ def main(arguments: list[str]) -> int:
     _log_to_stderr()
     try:
         from tinsmith.engine.engine import Engine
-        from tinsmith.engine.precision import multiply_float32_in_bfloat16
 
         source = ModelSource.model_validate_json(arguments[1])
         engine = Engine(source, EngineOptions.model_validate_json(arguments[2]))
     except TinsmithError as error:
         channel.send(error)
         return 0
-    if engine.card.dtype == "bfloat16" and engine.card.device == "cpu":
-        multiply_float32_in_bfloat16()
+    engine.own_process()
     channel.send(engine.card)
     inbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
@@ -62,4 +61,7 @@ def _receive(channel: Connection, inbox: queue.SimpleQueue[tuple[int, Operation]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    logging.shutdown()
+    # not `sys.exit`: a compiler may be at work in the background, and nothing here waits to be written
+    os._exit(status)
