@@ -161,7 +161,7 @@ def test_training_and_sampling_take_turns(driver: Driver) -> None:
 
 
 def test_a_cancelled_sample_frees_its_place(driver: Driver) -> None:
-    free = driver.engine._sampler._cache.num_free_blocks
+    free = driver.engine._sampler._cache.blocks.num_free
     engine = driver.engine
     engine.accept(0, sample_operation([1, 2, 3], max_tokens=200))
     engine.work()
@@ -170,7 +170,7 @@ def test_a_cancelled_sample_frees_its_place(driver: Driver) -> None:
     assert "cancelled" in str(outcomes[0])
     assert outcomes[1] is None
     assert not engine.has_work
-    assert driver.engine._sampler._cache.num_free_blocks == free
+    assert driver.engine._sampler._cache.blocks.num_free == free
 
 
 def open_tenant(driver: Driver, name: str) -> None:

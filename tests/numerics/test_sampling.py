@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.numerics.driver import VOCAB, Driver, item, plain_model, random_datum, sample_operation
-from tinsmith.engine.token_choice import ChoiceRule, choose, uniform
+from tinsmith.engine.block_pool import BlockPool
+from tinsmith.engine.token_choice import ChoiceRules, choose, uniforms
 from tinsmith.types import Datum, ModelInput
 from tinsmith.types.operations import PublishSnapshot
 
@@ -86,11 +87,10 @@ def test_the_same_seed_draws_the_same_tokens_in_any_company(trained: Driver) -> 
 def test_a_cache_too_small_for_all_changes_nothing_but_time(qwen_folder: Path) -> None:
     operations = [sample_operation([7, n, 9], seed=n, max_tokens=60, num_samples=2) for n in range(12)]
     roomy, tight = Driver(qwen_folder), Driver(qwen_folder, kv_cache_bytes=2**20)
-    tight.engine._sampler._cache._free = tight.engine._sampler._cache._free[:24]
-    few = len(tight.engine._sampler._cache._free)
+    few = shrink(tight, 24)
     expected = [[s.tokens for s in r.sequences] for r in roomy.all(operations)]
     assert [[s.tokens for s in r.sequences] for r in tight.all(operations)] == expected
-    assert tight.engine._sampler._cache.num_free_blocks == few
+    assert pool(tight).num_free == few
 
 
 def test_sequences_end_where_they_should(trained: Driver) -> None:
@@ -130,9 +130,9 @@ def test_frequencies_follow_the_distribution(temperature: float, top_k: int, top
     logits = np.random.default_rng(3).normal(0, 1.5, 12)
     expected = filtered(logits / temperature, top_k, top_p)
     draws = 40_000
-    rule = ChoiceRule(temperature, top_k, top_p)
+    rules = ChoiceRules.same(draws, temperature, top_k, top_p)
     rows = torch.from_numpy(logits.astype(np.float32)).repeat(draws, 1)
-    tokens = choose(rows, [rule] * draws, [uniform(7, 0, i) for i in range(draws)]).tokens_B
+    tokens = choose(rows, rules, uniforms(7, 0, np.arange(draws))).tokens_B
     counts = np.bincount(tokens, minlength=12)
     assert (counts[expected == 0] == 0).all()
     kept = expected > 0
@@ -141,11 +141,23 @@ def test_frequencies_follow_the_distribution(temperature: float, top_k: int, top
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_each_other() -> None:
-    numbers = np.array([uniform(s, i, t) for s in range(20) for i in range(20) for t in range(50)])
+    numbers = uniforms(*np.ogrid[:20, :20, :50]).reshape(-1)
     assert 0 <= numbers.min() < numbers.max() < 1
     assert len(np.unique(numbers)) == len(numbers)
     assert numbers.mean() == pytest.approx(0.5, abs=0.01)
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03
+
+
+def pool(driver: Driver) -> BlockPool:
+    return driver.engine._sampler._cache.blocks
+
+
+def shrink(driver: Driver, num_blocks: int) -> int:
+    """Leave the cache so many blocks to lend."""
+    blocks = pool(driver)
+    blocks._free = blocks._free[-num_blocks:]
+    blocks.num_blocks = num_blocks + 1
+    return num_blocks
 
 
 def filtered(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:

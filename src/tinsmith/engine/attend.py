@@ -85,6 +85,23 @@ def attend_grouped(q_BHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_BS: Tenso
     return out_BKGD[..., :value_size].reshape(num_sequences, num_heads, -1)
 
 
+def attend_chunk(q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_BQS: Tensor, rule: ScoreRule) -> Tensor:
+    """Some queries per sequence over S keys of which `mask` tells the visible -> `[B, H, Q, D]`. No gradients."""
+    num_heads, num_key_heads, value_size = q_BHQD.shape[1], k_BKSD.shape[1], v_BKSD.shape[3]
+    mask, scale = mask_BQS[:, None], _scale(rule, q_BHQD)
+    if rule.softcap is not None:
+        repeats = num_heads // num_key_heads
+        k_BHSD, v_BHSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BKSD, v_BKSD))
+        return _eager(q_BHQD, k_BHSD, v_BHSD, mask, scale, rule.softcap)
+    if rule.sinks_H is not None:
+        q_BHQD, k_BKSD, v_BKSD = _with_sinks(q_BHQD, k_BKSD, v_BKSD, rule.sinks_H, scale)
+        mask = _see_sinks(mask)
+    out_BHQD = nn.functional.scaled_dot_product_attention(
+        q_BHQD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale, enable_gqa=num_heads != num_key_heads
+    )
+    return out_BHQD[..., :value_size]
+
+
 def _scale(rule: ScoreRule, q_D: Tensor) -> float:
     return float(q_D.shape[-1] ** -0.5) if rule.scale is None else rule.scale
 

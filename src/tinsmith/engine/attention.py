@@ -1,8 +1,9 @@
 """Attention over packed rows, registered with transformers so that any architecture calls it.
 
 A pass is described by a `PassLayout`, which travels through the model as a keyword; the model hands over queries, keys
-and values of one packed row `[1, heads, T, D]`. Three kinds of pass: training (sequences attend to themselves), prefill
-(the same, and keys and values go into the cache), decode (one row per sequence over its cached tokens).
+and values of one packed row `[1, heads, T, D]`. Without a cache all sequences attend to themselves (training). With
+one, all new keys and values go into it; rows whose sequences began in an earlier pass, be they chunks of a prompt or
+the newest tokens of running samples, attend to what it holds.
 """
 
 # T packed token, H query head, K key head, D head size
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tinsmith.engine.attend import ScoreRule
-from tinsmith.engine.cached_attention import decode_attention
-from tinsmith.engine.kv_cache import CachePlan, KVCache
+from tinsmith.engine.cached_attention import CachePlan, cached_attention
+from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.self_attention import SequenceBlock, self_attention
 from tinsmith.types.errors import Unsupported
 
@@ -29,9 +30,10 @@ class PassLayout:
     """How the rows of one pass form sequences, and where their keys and values are kept."""
 
     blocks: tuple[SequenceBlock, ...] = ()
+    """Sequences that start in this pass and attend to themselves; with a cache, they are the first packed rows."""
     cache: KVCache | None = None
     plan: CachePlan | None = None
-    is_decode: bool = False
+    """Where all rows are kept, and the rows whose sequences began in an earlier pass."""
 
 
 @dataclass(slots=True)
@@ -71,14 +73,15 @@ def packed_attention(
         raise Unsupported("attention with both soft-capped scores and sinks is not supported")
     rule = ScoreRule(scaling, sliding_window, softcap, s_aux)
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    if packing.cache is not None and packing.plan is not None:
-        packing.cache.write(_layer(module), packing.plan, k_TKD, v_TKD)
-    if packing.is_decode:
-        assert packing.cache is not None
-        assert packing.plan is not None
-        out_THD = decode_attention(_layer(module), q_THD, packing.cache, packing.plan, rule)
-    else:
+    cache, plan = packing.cache, packing.plan
+    if cache is None or plan is None:
+        return self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule).unsqueeze(0), None
+    cache.write(_layer(module), plan.slots_T, k_TKD, v_TKD)
+    if packing.blocks:
         out_THD = self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule)
+    else:
+        out_THD = q_THD.new_empty(*q_THD.shape[:2], v_TKD.shape[-1])
+    cached_attention(_layer(module), q_THD, cache, plan.tiles, rule, out_THD)
     return out_THD.unsqueeze(0), None
 
 

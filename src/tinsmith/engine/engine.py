@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,6 +51,14 @@ _MAX_LEAD_S = 0.25
 """How far one side's time account may fall behind: idle time is not saved up."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """Frozen weights that can be sampled."""
+
+    weights: LoraWeights
+    digest: str
+
+
 class Engine:
     """Not thread-safe: one thread calls `accept` and `work`."""
 
@@ -58,7 +68,7 @@ class Engine:
             torch.set_num_threads(options.threads)
         self._base = BaseModel(source, options)
         self._adapters: dict[str, Adapter] = {}
-        self._snapshots: dict[str, LoraWeights] = {}
+        self._snapshots: dict[str, Snapshot] = {}
         self._trainer = Trainer(self._base, max_micro_batch_tokens=options.max_micro_batch_tokens)
         self._done: list[tuple[int, Outcome]] = []
         self._sampler = Sampler(
@@ -99,7 +109,8 @@ class Engine:
         if has_training and not (self._sampler.has_work and self._sampling_time_s < self._training_time_s):
             self._training_time_s = self._timed(self._advance_training, self._training_time_s, self._sampling_time_s)
         elif self._sampler.has_work:
-            self._sampling_time_s = self._timed(self._sampler.step, self._sampling_time_s, self._training_time_s)
+            step = partial(self._sampler.step, shared=has_training)
+            self._sampling_time_s = self._timed(step, self._sampling_time_s, self._training_time_s)
         done, self._done = self._done, []
         return done
 
@@ -163,13 +174,11 @@ class Engine:
             case SaveAdapter():
                 return self._save_adapter(operation)
             case PublishSnapshot():
-                weights = self._adapter(operation.model_id).snapshot()
-                self._snapshots[operation.snapshot_id] = weights
-                return weights.digest()
+                return self._keep_snapshot(operation.snapshot_id, self._adapter(operation.model_id).snapshot())
             case LoadSnapshot():
                 return self._load_snapshot(operation)
             case DropSnapshot():
-                self._snapshots.pop(operation.snapshot_id, None)
+                self._drop_snapshot(operation.snapshot_id)
                 return None
             case _:
                 raise ServerError(f"the engine has no operation {type(operation).__name__}")
@@ -205,14 +214,25 @@ class Engine:
         stored = load_checkpoint(Path(operation.folder), self._base.sites, optimizer=False)
         layout = self._base.layout(stored.spec)
         weights = LoraWeights(layout, stored.weights_P.to(self._base.device)).freeze()
-        self._snapshots[operation.snapshot_id] = weights
-        return weights.digest()
+        return self._keep_snapshot(operation.snapshot_id, weights)
+
+    def _keep_snapshot(self, snapshot_id: str, weights: LoraWeights) -> str:
+        """Snapshots of equal content share their weights, and so their place in a batch and their cached prompts."""
+        digest = weights.digest()
+        same = next((s.weights for s in self._snapshots.values() if s.digest == digest), weights)
+        self._drop_snapshot(snapshot_id)
+        self._snapshots[snapshot_id] = Snapshot(same, digest)
+        return digest
+
+    def _drop_snapshot(self, snapshot_id: str) -> None:
+        dropped = self._snapshots.pop(snapshot_id, None)
+        if dropped is not None and all(s.digest != dropped.digest for s in self._snapshots.values()):
+            self._sampler.forget(dropped.digest)
 
     def _add_sample(self, ticket: int, operation: Sample) -> None:
-        weights = None
-        if operation.snapshot_id is not None:
-            weights = self._snapshots.get(operation.snapshot_id)
-            if weights is None:
-                self._done.append((ticket, NotFound(f"sampler weights {operation.snapshot_id!r} are not loaded")))
-                return
-        self._sampler.add(ticket, operation, weights)
+        if operation.snapshot_id is None:
+            self._sampler.add(ticket, operation, None, None)
+        elif (snapshot := self._snapshots.get(operation.snapshot_id)) is not None:
+            self._sampler.add(ticket, operation, snapshot.weights, snapshot.digest)
+        else:
+            self._done.append((ticket, NotFound(f"sampler weights {operation.snapshot_id!r} are not loaded")))

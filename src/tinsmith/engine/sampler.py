@@ -1,70 +1,46 @@
-"""Continuous batching: sequences join when there is room, advance one token per step together, and leave when done.
+"""Continuous batching: in every pass all running sequences advance by one token, and waiting prompts by a chunk.
 
-A request is prefilled once; its samples share the prompt's cache blocks. Whatever its adapter, every running sequence
-takes part in the same decode step. If the cache runs out, the youngest request gives its blocks back and is prefilled
-again later; its draws do not change, because they depend only on its own seed and positions.
+A prompt is computed once for all samples of its request, and not at all as far as the cache still has it. Whatever its
+adapter, every sequence takes part in the same pass. If the cache runs out, the youngest give their blocks back and are
+computed again later; their draws do not change, because they depend only on their own seed and positions.
 """
 
-# T packed token, B sequence, V vocabulary, N prompt token, K alternative
+# T packed row, B drawing sequence, V vocabulary, H hidden
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.engine.attention import PassLayout
 from tinsmith.engine.base_model import BaseModel
-from tinsmith.engine.kv_cache import BlockTable, CachePlan, KVCache
-from tinsmith.engine.lora import LoraWeights, Segment
+from tinsmith.engine.block_pool import BASE_OWNER, BLOCK_TOKENS, block_keys, blocks_for
+from tinsmith.engine.decode_batch import DecodeBatch
+from tinsmith.engine.kv_cache import KVCache
+from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.loss_head import logits_of, target_logprobs
-from tinsmith.engine.self_attention import plan_blocks
-from tinsmith.engine.stopping import Decoder, StopRule
-from tinsmith.engine.token_choice import ChoiceRule, Choices, choose, uniform
+from tinsmith.engine.prompt_scores import PromptScores, scores_of
+from tinsmith.engine.sampling_pass import PackedPass, pack_pass, runs_of, segments_of
+from tinsmith.engine.sampling_request import Chunk, Pending, Prefill, Request, Sequence
+from tinsmith.engine.stopping import Decoder, StopStrings
+from tinsmith.engine.token_choice import Choices, choose
 from tinsmith.types.errors import InvalidInput, ServerError, TinsmithError, UserError
 from tinsmith.types.operations import Sample
-from tinsmith.types.results import SampledSequence, SampleResponse, StopReason, TopkLogprobs
+from tinsmith.types.results import SampleResponse
 
+_SHARED_PREFILL_TOKENS = 512
+"""Prompt tokens per pass while others wait for it to end: running sequences, or training."""
+_SMALLEST_CHUNK = 64
+"""A prompt is not cut for what is left of a pass if that is less."""
+_MAX_PASSED_OVER = 64
+"""Requests that may be overtaken because the cache is about to have their prompt."""
+_LOGITS_AT_ONCE = 2**24
 
-@dataclass(slots=True)
-class _Sequence:
-    """One sample on its way."""
-
-    index: int
-    table: BlockTable = field(default_factory=BlockTable)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    ticket: int
-    operation: Sample
-    weights: LoraWeights | None
-    rule: ChoiceRule
-    stop: StopRule
-    sequences: list[_Sequence]
-    prompt_logprobs: np.ndarray | None = None
-    topk_prompt: TopkLogprobs | None = None
-    prompt_scored: bool = False
-
-    @property
-    def live(self) -> list[_Sequence]:
-        return [s for s in self.sequences if s.stop_reason is None]
-
-    @property
-    def adapter_key(self) -> int:
-        return 0 if self.weights is None else id(self.weights)
-
-
-Finish = Callable[[int, SampleResponse | TinsmithError], None]
+Finish: TypeAlias = Callable[[int, SampleResponse | TinsmithError], None]
 
 
 class Sampler:
@@ -84,290 +60,397 @@ class Sampler:
         self._decoder = decoder
         self._finish = finish
         self._max_prefill_tokens = max_prefill_tokens
-        self._max_decode_batch = max_decode_batch
         self._cache = KVCache(bytes_max=kv_cache_bytes, bytes_per_token=base.kv_bytes_per_token, device=base.device)
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
+        self._pool = self._cache.blocks
+        self._pool.open(BASE_OWNER)
+        self._batch = DecodeBatch(max_decode_batch)
+        self._open: dict[int, Request] = {}
+        self._waiting: deque[Pending] = deque()
+        self._prefills: list[Prefill] = []
+        self._computing: dict[bytes, Prefill] = {}
+        """Keys of blocks that a prefill will have computed soon."""
         self.tokens_sampled = 0
+        self.tokens_prefilled = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._open)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Requests with a sequence in progress."""
+        running = {s.request.ticket for s in self._batch.sequences if s is not None}
+        return len(running.union(p.request.ticket for p in self._prefills))
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._open) - self.num_running
 
-    def add(self, ticket: int, operation: Sample, weights: LoraWeights | None) -> None:
-        """Queue a request; the weights must be frozen. One that can never fit fails at once."""
-        request = _Request(
+    def add(self, ticket: int, operation: Sample, weights: LoraWeights | None, digest: str | None) -> None:
+        """Queue a request; the weights must be frozen, `digest` theirs. One that can never be done fails at once."""
+        owner = BASE_OWNER if digest is None else digest.encode()
+        request = Request(
             ticket=ticket,
             operation=operation,
             weights=weights,
-            rule=ChoiceRule(operation.temperature, operation.top_k, operation.top_p),
-            stop=StopRule(frozenset(operation.stop_token_ids), operation.stop_strings, operation.max_tokens),
-            sequences=[_Sequence(index) for index in range(operation.num_samples)],
+            owner=owner,
+            stop_strings=StopStrings(operation.stop_strings) if operation.stop_strings else None,
+            scores=scores_of(operation),
+            num_unfinished=operation.num_samples,
+            prompt_keys=block_keys(owner, operation.prompt),
         )
-        longest = BlockTable(num_tokens=0)
-        needed = self._cache.blocks_needed(longest, len(operation.prompt) + operation.max_tokens) + 1
-        if needed >= self._cache.num_blocks:
-            tokens = len(operation.prompt) + operation.max_tokens
-            self._finish(ticket, InvalidInput(f"prompt and max_tokens are {tokens} tokens; the cache cannot hold them"))
+        request.sequences = [Sequence(request, index) for index in range(operation.num_samples)]
+        try:
+            self._check_possible(operation)
+        except TinsmithError as error:
+            self._finish(ticket, error)
             return
-        self._waiting.append(request)
+        self._pool.open(owner)
+        self._open[ticket] = request
+        self._waiting.append(_pending(request.sequences))
 
     def cancel(self, ticket: int) -> None:
-        for request in [*self._waiting, *self._running]:
-            if request.ticket == ticket:
-                self._fail(request, UserError("the sample was cancelled"))
+        """Whatever stage it is in. Unknown tickets are no error."""
+        if ticket in self._open:
+            self._fail(self._open[ticket], UserError("the sample was cancelled"))
 
     def fail_all(self, error: TinsmithError) -> None:
-        for request in [*self._waiting, *self._running]:
+        for request in list(self._open.values()):
             self._fail(request, error)
 
-    def step(self) -> None:
-        """Admit and prefill what fits, else advance every running sequence by one token."""
-        admitted = self._admit()
-        if admitted:
-            self._guarded(admitted, self._prefill)
-        elif self._running:
-            batch = self._decode_batch()
-            self._guarded(list(dict.fromkeys(request for request, _ in batch)), lambda _: self._decode(batch))
+    def forget(self, digest: str) -> None:
+        """Weights of this digest will not be sampled any more: their cached prompts make room."""
+        self._pool.forget(digest.encode())
 
-    def _guarded(self, requests: list[_Request], work: Callable[[list[_Request]], None]) -> None:
-        """A device fault fails the requests of this pass, not the engine."""
+    def step(self, *, shared: bool = False) -> None:
+        """One pass. `shared`: someone else waits for the device, so let it be short."""
+        self._make_room()
+        is_shared = shared or self._batch.num_running > 0
+        budget = min(self._max_prefill_tokens, _SHARED_PREFILL_TOKENS) if is_shared else self._max_prefill_tokens
+        self._admit(budget)
+        chunks = self._next_chunks(budget)
+        slots_B = self._batch.rows()
+        if not chunks and not len(slots_B):
+            return
         try:
             with torch.inference_mode():
-                work(requests)
-        except (RuntimeError, MemoryError) as error:
+                self._compute(chunks, slots_B)
+        except (RuntimeError, MemoryError) as error:  # a device fault fails the requests of this pass, not the engine
+            running = (self._batch.sequences[slot] for slot in slots_B.tolist())
+            requests = [c.prefill.request for c in chunks] + [s.request for s in running if s is not None]
             for request in requests:
-                self._fail(request, ServerError(f"sampling failed on the device: {error}"))
+                self._fail(request, ServerError(f"sampling failed on the device: {error}"), tainted=True)
 
-    # ---- prefill ----
+    def _check_possible(self, operation: Sample) -> None:
+        """Raises `InvalidInput` if the cache can never hold it, `Unsupported` if its stop strings cannot be found."""
+        tokens = len(operation.prompt) + operation.max_tokens - 1  # the last token drawn is not read again
+        room = (self._pool.num_blocks - 1) * BLOCK_TOKENS
+        if tokens > room:
+            raise InvalidInput(
+                f"prompt of {len(operation.prompt)} tokens and sampling_params.max_tokens {operation.max_tokens} need "
+                f"a cache of {tokens} tokens; this engine's holds {room}"
+            )
+        if operation.stop_strings:
+            self._decoder.decode([int(operation.prompt[-1])])
 
-    def _admit(self) -> list[_Request]:
-        """Waiting requests, oldest first, while the pass, the batch and the cache have room."""
-        admitted: list[_Request] = []
-        tokens, blocks = 0, 0
-        num_live = sum(len(r.live) for r in self._running)
-        while self._waiting:
-            request = self._waiting[0]
-            needed = sum(self._cache.blocks_needed(BlockTable(), n + 1) for n in _prefill_lengths(request))
-            num_live += len(request.live)
-            num_tokens = sum(_prefill_lengths(request))
-            if (self._running or admitted) and num_live > self._max_decode_batch:
-                break
-            if admitted and tokens + num_tokens > self._max_prefill_tokens:
-                break
-            if (self._running or admitted) and blocks + needed + len(request.live) > self._cache.num_free_blocks:
-                break
-            admitted.append(self._waiting.popleft())
-            tokens, blocks = tokens + num_tokens, blocks + needed
-        return sorted(admitted, key=lambda r: r.adapter_key)
+    # ---- who takes part ----
 
-    def _prefill(self, requests: list[_Request]) -> None:
-        self._running.extend(requests)
-        rows = [(request, row) for request in requests for row in _prefill_rows(request)]
-        token_rows = [_row_tokens(request, sequences) for request, sequences in rows]
-        lengths = [len(t) for t in token_rows]
-        slots: list[int] = []
-        for (_, sequences), length in zip(rows, lengths, strict=True):
-            slots.extend(self._cache.append(sequences[0].table, length))
-        segments = _segments([(r.weights, n) for (r, _), n in zip(rows, lengths, strict=True)])
-        plan = CachePlan(torch.tensor(slots, device=self._base.device))
-        layout = PassLayout(plan_blocks(lengths, self._base.device), self._cache, plan)
-        hidden_TH = self._hidden(token_rows, [np.arange(n) for n in lengths], segments, layout)
-        self._score_prompts(rows, lengths, hidden_TH, segments)
-        ends = np.cumsum(lengths) - 1
-        last = torch.from_numpy(ends).to(self._base.device)
-        drawing: list[tuple[_Request, _Sequence]] = []
-        owners: list[int] = []
-        for index, (request, sequences) in enumerate(rows):
-            for sequence in sequences[1:]:
-                sequence.table = self._cache.fork(sequences[0].table)
-            drawing.extend((request, sequence) for sequence in sequences)
-            owners.extend([index] * len(sequences))
-        logits_RV = logits_of(hidden_TH[last], self._base.head, _segments([(r.weights, 1) for r, _ in rows]))
-        self._draw(drawing, logits_RV[torch.tensor(owners, device=logits_RV.device)])
+    def _make_room(self) -> None:
+        """Lend every running sequence the block its next token needs; the younger make room for the older."""
+        while len(slots := self._batch.needing_block()) > self._pool.num_free:
+            self._preempt_youngest()
+        if len(slots):
+            owners = [self._sequence(slot).request.owner for slot in slots.tolist()]
+            self._batch.add_blocks(slots, [self._pool.take(1, owner)[0] for owner in owners])
 
-    def _score_prompts(
-        self,
-        rows: Sequence[tuple[_Request, list[_Sequence]]],
-        lengths: Sequence[int],
-        hidden_TH: Tensor,
-        segments: Sequence[Segment],
-    ) -> None:
-        """Prompt log-probabilities: row i predicts prompt token i + 1; the first token has none."""
-        start = 0
-        for (request, _), length in zip(rows, lengths, strict=True):
-            operation = request.operation
-            if not request.prompt_scored and (operation.prompt_logprobs or operation.topk_prompt_logprobs):
-                request.prompt_scored = True
-                num_scored = len(operation.prompt) - 1
-                own = [Segment(0, num_scored, request.weights)]
-                hidden = hidden_TH[start : start + num_scored]
-                if operation.prompt_logprobs:
-                    targets = torch.from_numpy(operation.prompt[1:]).to(hidden.device)
-                    at = torch.arange(num_scored, device=hidden.device)
-                    scored = target_logprobs(hidden, self._base.head, own, at, targets).cpu().numpy()
-                    request.prompt_logprobs = np.concatenate([np.full(1, np.nan, np.float32), scored])
-                if operation.topk_prompt_logprobs:
-                    request.topk_prompt = self._topk_prompt(hidden, own, operation.topk_prompt_logprobs)
-            start += length
+    def _preempt_youngest(self) -> None:
+        if self._prefills:
+            prefill = self._prefills[-1]
+            self._drop_prefill(prefill)
+            sequences = prefill.sequences
+        else:
+            sequences = [self._sequence(self._batch.youngest())]
+            self._leave(sequences[0])
+        self._waiting.appendleft(_pending(sequences))
 
-    def _topk_prompt(self, hidden_NH: Tensor, own: list[Segment], k: int) -> TopkLogprobs:
-        ids = [np.zeros((1, k), np.int64)]
-        logprobs = [np.full((1, k), TopkLogprobs.UNUSED_LOGPROB, np.float32)]
-        chunk = max(1, 2**22 // self._base.head.vocab_size)
-        for start in range(0, len(hidden_NH), chunk):
-            part = hidden_NH[start : start + chunk]
-            segments = [Segment(0, len(part), own[0].weights)]
-            top = torch.log_softmax(logits_of(part, self._base.head, segments), dim=-1).topk(k, dim=-1)
-            ids.append(top.indices.cpu().numpy())
-            logprobs.append(top.values.cpu().numpy())
-        return TopkLogprobs(np.concatenate(ids), np.concatenate(logprobs))
-
-    # ---- decode ----
-
-    def _decode_batch(self) -> list[tuple[_Request, _Sequence]]:
-        """Live sequences, adapters together, for which the cache has room; younger requests make room for older."""
-        batch: list[tuple[_Request, _Sequence]] = []
-        needed = 0
-        for request in list(self._running):
-            if request not in self._running:
+    def _admit(self, budget: int) -> None:
+        """Begin waiting prompts, oldest first, while this pass, the batch and the cache have room."""
+        passed_over: list[Pending] = []
+        queued = sum(prefill.num_left for prefill in self._prefills)
+        while self._waiting and queued < budget and len(passed_over) < _MAX_PASSED_OVER:
+            pending = self._waiting.popleft()
+            if pending.request.is_over:
                 continue
-            wanted = sum(self._cache.blocks_needed(s.table, 1) for s in request.live)
-            while needed + wanted > self._cache.num_free_blocks and self._running[-1] is not request:
-                self._preempt(self._running[-1])
-            if needed + wanted > self._cache.num_free_blocks:
-                if not batch:
-                    self._fail(request, ServerError("the key-value cache is too small for this request's samples"))
+            reused = self._pool.find(pending.keys[: pending.blocks_reusable])
+            if self._is_on_its_way(pending, len(reused)):
+                passed_over.append(pending)
+                continue
+            count = self._num_that_fit(pending, reused)
+            if count == 0:
+                self._waiting.appendleft(pending)
                 break
-            needed += wanted
-            batch.extend((request, sequence) for sequence in request.live)
-        return sorted(batch, key=lambda pair: pair[0].adapter_key)
+            queued += self._begin(pending, reused, count).num_left
+        self._waiting.extendleft(reversed(passed_over))
 
-    def _preempt(self, request: _Request) -> None:
-        for sequence in request.sequences:
-            self._cache.release(sequence.table)
-        self._running.remove(request)
-        self._waiting.appendleft(request)
+    def _is_on_its_way(self, pending: Pending, num_reused: int) -> bool:
+        """Someone is computing what this one could reuse in a moment."""
+        if pending.request.scored_by is not None:
+            return True
+        return num_reused < pending.blocks_reusable and pending.keys[num_reused] in self._computing
 
-    def _decode(self, batch: list[tuple[_Request, _Sequence]]) -> None:
-        if not batch:
+    def _num_that_fit(self, pending: Pending, reused: list[int]) -> int:
+        """How many of the sequences can begin now. All running ones may soon want a block, so that many stay free."""
+        num_busy = self._batch.num_running + sum(len(p.sequences) for p in self._prefills)
+        count = min(len(pending.sequences), self._batch.capacity - num_busy)
+        kept = sum(self._pool.num_users(block) == 0 for block in reused)
+        spare = self._pool.num_free - kept - num_busy - (blocks_for(len(pending.tokens)) - len(reused))
+        return max(0, min(count, spare + 1))
+
+    def _begin(self, pending: Pending, reused: list[int], count: int) -> Prefill:
+        request, num_tokens = pending.request, len(pending.tokens)
+        if count < len(pending.sequences):
+            self._waiting.appendleft(_pending(pending.sequences[count:]))
+        self._pool.share(reused)
+        num_tails = count - 1 if num_tokens % BLOCK_TOKENS else 0
+        fresh = self._pool.take(blocks_for(num_tokens) - len(reused) + num_tails, request.owner)
+        num_tail_start = len(fresh) - num_tails
+        prefill = Prefill(
+            pending=pending,
+            sequences=pending.sequences[:count],
+            blocks=reused + fresh[:num_tail_start],
+            tails=fresh[num_tail_start:],
+            num_done=len(reused) * BLOCK_TOKENS,
+            num_registered=len(reused),
+        )
+        if request.cache_hit_tokens is None:
+            request.cache_hit_tokens = prefill.num_done
+        if request.scores is not None and not request.scores.is_complete:
+            request.scored_by = prefill
+        for key in pending.keys[len(reused) :]:
+            self._computing.setdefault(key, prefill)
+        self._prefills.append(prefill)
+        return prefill
+
+    def _next_chunks(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for prefill in self._prefills:
+            count = min(prefill.num_left, budget)
+            if count == 0 or (chunks and count < min(prefill.num_left, _SMALLEST_CHUNK)):
+                break
+            chunks.append(Chunk(prefill, prefill.num_done, prefill.num_done + count))
+            budget -= count
+        return chunks
+
+    # ---- the pass ----
+
+    def _compute(self, chunks: list[Chunk], slots_B: np.ndarray) -> None:
+        packed = pack_pass(chunks, self._batch, slots_B, self._cache, self._base.device)
+        self._cache.zero_stale()
+        hidden_TH = self._base.hidden(packed.ids_T, packed.positions_T, packed.segments, packed.layout)
+        self._batch.cached_S[slots_B] += 1
+        self.tokens_prefilled += packed.num_chunk_rows
+        if chunks:
+            self._fail_broken_prompts(packed, hidden_TH)
+            self._score_prompts(packed, hidden_TH)
+        joined, rows = self._end_prefills(packed)
+        slots = np.concatenate([np.array(joined, np.int64), slots_B])
+        rows_B = np.concatenate([np.array(rows, np.int64), packed.num_chunk_rows + np.arange(len(slots_B))])
+        size = max(1, _LOGITS_AT_ONCE // self._base.head.vocab_size)
+        for start in range(0, len(slots), size):
+            some = slice(start, start + size)
+            kept = self._still_running(slots[some])
+            self._draw(slots[some][kept], rows_B[some][kept], hidden_TH)
+
+    def _fail_broken_prompts(self, packed: PackedPass, hidden_TH: Tensor) -> None:
+        """A row whose key or value is not finite has a hidden state that is not."""
+        finite_T = torch.isfinite(hidden_TH[: packed.num_chunk_rows].float().sum(dim=-1)).cpu().numpy()
+        if finite_T.all():
             return
-        positions = [np.array([sequence.table.num_tokens]) for _, sequence in batch]
-        plan = self._cache.plan_decode([sequence.table for _, sequence in batch])
-        segments = _segments([(request.weights, 1) for request, _ in batch])
-        layout = PassLayout(cache=self._cache, plan=plan, is_decode=True)
-        newest = [np.array([sequence.tokens[-1]]) for _, sequence in batch]
-        hidden_BH = self._hidden(newest, positions, segments, layout)
-        self._draw(batch, logits_of(hidden_BH, self._base.head, segments))
+        for first, chunk in zip(packed.first_rows, packed.chunks, strict=True):
+            if not finite_T[first : first + chunk.length].all():
+                self._fail_as_broken(chunk.prefill.request)
 
-    def _hidden(
-        self, tokens: Sequence[np.ndarray], positions: Sequence[np.ndarray], segments: list[Segment], layout: PassLayout
-    ) -> Tensor:
-        ids_T = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(self._base.device)
-        positions_T = torch.from_numpy(np.concatenate(positions).astype(np.int64)).to(self._base.device)
-        return self._base.hidden(ids_T, positions_T, segments, layout)
+    def _score_prompts(self, packed: PackedPass, hidden_TH: Tensor) -> None:
+        """What requests want to know of the rows of this pass: given tokens for all at once, the rest one by one."""
+        asking = []
+        for first, chunk in zip(packed.first_rows, packed.chunks, strict=True):
+            request = chunk.prefill.request
+            scores = request.scores
+            if scores is None or request.scored_by is not chunk.prefill:
+                continue
+            start, end = scores.next_row, min(chunk.end, scores.end_row)
+            if start < end:
+                asking.append((request, scores, first - chunk.start, start, end))
+        self._score_pairs(asking, hidden_TH)
+        for request, scores, shift, start, end in asking:
+            low, high = scores.distribution_rows(start, end)
+            size = max(1, _LOGITS_AT_ONCE // 4 // self._base.head.vocab_size)
+            for at in range(low, high, size):
+                rows_CH = hidden_TH[shift + at : shift + min(at + size, high)]
+                segments = segments_of([(request.weights, len(rows_CH))])
+                scores.put_distributions(at, logits_of(rows_CH, self._base.head, segments))
+            scores.next_row = end
+            if scores.is_complete:
+                request.scored_by = None
+
+    def _score_pairs(self, asking: list[tuple[Request, PromptScores, int, int, int]], hidden_TH: Tensor) -> None:
+        """`asking`: request, scores, what to add to a prompt row for the packed row, first and end prompt row."""
+        pairs = [(scores.pairs(start, end), shift) for _, scores, shift, start, end in asking]
+        if not any(len(rows) for (rows, _), _ in pairs):
+            return
+        device = hidden_TH.device
+        packed_M = np.concatenate([rows + shift for (rows, _), shift in pairs])
+        tokens_M = np.concatenate([tokens for (_, tokens), _ in pairs])
+        needed = [np.unique(rows) + shift for (rows, _), shift in pairs]
+        needed_T = np.concatenate(needed)
+        rows_M = torch.from_numpy(np.searchsorted(needed_T, packed_M)).to(device)
+        segments = segments_of([(request.weights, len(n)) for (request, *_), n in zip(asking, needed, strict=True)])
+        hidden = hidden_TH.index_select(0, torch.from_numpy(needed_T).to(device))
+        scored_M = target_logprobs(hidden, self._base.head, segments, rows_M, torch.from_numpy(tokens_M).to(device))
+        parts = np.split(scored_M.cpu().numpy(), np.cumsum([len(rows) for (rows, _), _ in pairs])[:-1])
+        for (_, scores, _, start, end), part in zip(asking, parts, strict=True):
+            scores.put_pairs(start, end, part)
+
+    def _end_prefills(self, packed: PackedPass) -> tuple[list[int], list[int]]:
+        """Note what is computed. Sequences whose prompt is done join the batch: their slots and packed rows."""
+        slots: list[int] = []
+        rows: list[int] = []
+        sources: list[int] = []
+        targets: list[int] = []
+        for first, chunk in zip(packed.first_rows, packed.chunks, strict=True):
+            prefill = chunk.prefill
+            if prefill.request.is_over:
+                continue
+            prefill.num_done = chunk.end
+            self._register(prefill)
+            if prefill.num_left:
+                continue
+            self._remove_prefill(prefill)
+            sources.extend([prefill.blocks[-1]] * len(prefill.tails))
+            targets.extend(prefill.tails)
+            slots.extend(self._join(prefill))
+            rows.extend([first + chunk.length - 1] * len(prefill.sequences))
+        if targets:
+            self._cache.copy(sources, targets)
+        return slots, rows
+
+    def _join(self, prefill: Prefill) -> list[int]:
+        """The first sequence takes over the blocks; the others share them, but for a last block of their own."""
+        num_tokens = len(prefill.pending.tokens)
+        slots = [self._batch.join(prefill.sequences[0], prefill.blocks, num_tokens)]
+        for index, sequence in enumerate(prefill.sequences[1:]):
+            shared = prefill.blocks[:-1] if prefill.tails else prefill.blocks
+            self._pool.share(shared)
+            own = prefill.tails[index : index + 1]
+            slots.append(self._batch.join(sequence, shared + own, num_tokens))
+        return slots
+
+    def _register(self, prefill: Prefill) -> None:
+        keys = prefill.pending.keys
+        for index in range(prefill.num_registered, min(prefill.num_done // BLOCK_TOKENS, len(keys))):
+            self._pool.register(prefill.blocks[index], keys[index], prefill.request.owner)
+        prefill.num_registered = prefill.num_done // BLOCK_TOKENS
 
     # ---- drawing and ending ----
 
-    def _draw(self, batch: Sequence[tuple[_Request, _Sequence]], logits_BV: Tensor) -> None:
-        batch, logits_BV = self._without_broken(batch, logits_BV)
-        if not batch:
+    def _draw(self, slots_B: np.ndarray, rows_B: np.ndarray, hidden_TH: Tensor) -> None:
+        if not len(slots_B):
             return
-        uniforms = [uniform(r.operation.seed, s.index, len(s.tokens)) for r, s in batch]
-        topk = max(r.operation.topk_sample_logprobs for r, _ in batch)
-        choices = choose(logits_BV, [r.rule for r, _ in batch], uniforms, topk=topk)
-        self.tokens_sampled += len(batch)
-        for row, (request, sequence) in enumerate(batch):
-            self._extend(request, sequence, choices, row)
-        for request in dict.fromkeys(request for request, _ in batch):
-            if not request.live:
-                self._running.remove(request)
-                self._finish(request.ticket, _response(request))
+        hidden_BH = hidden_TH.index_select(0, torch.from_numpy(rows_B).to(hidden_TH.device))
+        logits_BV = logits_of(hidden_BH, self._base.head, segments_of(runs_of(self._batch, slots_B)))
+        topk_B = self._batch.topk_S[slots_B]
+        rules, numbers_B = self._batch.draw_rules(slots_B)
+        choices = choose(logits_BV, rules, numbers_B, topk=int(topk_B.max()))
+        for slot in slots_B[~choices.finite_B].tolist():
+            if (broken := self._batch.sequences[slot]) is not None:
+                self._fail_as_broken(broken.request)  # the others of the batch go on untouched
+        kept = self._still_running(slots_B)
+        for row in np.flatnonzero(kept & (topk_B > 0)).tolist():
+            self._note_topk(int(slots_B[row]), choices, row, int(topk_B[row]))
+        slots_B = slots_B[kept]
+        tokens_B = choices.tokens_B[kept]
+        self.tokens_sampled += len(slots_B)
+        stopped_B, full_B = self._batch.extend(slots_B, tokens_B, choices.logprobs_B[kept])
+        for row in np.flatnonzero(self._batch.with_strings(slots_B) & ~stopped_B).tolist():
+            stopped_B[row] = self._completes_string(int(slots_B[row]))
+        for row in np.flatnonzero(stopped_B | full_B).tolist():
+            sequence = self._sequence(int(slots_B[row]))
+            sequence.stop_reason = "stop" if stopped_B[row] else "length"
+            self._end(sequence)
 
-    def _without_broken(
-        self, batch: Sequence[tuple[_Request, _Sequence]], logits_BV: Tensor
-    ) -> tuple[Sequence[tuple[_Request, _Sequence]], Tensor]:
-        """Fail requests whose logits are not finite; the others of the batch go on untouched."""
-        finite_B = torch.isfinite(logits_BV).all(dim=-1).tolist()
-        if all(finite_B):
-            return batch, logits_BV
-        broken = {request for (request, _), finite in zip(batch, finite_B, strict=True) if not finite}
-        for request in broken:
-            error = UserError("the adapter computes logits that are not finite; nothing can be drawn")
-            self._fail(request, error, scrub=True)
-        keep = [i for i, (request, _) in enumerate(batch) if request not in broken]
-        return [batch[i] for i in keep], logits_BV[torch.tensor(keep, dtype=torch.int64, device=logits_BV.device)]
+    def _still_running(self, slots_B: np.ndarray) -> np.ndarray:
+        """Which slots were not emptied since the pass began, by the failure of their request. Bool `[B]`."""
+        return np.array([self._batch.sequences[slot] is not None for slot in slots_B.tolist()], bool)
 
-    def _extend(self, request: _Request, sequence: _Sequence, choices: Choices, row: int) -> None:
-        sequence.tokens.append(int(choices.tokens_B[row]))
-        sequence.logprobs.append(float(choices.logprobs_B[row]))
-        k = request.operation.topk_sample_logprobs
-        if k and choices.topk_ids_BK is not None and choices.topk_logprobs_BK is not None:
-            sequence.topk.append((choices.topk_ids_BK[row, :k], choices.topk_logprobs_BK[row, :k]))
-        sequence.stop_reason = request.stop.reason(sequence.tokens, self._decoder)
-        if sequence.stop_reason is not None:
-            self._cache.release(sequence.table)
+    def _note_topk(self, slot: int, choices: Choices, row: int, k: int) -> None:
+        assert choices.topk_ids_BK is not None
+        assert choices.topk_logprobs_BK is not None
+        ids, logprobs = choices.topk_ids_BK[row, :k].copy(), choices.topk_logprobs_BK[row, :k].copy()
+        self._sequence(slot).topk.append((ids, logprobs))
 
-    def _fail(self, request: _Request, error: TinsmithError, *, scrub: bool = False) -> None:
+    def _completes_string(self, slot: int) -> bool:
+        strings = self._sequence(slot).request.stop_strings
+        assert strings is not None
+        return strings.completed_by(self._batch.tail(slot, strings.tail_tokens), self._decoder)
+
+    def _end(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        request = sequence.request
+        request.num_unfinished -= 1
+        if request.num_unfinished == 0:
+            request.is_over = True
+            del self._open[request.ticket]
+            self._finish(request.ticket, request.response())
+
+    def _fail_as_broken(self, request: Request) -> None:
+        error = UserError("the adapter computes logits that are not finite; nothing can be drawn")
+        self._fail(request, error, tainted=True)
+
+    def _fail(self, request: Request, error: TinsmithError, *, tainted: bool = False) -> None:
+        """Whatever stage it is in. Places in the waiting line are given up when their turn comes."""
+        if request.is_over:
+            return
+        request.is_over = True
+        del self._open[request.ticket]
+        for prefill in [p for p in self._prefills if p.request is request]:
+            self._drop_prefill(prefill, tainted=tainted)
         for sequence in request.sequences:
-            self._cache.release(sequence.table, scrub=scrub)
-        if request in self._running:
-            self._running.remove(request)
-        if request in self._waiting:
-            self._waiting.remove(request)
+            if sequence.slot is not None:
+                self._leave(sequence, tainted=tainted)
         self._finish(request.ticket, error)
 
+    def _leave(self, sequence: Sequence, *, tainted: bool = False) -> None:
+        """Take a sequence out of the batch. What its blocks hold is kept for those who continue from there."""
+        assert sequence.slot is not None
+        request = sequence.request
+        num_cached = int(self._batch.cached_S[sequence.slot])
+        blocks = self._batch.leave(sequence.slot)
+        if not tainted and self._pool.is_open(request.owner):
+            tokens = np.concatenate([request.operation.prompt, sequence.tokens])[:num_cached]
+            for block, key in zip(blocks, block_keys(request.owner, tokens, request.prompt_keys), strict=False):
+                self._pool.register(block, key, request.owner)
+        self._pool.release(blocks, tainted=tainted)
 
-def _prefill_rows(request: _Request) -> list[list[_Sequence]]:
-    """Samples that still hold the bare prompt share one row; a sample interrupted while drawing needs its own."""
-    untouched = [s for s in request.live if not s.tokens]
-    return ([untouched] if untouched else []) + [[s] for s in request.live if s.tokens]
+    def _drop_prefill(self, prefill: Prefill, *, tainted: bool = False) -> None:
+        self._remove_prefill(prefill)
+        self._pool.release(prefill.blocks + prefill.tails, tainted=tainted)
 
+    def _remove_prefill(self, prefill: Prefill) -> None:
+        self._prefills.remove(prefill)
+        for key in prefill.pending.keys:
+            if self._computing.get(key) is prefill:
+                del self._computing[key]
+        if prefill.request.scored_by is prefill:
+            prefill.request.scored_by = None
 
-def _prefill_lengths(request: _Request) -> list[int]:
-    return [len(request.operation.prompt) + len(row[0].tokens) for row in _prefill_rows(request)]
-
-
-def _row_tokens(request: _Request, sequences: Sequence[_Sequence]) -> np.ndarray:
-    return np.concatenate([request.operation.prompt, np.asarray(sequences[0].tokens, dtype=np.int64)])
-
-
-def _segments(runs: Sequence[tuple[LoraWeights | None, int]]) -> list[Segment]:
-    """Contiguous rows of the same weights, from `(weights, rows)` in packed order."""
-    segments: list[Segment] = []
-    at = 0
-    for _, group in groupby(runs, key=lambda run: id(run[0])):
-        members = list(group)
-        end = at + sum(length for _, length in members)
-        segments.append(Segment(at, end, members[0][0]))
-        at = end
-    return segments
-
-
-def _response(request: _Request) -> SampleResponse:
-    return SampleResponse(
-        sequences=[_sampled(sequence) for sequence in request.sequences],
-        prompt_logprobs_np=request.prompt_logprobs,
-        topk_prompt_logprobs_np=request.topk_prompt,
-    )
+    def _sequence(self, slot: int) -> Sequence:
+        sequence = self._batch.sequences[slot]
+        assert sequence is not None
+        return sequence
 
 
-def _sampled(sequence: _Sequence) -> SampledSequence:
-    assert sequence.stop_reason is not None
-    topk = None
-    if sequence.topk:
-        topk = TopkLogprobs(np.stack([ids for ids, _ in sequence.topk]), np.stack([lps for _, lps in sequence.topk]))
-    return SampledSequence(
-        stop_reason=sequence.stop_reason,
-        tokens_np=np.asarray(sequence.tokens, dtype=np.int64),
-        logprobs_np=np.asarray(sequence.logprobs, dtype=np.float32),
-        topk_logprobs_np=topk,
-    )
+def _pending(sequences: list[Sequence]) -> Pending:
+    """`sequences`, all of one request, have the same tokens so far."""
+    request = sequences[0].request
+    tokens = np.concatenate([request.operation.prompt, sequences[0].tokens])
+    return Pending(request, sequences, tokens, block_keys(request.owner, tokens, request.prompt_keys))

@@ -1,11 +1,9 @@
-"""When a sequence ends."""
+"""When a sequence ends by its text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
-
-from tinsmith.types.results import StopReason
 
 _CONTEXT_TOKENS = 8
 """Tokens decoded beyond a stop string's length: the string may begin inside a token or after one without text."""
@@ -15,22 +13,15 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int]) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
-class StopRule:
-    token_ids: frozenset[int]
-    strings: tuple[str, ...]
-    max_tokens: int
+class StopStrings:
+    """Texts that end a sequence. What matched stays part of it."""
 
-    def reason(self, tokens: list[int], decoder: Decoder) -> StopReason | None:
-        """Why a sequence that just got its last token is over, if it is. What matched stays part of it."""
-        if tokens[-1] in self.token_ids or self._completes_string(tokens, decoder):
-            return "stop"
-        return "length" if len(tokens) >= self.max_tokens else None
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(strings)
+        # every token but a special one has at least one byte of text, so such a tail holds any string just completed
+        self.tail_tokens = max((len(string.encode()) for string in strings), default=0) + _CONTEXT_TOKENS
 
-    def _completes_string(self, tokens: list[int], decoder: Decoder) -> bool:
-        if not self.strings:
-            return False
-        # every token but a special one has at least one byte of text, so this tail holds any string just completed
-        longest = max(len(string.encode()) for string in self.strings)
-        text = decoder.decode(tokens[-(longest + _CONTEXT_TOKENS) :])
-        return any(string in text for string in self.strings)
+    def completed_by(self, tail: list[int], decoder: Decoder) -> bool:
+        """Whether a string ends in the last token of `tail`, the newest `tail_tokens` of the sequence or all it has."""
+        text = decoder.decode(tail)
+        return any(string in text for string in self._strings)

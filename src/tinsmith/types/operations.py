@@ -19,6 +19,7 @@ from tinsmith.types.datum import Datum
 from tinsmith.types.errors import InvalidInput, TinsmithError
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
 from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
+from tinsmith.types.tensor import TensorData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +196,12 @@ class Sample:
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    """Score only so many tokens at the prompt's end (by `prompt_logprobs` and `topk_prompt_logprobs`); `None`: all."""
+    target_prompt_logprobs: TensorData | None = None
+    """Token ids to score, int64 `[N-1, K]`: row i at prompt position i + 1. Cells of -1 are skipped and answered 0."""
+    prompt_alt_tokens_k: int = 0
+    """How many tokens to draw, at `temperature` from the full vocabulary, at every prompt position but the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,132 @@
+"""A sampling request inside the engine, its sequences, and the stages they are in before they draw."""
+
+# N prompt token
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tinsmith.engine.block_pool import BLOCK_TOKENS
+from tinsmith.engine.lora import LoraWeights
+from tinsmith.engine.prompt_scores import PromptScores
+from tinsmith.engine.stopping import StopStrings
+from tinsmith.types.operations import Sample
+from tinsmith.types.results import SampledSequence, SampleResponse, StopReason, TopkLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    ticket: int
+    operation: Sample
+    weights: LoraWeights | None
+    owner: bytes
+    """Names the weights in the prefix cache."""
+    prompt_keys: list[bytes]
+    """Of the prompt's full blocks."""
+    stop_strings: StopStrings | None
+    scores: PromptScores | None
+    sequences: list[Sequence] = field(default_factory=list)
+    num_unfinished: int = 0
+    cache_hit_tokens: int | None = None
+    """Prompt tokens that were not computed because the cache had them; `None` until the prompt is begun."""
+    is_over: bool = False
+    """Answered, with a result or an error."""
+    scored_by: Prefill | None = None
+
+    @property
+    def adapter(self) -> int:
+        """Equal for equal weights, 0 for the base model."""
+        return 0 if self.weights is None else id(self.weights)
+
+    def response(self) -> SampleResponse:
+        scores = self.scores
+        return SampleResponse(
+            sequences=[sequence.result() for sequence in self.sequences],
+            prompt_logprobs_np=scores.prompt_logprobs if scores else None,
+            topk_prompt_logprobs_np=scores.topk if scores else None,
+            target_prompt_logprobs=scores.targets if scores else None,
+            prompt_alt_tokens=scores.alternatives if scores else None,
+            prompt_cache_hit_tokens=self.cache_hit_tokens or 0,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample on its way. While it has a slot of the decode batch, the newest of what it drew lies there."""
+
+    request: Request
+    index: int
+    slot: int | None = None
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    topk: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+    def result(self) -> SampledSequence:
+        assert self.stop_reason is not None
+        topk = None
+        if self.topk:
+            topk = TopkLogprobs(np.stack([ids for ids, _ in self.topk]), np.stack([lps for _, lps in self.topk]))
+        return SampledSequence(
+            stop_reason=self.stop_reason, tokens_np=self.tokens, logprobs_np=self.logprobs, topk_logprobs_np=topk
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """Sequences of a request that wait for their prompt to be computed; all have the same tokens so far."""
+
+    request: Request
+    sequences: list[Sequence]
+    tokens: np.ndarray
+    """Prompt and what was drawn before an interruption."""
+    keys: list[bytes]
+    """Of the full blocks of `tokens`."""
+
+    @property
+    def blocks_reusable(self) -> int:
+        """Full blocks that need not be computed if the cache has them: the last row must be, and rows to be scored."""
+        scores = self.request.scores
+        last = len(self.tokens) - 1
+        if scores is not None and not scores.is_complete:
+            last = min(last, scores.next_row)
+        return last // BLOCK_TOKENS
+
+
+@dataclass(slots=True, eq=False)
+class Prefill:
+    """Tokens of a sequence on their way into the cache, for it and those that begin alike."""
+
+    pending: Pending
+    sequences: list[Sequence]
+    blocks: list[int]
+    """For all tokens."""
+    tails: list[int]
+    """For each further sequence a last block of its own, if the last block is not full."""
+    num_done: int
+    """Tokens in the cache so far."""
+    num_registered: int
+    """Full blocks whose content the cache knows by key."""
+
+    @property
+    def request(self) -> Request:
+        return self.pending.request
+
+    @property
+    def num_left(self) -> int:
+        return len(self.pending.tokens) - self.num_done
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Rows `[start, end)` of a prefill, computed in one pass."""
+
+    prefill: Prefill
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
