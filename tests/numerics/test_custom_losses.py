@@ -17,7 +17,7 @@ from tests.numerics.driver import VOCAB, Driver, item, random_datum
 from tests.numerics.traces import traced
 from tinsmith.engine.custom_loss import TracedLoss, _bound, _operation, _size, _tensors, _value
 from tinsmith.engine.loss_operations import FUNCTIONS, METHODS
-from tinsmith.types import Datum, ModelInput
+from tinsmith.types import Datum, ModelInput, TensorData
 from tinsmith.types import loss_operations as allowed
 from tinsmith.types.custom_loss import CustomLoss, LossCall, LossInput, Ref
 from tinsmith.types.errors import InvalidInput
@@ -176,6 +176,19 @@ def test_a_loss_that_is_not_a_number_is_no_error_of_the_loss() -> None:
     value, grad, _ = run(nowhere)
     assert math.isnan(float(value))
     assert grad.shape == (6,)
+
+
+def test_a_scalar_that_came_without_its_shape_is_a_scalar() -> None:
+    def scaled(logprobs: Tensor, num: Tensor) -> Result:
+        return logprobs.sum() * num, {}
+
+    datum = custom_datum(np.random.default_rng(0), 6, num=np.asarray([3.0]))
+    bare = TensorData([3.0], "float32")
+    value, grad, _ = run(
+        scaled, ranks={"num": 0}, datum=Datum(datum.model_input, {**datum.loss_fn_inputs, "num": bare})
+    )
+    assert float(value) == pytest.approx(-22.5)
+    assert grad.tolist() == [3.0] * 6
 
 
 def test_inputs_are_not_changed() -> None:
@@ -338,7 +351,9 @@ def test_every_allowed_name_has_its_function_and_no_other_has() -> None:
     assert FUNCTIONS.keys() == allowed.TARGETS
     assert METHODS.keys() == allowed.METHODS
     for name in {*FUNCTIONS, *METHODS} - {"operator.and_", "operator.or_"}:
-        assert not re.search(r"_$|rand|dropout|\bitem|tolist|numpy|load|save|set_|manual_seed|backward|apply", name), name
+        assert not re.search(r"_$|rand|dropout|\bitem|tolist|numpy|load|save|set_|manual_seed|backward|apply", name), (
+            name
+        )
 
 
 @pytest.mark.filterwarnings("ignore")

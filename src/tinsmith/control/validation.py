@@ -194,6 +194,8 @@ def _check_custom_datum(datum: Datum, where: str, loss: CustomLoss, card: BaseMo
         if key not in inputs:
             raise InvalidInput(f"{where}.loss_fn_inputs[{key!r}] is missing; custom loss {loss.name!r} takes it")
         shape = tensor_shape(inputs[key])
+        if inputs[key].shape is None and shape == (1,) and loss_input.rank == 0:
+            shape = ()  # on the wire a scalar has no shape
         if len(shape) != loss_input.rank:
             raise InvalidInput(
                 f"{where}.loss_fn_inputs[{key!r}] has shape {shape!r}, but custom loss {loss.name!r} takes "

@@ -68,8 +68,8 @@ class TracedLoss:
         """Of one datum. Raises `_Misfit`."""
         nodes: dict[str, Any] = {}
         for given in self._loss.inputs:
-            is_logprobs = given.name == "logprobs"
-            nodes[given.node] = logprobs if is_logprobs else datum.loss_fn_inputs[given.name].to_torch()
+            tensor = logprobs if given.name == "logprobs" else datum.loss_fn_inputs[given.name].to_torch()
+            nodes[given.node] = tensor.reshape(()) if given.rank == 0 else tensor
         num_inputs = sum(tensor.numel() for tensor in nodes.values())
         budget = _Budget(min(ELEMENTS_FREE + ELEMENTS_PER_INPUT * num_inputs, ELEMENTS_MOST))
         for call, operation in self._calls:

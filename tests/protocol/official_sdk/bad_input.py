@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tinker
+import torch
 from kit import MODEL, PROMPT, SENTENCES, Shared, adam, check, datum, draw, failure_of
 from tinker import types
 
@@ -29,6 +30,50 @@ def _bad_training(
 def an_unknown_loss_is_named() -> None:
     _bad_training("'hinge'", "importance_sampling", loss="hinge")
     _bad_training("stable_reinforce", "importance_sampling", loss="stable_reinforce")
+
+
+@check
+def another_optimizer_is_refused_by_its_name() -> None:
+    config = tinker.DimuonOptimizerConfig()
+    failure_of(
+        lambda: Shared.service.create_lora_training_client(MODEL, rank=4, optimizer=config).result(), "dimuon", "adamw"
+    )
+    params = tinker.DimuonParams(learning_rate=1e-3)
+    failure_of(lambda: Shared.trainer.optim_step(params).result(), "dimuon", "AdamW")
+    _trains(Shared.trainer)
+
+
+def _svd(logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return torch.linalg.svdvals(logprobs[None]).sum(), {}
+
+
+def _in_place(logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return logprobs.exp_().sum(), {}
+
+
+def _pair(logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return logprobs[:2], {}
+
+
+def _weighted(logprobs: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return (logprobs * scores).sum(), {}
+
+
+@check
+def a_traced_loss_that_cannot_run_is_named() -> None:
+    for fn, words in ((_svd, ("linalg_svdvals", "_svd")), (_in_place, ("'exp_'", "_in_place"))):
+        failure_of(lambda fn=fn: Shared.service.create_custom_loss(fn, {"logprobs": 1}).result(), *words)
+    pair = Shared.service.create_custom_loss(_pair, {"logprobs": 1}).result()
+    data = [datum(SENTENCES[0])]
+    failure_of(lambda: Shared.trainer.forward_backward_custom(data, pair).result(), "_pair", "scalar", "(2,)")
+    weighted = Shared.service.create_custom_loss(_weighted, {"logprobs": 1, "scores": 1}).result()
+    config = {"loss_id": weighted.loss_id}
+    _bad_training("data[0]", "'scores'", "missing", loss="custom", config=config, data=data)
+    wide = [datum(SENTENCES[0], scores=np.ones((5, 1), dtype=np.float32))]
+    _bad_training("data[0]", "'scores'", "(5, 1)", loss="custom", config=config, data=wide)
+    _bad_training("'nobody'", loss="custom", config={"loss_id": "nobody"}, data=data)
+    _bad_training("loss_id", loss="custom", data=data)
+    _trains(Shared.trainer)
 
 
 @check

@@ -27,6 +27,7 @@ class Shared:
     sampler: tinker.SamplingClient
     state_path: str
     sampler_path: str
+    traced_loss: tinker.LossHandle
 
 
 def datum(tokens: Sequence[int], **inputs: Any) -> types.Datum:

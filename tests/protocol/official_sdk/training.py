@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -179,6 +180,23 @@ def dro_is_its_formula() -> None:
 
 
 @check
+def gspo_is_its_formula_and_bounds_may_be_given_per_token() -> None:
+    plain = logprobs_of(Shared.trainer.forward([datum(s) for s in SENTENCES], "cross_entropy").result())
+    rng = np.random.default_rng(6)
+    data, expected = [], 0.0
+    for sentence, lp in zip(SENTENCES, plain, strict=True):
+        q, a = lp + rng.normal(0, 0.3, lp.shape), rng.normal(0, 1, lp.shape)
+        mask = (np.arange(len(lp)) > 1).astype(np.float64)
+        low = rng.uniform(0.8, 1.0, lp.shape)
+        bounds = {"clip_low_threshold": low.tolist(), "sequence_ratio_mask": mask.tolist()}
+        data.append(datum(sentence, weights=None, logprobs=q.tolist(), advantages=a.tolist(), **bounds))
+        s = np.exp((lp - q)[mask != 0].mean())
+        expected -= np.minimum(s * a, np.clip(s, low, 1.05) * a).sum()
+    result = Shared.trainer.forward(data, "gspo", {"clip_high_threshold": 1.05}).result()
+    assert math.isclose(result.metrics["loss:sum"], expected, rel_tol=1e-3, abs_tol=1e-3), (result.metrics, expected)
+
+
+@check
 def every_loss_trains() -> None:
     for name in ("importance_sampling", "ppo", "cispo", "dro"):
         sentence = SENTENCES[1]
@@ -203,6 +221,78 @@ def forward_backward_custom_runs_a_loss_of_ones_own() -> None:
     assert result.metrics["my_metric"] == 3.0
     assert "surrogate_loss:sum" in result.metrics
     assert Shared.trainer.optim_step(adam()).result().metrics["step_applied"] == 1
+
+
+def grpo(
+    logprobs: torch.Tensor, advantages: torch.Tensor, old: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A clipped policy gradient, averaged over each sequence."""
+    ratio = torch.exp(logprobs - old)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    kl = torch.nn.functional.softplus(old - logprobs).mean()
+    loss = -surrogate[advantages != 0].sum() / logprobs.shape[0] + scale * kl
+    return loss, {"custom/kl:mean": kl.detach(), "custom/tokens:sum": (advantages != 0).sum()}
+
+
+def _grpo_data(count: int) -> list[types.Datum]:
+    rng = np.random.default_rng(9)
+    data = []
+    for index in range(count):
+        tokens = SENTENCES[index % len(SENTENCES)]
+        n = len(tokens) - 1
+        arrays = {"advantages": rng.normal(0, 1, n), "old": rng.normal(-6, 1, n), "scale": np.asarray(0.5)}
+        data.append(datum(tokens, weights=None, **{key: a.astype(np.float32) for key, a in arrays.items()}))
+    return data
+
+
+@check
+def a_traced_loss_on_the_server_equals_the_same_in_the_client_and_direct_autograd() -> None:
+    ranks = {"logprobs": 1, "advantages": 1, "old": 1, "scale": 0}
+    handle = Shared.traced_loss = Shared.service.create_custom_loss(grpo, ranks).result()
+    assert handle.loss_id is not None
+    data = _grpo_data(5)
+    clients = [Shared.service.create_lora_training_client(MODEL, rank=4, seed=5).result() for _ in range(3)]
+    there = clients[0].forward_backward_custom(data, handle).result()
+    here = clients[1].forward_backward_custom(data, dataclasses.replace(handle, loss_id=None)).result()
+    leaves = [torch.from_numpy(lp.copy()).requires_grad_() for lp in logprobs_of(there)]
+    found = [
+        grpo(leaf, *(d.loss_fn_inputs[key].to_torch() for key in ("advantages", "old", "scale")))
+        for leaf, d in zip(leaves, data, strict=True)
+    ]
+    total = sum(loss for loss, _ in found)
+    total.backward()
+    surrogates = [datum(SENTENCES[i % len(SENTENCES)], weights=(-leaf.grad).tolist()) for i, leaf in enumerate(leaves)]
+    clients[2].forward_backward(surrogates, "cross_entropy").result()
+    for result in (there, here):
+        assert math.isclose(result.metrics["loss:sum"], total.item(), rel_tol=1e-4), (result.metrics, total)
+        kl = np.mean([metrics["custom/kl:mean"].item() for _, metrics in found])
+        assert math.isclose(result.metrics["custom/kl:mean"], kl, rel_tol=1e-4)
+        assert result.metrics["custom/tokens:sum"] == sum(len(leaf) for leaf in leaves)
+    assert "surrogate_loss:sum" in here.metrics
+    assert "surrogate_loss:sum" not in there.metrics
+    moved = []
+    for client in clients:
+        client.optim_step(
+            adam(learning_rate=1e-2, eps=1.0)
+        ).result()  # such an eps makes the step linear in the gradient
+        moved.append(
+            np.concatenate(logprobs_of(client.forward([datum(s) for s in SENTENCES], "cross_entropy").result()))
+        )
+    before = np.concatenate(logprobs_of(clients[0].forward([datum(s) for s in SENTENCES], "cross_entropy").result()))
+    np.testing.assert_allclose(moved[0], before, atol=1e-6)
+    np.testing.assert_allclose(moved[0], moved[1], atol=1e-4)
+    np.testing.assert_allclose(moved[0], moved[2], atol=1e-4)
+
+
+@check
+def a_traced_loss_over_several_requests_is_summed_and_averaged() -> None:
+    config = {"loss_id": Shared.traced_loss.loss_id}
+    data = _grpo_data(1030)
+    whole = Shared.trainer.forward(data, "custom", config).result()
+    parts = [Shared.trainer.forward(part, "custom", config).result() for part in (data[:500], data[500:])]
+    assert math.isclose(whole.metrics["loss:sum"], sum(p.metrics["loss:sum"] for p in parts), rel_tol=1e-4)
+    means = [part.metrics["custom/kl:mean"] for part in parts]
+    assert math.isclose(whole.metrics["custom/kl:mean"], (500 * means[0] + 530 * means[1]) / 1030, rel_tol=1e-4)
 
 
 # ---- state ----

@@ -241,7 +241,9 @@ def for_weighted(**inputs: Any) -> Datum:
 
 
 def test_a_custom_loss_takes_what_it_declares_and_ignores_the_rest() -> None:
-    check_training([for_weighted(), for_weighted(advantages=[NAN, INF, 0.0])], "custom", {}, CARD, weighted())
+    scalars = [np.asarray(2.0), TensorData([2.0], "float32"), TensorData([2.0], "float32", [])]
+    data = [for_weighted(scale=scale, advantages=[NAN, INF, 0.0]) for scale in scalars]
+    check_training(data, "custom", {}, CARD, weighted())
 
 
 @pytest.mark.parametrize(

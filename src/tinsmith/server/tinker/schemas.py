@@ -31,6 +31,10 @@ class Body(BaseModel):
 
     @model_validator(mode="after")
     def _unknown_fields_are_off(self) -> Body:
+        self._check_unknown_fields()
+        return self
+
+    def _check_unknown_fields(self) -> None:
         for name, value in (self.model_extra or {}).items():
             if name != "type" and value not in OFF:
                 raise PydanticCustomError(
@@ -38,7 +42,6 @@ class Body(BaseModel):
                     "{name} = {value} is not implemented by this server; leave the field out",
                     {"name": name, "value": brief(value)},
                 )
-        return self
 
 
 # ---- service and sessions ----
@@ -87,10 +90,10 @@ class LoraBody(Body):
 class OptimizerConfigBody(Body):
     type: str = "adamw"
 
-    @model_validator(mode="after")
-    def _unknown_fields_are_off(self) -> Body:
-        """The fields of other optimizers are not read: the optimizer itself is refused, by its name."""
-        return super()._unknown_fields_are_off() if self.type == "adamw" else self
+    def _check_unknown_fields(self) -> None:
+        """Those of other optimizers are not read: the optimizer itself is refused, by its name."""
+        if self.type == "adamw":
+            super()._check_unknown_fields()
 
 
 class CreateModelBody(Body):
