@@ -231,7 +231,11 @@ HOSTILE += [
     ("a captured tensor", graph(node("get_attr", "bad", "_tensor")), ("'bad'", "call of a function or a method")),
     ("a late placeholder", graph(node("placeholder", "bad", "x")), ("'bad'", "call of a function or a method")),
     ("an early output", graph(node("output", "bad", "output", 1)), ("'bad'", "call of a function or a method")),
-    ("too many nodes", graph(*(method(f"n{i}", "exp", ref("mul")) for i in range(2001))), ("2003 calls", "at most 2000")),
+    (
+        "too many nodes",
+        graph(*(method(f"n{i}", "exp", ref("mul")) for i in range(2001))),
+        ("2003 calls", "at most 2000"),
+    ),
     ("far too many nodes", graph(*(method(f"n{i}", "exp", ref("mul")) for i in range(4000))), ("4005", "at most")),
     ("too many arguments", graph(function("bad", "torch.stack", [ref("mul")] * 20_001)), ("20000 arguments",)),
     ("a loss that is no node", graph(loss=1.0), ("'output'", "(loss, metrics)")),
