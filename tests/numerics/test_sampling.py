@@ -13,6 +13,7 @@ from tinsmith.engine.block_pool import BlockPool
 from tinsmith.engine.token_choice import ChoiceRules, choose, uniforms
 from tinsmith.types import Datum, ModelInput
 from tinsmith.types.operations import PublishSnapshot
+from tinsmith.types.tensor import TensorData
 
 
 @pytest.fixture
@@ -120,6 +121,55 @@ def test_top_k_log_probs_are_the_most_likely_tokens(trained: Driver, qwen_folder
     rows = response.topk_prompt_logprobs
     assert rows[0] is None
     assert [[i for i, _ in row] for row in rows[1:]] == logprobs[:3].topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_chosen_and_alternative_prompt_tokens_against_fp64(
+    trained: Driver, qwen_folder: Path, temperature: float
+) -> None:
+    plain = plain_model(qwen_folder).double()
+    prompt = np.random.default_rng(4).integers(2, VOCAB, 40)
+    with torch.no_grad():
+        logits = plain(torch.from_numpy(prompt)[None]).logits[0, :-1]
+    expected = torch.log_softmax(logits, -1).numpy()
+    asked = np.random.default_rng(5).integers(-1, VOCAB, (39, 3))
+    asked[:5] = -1
+    asked[7, 1] = -1
+    dense = trained.sample(
+        prompt.tolist(),
+        target_prompt_logprobs=TensorData(asked),
+        prompt_alt_tokens_k=6,
+        temperature=temperature,
+        seed=9,
+    )
+    scores = dense.target_prompt_logprobs.to_numpy()
+    wanted = np.where(asked < 0, 0.0, np.take_along_axis(expected, np.maximum(asked, 0), 1))
+    assert np.abs(scores - wanted).max() <= 1e-4
+    assert (scores[asked < 0] == 0.0).all()
+    alternatives = dense.prompt_alt_tokens
+    ids = alternatives.tokens.to_numpy()
+    scaled = torch.log_softmax(logits / (temperature or 1.0), -1).numpy()
+    assert np.abs(alternatives.logprobs.to_numpy() - np.take_along_axis(scaled, ids, 1)).max() <= 1e-4
+    if temperature == 0:
+        assert (ids == logits.argmax(-1).numpy()[:, None]).all()
+    else:
+        assert len({tuple(row) for row in ids.T.tolist()}) == 6
+    sparse = trained.sample(
+        prompt.tolist(), target_prompt_logprobs=TensorData.from_torch_sparse(torch.from_numpy(asked), pad_value=-1)
+    )
+    assert sparse.target_prompt_logprobs.is_sparse
+    assert np.abs(sparse.target_prompt_logprobs.to_numpy() - wanted).max() <= 1e-4
+
+
+def test_alternative_prompt_tokens_follow_the_distribution(driver: Driver, qwen_folder: Path) -> None:
+    with torch.no_grad():
+        logits = plain_model(qwen_folder)(torch.tensor([[5, 6]])).logits[0, 0]
+    expected = torch.softmax(logits, -1).numpy()
+    draws = [driver.sample([5, 6], prompt_alt_tokens_k=100, seed=s, max_tokens=1) for s in range(40)]
+    ids = np.concatenate([d.prompt_alt_tokens.tokens.to_numpy().reshape(-1) for d in draws])
+    frequencies = np.bincount(ids, minlength=VOCAB) / len(ids)
+    assert np.abs(frequencies - expected).max() < 4 * np.sqrt(0.25 / len(ids))
+    assert ((frequencies - expected) ** 2 * len(ids) / expected).sum() < VOCAB + 5 * np.sqrt(2 * VOCAB)
 
 
 RULES = [(1.0, -1, 1.0), (0.7, -1, 1.0), (1.3, 4, 1.0), (1.0, -1, 0.6), (1.0, 5, 0.5)]

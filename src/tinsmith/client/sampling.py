@@ -193,7 +193,8 @@ class SamplingClient:
 
         `include_prompt_logprobs` scores the prompt too, only its last `prompt_logprobs_last_n` tokens if given;
         `topk_…` add the k most likely tokens and their log-probabilities per position; `target_prompt_logprobs`
-        (int64 `[len - 1, K]`, -1 to skip) scores given tokens at each prompt position after the first.
+        (int64 `[len - 1, K]`, -1 to skip) scores given tokens at each prompt position after the first;
+        `prompt_alt_tokens_k` draws so many tokens there, at the temperature of `sampling_params`.
         """
         body = {
             "num_samples": num_samples,

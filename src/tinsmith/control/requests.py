@@ -10,6 +10,7 @@ from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum, ModelInput
 from tinsmith.types.errors import TinsmithError
 from tinsmith.types.params import AdamParams, LoraConfig, SamplingParams
+from tinsmith.types.tensor import TensorData
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +142,8 @@ class DrawSamples:
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
     prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tinsmith.control import records
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.engines import EngineBook, EngineSlot
@@ -20,7 +18,7 @@ from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import SAMPLERS, Registry
-from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
+from tinsmith.control.requests import RejectedSample, SampleRequest, Submission
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
 from tinsmith.control.sessions import SessionBook
 from tinsmith.control.validation import MAX_SAMPLES, sampling_operation
@@ -36,7 +34,7 @@ from tinsmith.types.errors import (
 )
 from tinsmith.types.operations import CancelSample, Sample
 from tinsmith.types.rest import GetSamplerResponse
-from tinsmith.types.results import SampleResponse, TopkLogprobs
+from tinsmith.types.results import SampleResponse
 
 logger = logging.getLogger(__name__)
 
@@ -191,10 +189,10 @@ class Sampling:
         row = sampler.checkpoint
         if row is None or self._samplers.pool(sampler.slot).touch_if_ready(row):
             self._open[request_id] = _Open(sampler.slot)
-            self._send(request_id, operation, request)
+            self._send(request_id, operation)
             return
         self._open[request_id] = _Open(sampler.slot)
-        task = asyncio.create_task(self._load_and_send(request_id, operation, request, sampler, row))
+        task = asyncio.create_task(self._load_and_send(request_id, operation, sampler, row))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
 
@@ -209,9 +207,7 @@ class Sampling:
         session.last_seen = self._clock.monotonic()
         return sampler
 
-    async def _load_and_send(
-        self, request_id: str, operation: Sample, request: DrawSamples, sampler: Sampler, row: CheckpointRow
-    ) -> None:
+    async def _load_and_send(self, request_id: str, operation: Sample, sampler: Sampler, row: CheckpointRow) -> None:
         pool, folder = self._samplers.pool(sampler.slot), self._checkpoints.folder(row)
         try:
             while not pool.touch_if_ready(row):
@@ -221,27 +217,27 @@ class Sampling:
                     )
                 await pool.load(row, folder)
             if request_id in self._open:
-                self._send(request_id, operation, request)
+                self._send(request_id, operation)
         except TinsmithError as error:
             self._finish(request_id, error)
 
-    def _send(self, request_id: str, operation: Sample, request: DrawSamples) -> None:
+    def _send(self, request_id: str, operation: Sample) -> None:
         try:
             call = self._open[request_id].slot.submit(operation)
         except EngineDied:
             self._open.pop(request_id, None)
             raise
         self._open[request_id].ticket = call.ticket
-        call.answer.add_done_callback(partial(self._answered, request_id, request))
+        call.answer.add_done_callback(partial(self._answered, request_id))
 
-    def _answered(self, request_id: str, request: DrawSamples, answer: asyncio.Future[Any]) -> None:
+    def _answered(self, request_id: str, answer: asyncio.Future[Any]) -> None:
         if answer.cancelled():
             self._finish(request_id, EngineDied("the engine was closed"))
         elif (error := answer.exception()) is not None:
             self._note_death(request_id, error)
             self._finish(request_id, error)
         else:
-            self._finish(request_id, _complete(answer.result(), request_id, request))
+            self._finish(request_id, _complete(answer.result(), request_id))
 
     def _note_death(self, request_id: str, error: BaseException) -> None:
         sample = self._open.get(request_id)
@@ -288,20 +284,8 @@ def _receipt(request_id: str, request: SampleRequest) -> Submission:
     return Submission(request_id=request_id, sample_sequence_ids=tuple(f"{request_id}:{i}" for i in range(count)))
 
 
-def _complete(response: SampleResponse, request_id: str, request: DrawSamples) -> SampleResponse:
-    """Name the sequences, and hide the prompt scores that were not asked for."""
+def _complete(response: SampleResponse, request_id: str) -> SampleResponse:
+    """Name the sequences."""
     for index, sequence in enumerate(response.sequences):
         sequence.sequence_id = f"{request_id}:{index}"
-    last_n, logprobs, topk = (
-        request.prompt_logprobs_last_n,
-        response.prompt_logprobs_np,
-        response.topk_prompt_logprobs_np,
-    )
-    if last_n is not None and logprobs is not None:
-        shown = np.arange(len(logprobs)) >= len(logprobs) - last_n
-        response.prompt_logprobs_np = np.where(shown, logprobs, np.nan).astype(logprobs.dtype)
-        if topk is not None:
-            ids = np.where(shown[:, None], topk.token_ids, 0)
-            scores = np.where(shown[:, None], topk.logprobs, TopkLogprobs.UNUSED_LOGPROB).astype(topk.logprobs.dtype)
-            response.topk_prompt_logprobs_np = TopkLogprobs(ids, scores)
     return response

@@ -15,6 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from tinsmith.control.prompt_scoring import (
+    MAX_TARGETS_PER_POSITION,
+    check_count,
+    check_prompt_scoring,
+    most_alternatives,
+)
 from tinsmith.control.requests import DrawSamples
 from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum, EncodedTextChunk, ModelInput, ProvenanceSpan
@@ -24,9 +30,6 @@ from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams, LoraConfig
 from tinsmith.types.tensor import TensorData
 
 MAX_SAMPLES = 4096
-MAX_TOPK_LOGPROBS = 128
-MAX_TARGETS_PER_POSITION = 1024
-"""Bound on K of `(N, K)` targets."""
 TTL_SECONDS = (3600, 10 * 365 * 86400)
 """Shortest and longest life of a checkpoint that expires."""
 _SEED_RANGE = 2**63 - 1
@@ -360,10 +363,9 @@ def sampling_operation(
     """
     prompt = check_tokens(request.prompt, "prompt", card)
     params = request.params
-    _check_count("num_samples", request.num_samples, 1, MAX_SAMPLES)
-    _check_count("topk_prompt_logprobs", request.topk_prompt_logprobs, 0, MAX_TOPK_LOGPROBS)
-    _check_count("topk_sample_logprobs", request.topk_sample_logprobs, 0, MAX_TOPK_LOGPROBS)
-    _check_last_n(request, len(prompt))
+    check_count("num_samples", request.num_samples, 1, MAX_SAMPLES)
+    check_count("topk_sample_logprobs", request.topk_sample_logprobs, 0, most_alternatives(card))
+    check_prompt_scoring(request, len(prompt), card)
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         raise InvalidInput(f"sampling_params.temperature must be finite and at least 0, not {params.temperature!r}")
     if params.top_k != -1 and not 1 <= params.top_k <= card.vocab_size:
@@ -388,24 +390,10 @@ def sampling_operation(
         prompt_logprobs=request.prompt_logprobs,
         topk_prompt_logprobs=request.topk_prompt_logprobs,
         topk_sample_logprobs=request.topk_sample_logprobs,
+        prompt_logprobs_last_n=request.prompt_logprobs_last_n,
+        target_prompt_logprobs=request.target_prompt_logprobs,
+        prompt_alt_tokens_k=request.prompt_alt_tokens_k,
     )
-
-
-def _check_count(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InvalidInput(f"{name} must be {low}..{high}, not {value!r}")
-
-
-def _check_last_n(request: DrawSamples, prompt_length: int) -> None:
-    last_n = request.prompt_logprobs_last_n
-    if last_n is None:
-        return
-    if not request.prompt_logprobs:
-        raise InvalidInput(f"prompt_logprobs_last_n {last_n!r} needs prompt_logprobs to be true")
-    if not 1 <= last_n <= prompt_length - 1:
-        raise InvalidInput(
-            f"prompt_logprobs_last_n {last_n!r} is outside 1..{prompt_length - 1}; prompt has {prompt_length} tokens"
-        )
 
 
 def _max_tokens(asked: int | None, prompt_length: int, card: BaseModelCard) -> int:

@@ -65,7 +65,13 @@ from tinsmith.types.operations import (
     TrainItem,
     TrainOutcome,
 )
-from tinsmith.types.results import ForwardBackwardOutput, SampledSequence, SampleResponse, TopkLogprobs
+from tinsmith.types.results import (
+    ForwardBackwardOutput,
+    PromptAltTokens,
+    SampledSequence,
+    SampleResponse,
+    TopkLogprobs,
+)
 from tinsmith.types.tensor import TensorData
 
 FAKE_CARD = BaseModelCard(
@@ -423,18 +429,34 @@ def _draw_all(operation: Sample, factor: float, vocab_size: int) -> SampleRespon
     prompt = operation.prompt
     sequences = [_draw(operation, index, factor, vocab_size) for index in range(operation.num_samples)]
     response = SampleResponse(sequences=sequences)
+    first = 1 if operation.prompt_logprobs_last_n is None else len(prompt) - operation.prompt_logprobs_last_n
     if operation.prompt_logprobs:
-        scored = token_logprobs(prompt[:-1], prompt[1:]) * factor
-        response.prompt_logprobs_np = np.concatenate([[np.nan], scored]).astype(np.float32)
+        scored = token_logprobs(prompt[first - 1 : -1], prompt[first:]) * factor
+        response.prompt_logprobs_np = np.concatenate([np.full(first, np.nan), scored]).astype(np.float32)
     if operation.topk_prompt_logprobs:
-        topk = _topk(prompt[:-1], operation.topk_prompt_logprobs, factor, vocab_size)
+        topk = _topk(prompt[first - 1 : -1], operation.topk_prompt_logprobs, factor, vocab_size)
+        unused = (first, operation.topk_prompt_logprobs)
         response.topk_prompt_logprobs_np = TopkLogprobs(
-            np.concatenate([np.zeros((1, operation.topk_prompt_logprobs), dtype=np.int64), topk.token_ids]),
-            np.concatenate(
-                [np.full((1, operation.topk_prompt_logprobs), TopkLogprobs.UNUSED_LOGPROB), topk.logprobs]
-            ).astype(np.float32),
+            np.concatenate([np.zeros(unused, dtype=np.int64), topk.token_ids]),
+            np.concatenate([np.full(unused, TopkLogprobs.UNUSED_LOGPROB), topk.logprobs]).astype(np.float32),
         )
+    if operation.target_prompt_logprobs is not None:
+        response.target_prompt_logprobs = _score_targets(prompt, operation.target_prompt_logprobs, factor)
+    if operation.prompt_alt_tokens_k:
+        keys = np.arange((len(prompt) - 1) * operation.prompt_alt_tokens_k, dtype=np.uint64) + np.uint64(operation.seed)
+        tokens = (_unit(keys) * vocab_size).astype(np.int64).reshape(len(prompt) - 1, -1)
+        scores = token_logprobs(prompt[:-1, None], tokens) * factor
+        response.prompt_alt_tokens = PromptAltTokens(TensorData.from_numpy(tokens), TensorData.from_numpy(scores))
     return response
+
+
+def _score_targets(prompt: np.ndarray, asked: TensorData, factor: float) -> TensorData:
+    """In the layout that was asked for."""
+    indices, shape = asked.csr_indices, asked.shape
+    assert shape is not None
+    rows = np.repeat(np.arange(shape[0]), shape[1] if indices is None else np.diff(indices[0]))
+    scores = np.where(asked.flat >= 0, token_logprobs(prompt[rows], asked.flat) * factor, 0.0)
+    return TensorData(scores, "float32", shape, *(indices or (None, None)))
 
 
 def _draw(operation: Sample, index: int, factor: float, vocab_size: int) -> SampledSequence:

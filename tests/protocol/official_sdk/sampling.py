@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import tinker
+import torch
 from kit import MODEL, PROMPT, SENTENCES, Shared, adam, check, datum, draw, logprobs_of
 from tinker import types
 
@@ -107,6 +108,61 @@ def prompt_logprobs_and_their_alternatives_come_together() -> None:
     last = Shared.sampler.compute_logprobs(PROMPT, prompt_logprobs_last_n=2).result()
     assert last[:2] == [None, None]
     np.testing.assert_allclose(last[2:], response.prompt_logprobs[2:], atol=1e-5)
+
+
+@check
+def chosen_prompt_tokens_are_scored_dense_and_sparse() -> None:
+    own = Shared.sampler.compute_logprobs(PROMPT).result()
+    ids = torch.full((3, 8), -1)  # the SDK sends sparse only what is smaller that way
+    ids[:, 0] = torch.tensor([21, 22, 23])
+    ids[0, 1], ids[2, 7] = 5, 9
+    one_token = types.SamplingParams(max_tokens=1)
+    dense = Shared.sampler.sample(
+        PROMPT, 1, one_token, target_prompt_logprobs=types.TensorData.from_torch(ids)
+    ).result()
+    scores = dense.target_prompt_logprobs
+    assert scores is not None
+    assert scores.dtype == "float32"
+    np.testing.assert_allclose(scores.to_numpy()[:, 0], own[1:], atol=1e-5)
+    assert scores.to_numpy()[1, 1] == 0.0
+    assert (scores.to_numpy() < 0).sum() == 5
+    sparse = Shared.sampler.sample(
+        PROMPT, 1, one_token, target_prompt_logprobs=types.TensorData.from_torch_sparse(ids, pad_value=-1)
+    ).result()
+    assert sparse.target_prompt_logprobs is not None
+    assert sparse.target_prompt_logprobs.sparse_crow_indices == [0, 2, 3, 5]
+    np.testing.assert_allclose(sparse.target_prompt_logprobs.to_numpy(), scores.to_numpy(), atol=1e-5)
+
+
+@check
+def alternative_prompt_tokens_are_drawn_at_every_position() -> None:
+    def ask() -> types.SampleResponse:
+        params = types.SamplingParams(max_tokens=1, seed=3)
+        return Shared.sampler.sample(PROMPT, 1, params, prompt_alt_tokens_k=4).result()
+
+    response, again = ask(), ask()
+    alternatives, repeated = response.prompt_alt_tokens, again.prompt_alt_tokens
+    assert alternatives is not None
+    assert repeated is not None
+    assert alternatives.tokens.to_numpy().shape == (3, 4)
+    np.testing.assert_array_equal(alternatives.tokens.to_numpy(), repeated.tokens.to_numpy())
+    targets = types.TensorData.from_torch(torch.from_numpy(alternatives.tokens.to_numpy().astype(np.int64)))
+    scored = Shared.sampler.sample(
+        PROMPT, 1, types.SamplingParams(max_tokens=1), target_prompt_logprobs=targets
+    ).result()
+    assert scored.target_prompt_logprobs is not None
+    np.testing.assert_allclose(alternatives.logprobs.to_numpy(), scored.target_prompt_logprobs.to_numpy(), atol=1e-5)
+
+
+@check
+def a_repeated_prompt_comes_from_the_cache() -> None:
+    prompt = types.ModelInput.from_ints([11 + i % 300 for i in range(70)])
+    params = types.SamplingParams(max_tokens=5, seed=1)
+    first = Shared.sampler.sample(prompt, 2, params).result()
+    second = Shared.sampler.sample(prompt, 2, params).result()
+    assert first.prompt_cache_hit_tokens == 0
+    assert second.prompt_cache_hit_tokens == 64
+    assert [s.tokens for s in first.sequences] == [s.tokens for s in second.sequences]
 
 
 @check

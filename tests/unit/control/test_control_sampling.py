@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from tests.unit.control.conftest import OpenControl
@@ -22,6 +23,7 @@ from tinsmith.types.errors import (
     UserError,
 )
 from tinsmith.types.operations import CancelSample, DropSnapshot, LoadSnapshot, PublishSnapshot, Sample
+from tinsmith.types.tensor import TensorData
 
 pytestmark = pytest.mark.anyio
 
@@ -220,6 +222,21 @@ async def test_prompt_scores_before_the_last_n_are_hidden(h: Harness) -> None:
     assert all_of_them.prompt_logprobs[0] is None
     assert last.prompt_logprobs == [None, None, all_of_them.prompt_logprobs[2]]
     assert last.topk_prompt_logprobs == [None, None, all_of_them.topk_prompt_logprobs[2]]
+
+
+async def test_chosen_and_alternative_prompt_tokens_are_scored(h: Harness) -> None:
+    sampler_id = await h.control.create_sampling_session(await h.session(), 0, "tinsmith/fake", None)
+    dense = TensorData(np.array([[5, -1], [7, 8]]))
+    sparse = TensorData(np.array([5, 7, 8]), "int64", (2, 2), [0, 1, 3], [0, 0, 1])
+    one = await h.result(h.sample(draw(sampler_id, 0, target_prompt_logprobs=dense, prompt_alt_tokens_k=3)))
+    other = await h.result(h.sample(draw(sampler_id, 1, target_prompt_logprobs=sparse)))
+    assert one.target_prompt_logprobs.to_numpy()[0, 1] == 0.0
+    assert (one.target_prompt_logprobs.flat[[0, 2, 3]] < 0).all()
+    assert not one.target_prompt_logprobs.is_sparse
+    assert other.target_prompt_logprobs.is_sparse
+    assert other.target_prompt_logprobs == one.target_prompt_logprobs
+    assert one.prompt_alt_tokens.tokens.shape == one.prompt_alt_tokens.logprobs.shape == [2, 3]
+    assert other.prompt_alt_tokens is None
 
 
 async def test_a_sample_can_be_cancelled_any_number_of_times(h: Harness) -> None:

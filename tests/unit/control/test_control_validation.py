@@ -402,6 +402,10 @@ def test_open_sampling_values_are_filled_in() -> None:
     assert operation(ask(temperature=0.0, top_k=100, top_p=1.0)).top_k == 100
 
 
+def asking(targets: np.ndarray) -> DrawSamples:
+    return ask(target_prompt_logprobs=TensorData(targets))
+
+
 @pytest.mark.parametrize(("given", "folded"), [(0, 0), (-1, 2**63 - 2), (2**70, 2**70 % (2**63 - 1)), (2**63 - 1, 0)])
 def test_any_integer_is_a_seed(given: int, folded: int) -> None:
     assert operation(ask(seed=given)).seed == folded
@@ -432,8 +436,16 @@ def test_any_integer_is_a_seed(given: int, folded: int) -> None:
         (ask(stop=[100]), "sampling_params.stop[0]: token 100 is outside the vocabulary"),
         (ask(stop=["a", ""]), "sampling_params.stop[1] is an empty text"),
         (ask(stop=""), "sampling_params.stop[0] is an empty text"),
-        (ask(topk_prompt_logprobs=129), "topk_prompt_logprobs must be 0..128, not 129"),
-        (ask(topk_sample_logprobs=-1), "topk_sample_logprobs must be 0..128, not -1"),
+        (ask(topk_prompt_logprobs=129), "topk_prompt_logprobs must be 0..100, not 129"),
+        (ask(topk_sample_logprobs=-1), "topk_sample_logprobs must be 0..100, not -1"),
+        (ask(prompt_alt_tokens_k=129), "prompt_alt_tokens_k must be 0..128, not 129"),
+        (asking(np.zeros((2, 1), np.float32)), "target_prompt_logprobs.dtype is 'float32'; token ids must be 'int64'"),
+        (asking(np.zeros(2, np.int64)), "target_prompt_logprobs.shape is None; it must be [len(prompt) - 1, K]"),
+        (asking(np.zeros((3, 1), np.int64)), "target_prompt_logprobs.shape is [3, 1]; it must have 2 rows"),
+        (asking(np.zeros((2, 0), np.int64)), "target_prompt_logprobs.shape is [2, 0]; K must be 1..1024"),
+        (asking(np.array([[1, 2], [3, 100]])), "target_prompt_logprobs.data[3] is 100; it must be a token"),
+        (asking(np.array([[1], [-2]])), "target_prompt_logprobs.data[1] is -2"),
+        (asking(np.array([[-1], [-1]])), "target_prompt_logprobs names no token"),
         (ask(prompt_logprobs_last_n=1), "prompt_logprobs_last_n 1 needs prompt_logprobs to be true"),
         (ask(prompt_logprobs=True, prompt_logprobs_last_n=3), "prompt_logprobs_last_n 3 is outside 1..2"),
         (ask(prompt_logprobs=True, prompt_logprobs_last_n=0), "prompt_logprobs_last_n 0 is outside 1..2"),

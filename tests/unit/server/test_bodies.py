@@ -128,8 +128,23 @@ def test_big_integers_stay_exact() -> None:
         ({"sampling_params": {"max_tokens": "many"}}, "sampling_params.max_tokens"),
         ({"sampling_params": {"max_tokens": 2, "min_p": 0.3}}, "min_p"),
         ({"sampling_params": {"max_tokens": 2, "stop": [1, "a"]}}, "stop"),
-        ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
-        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "target_prompt_logprobs"),
+        ({"prompt_alt_tokens_k": -1}, "prompt_alt_tokens_k"),
+        ({"prompt_alt_tokens_k": True}, "prompt_alt_tokens_k"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [9, 1]}}, "target_prompt_logprobs"),
+        ({"target_prompt_logprobs": {"data": [1.5], "dtype": "int64", "shape": [1, 1]}}, "logprobs.data[0]"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int8"}}, "target_prompt_logprobs.dtype"),
+        (
+            {
+                "target_prompt_logprobs": {
+                    "data": [1],
+                    "dtype": "int64",
+                    "shape": [1, 1],
+                    "sparse_crow_indices": [0, 1],
+                    "sparse_col_indices": [4],
+                }
+            },
+            "target_prompt_logprobs",
+        ),
         ({"record_stability_info": True}, "record_stability_info"),
         ({"beam_width": 4}, "beam_width = 4"),
         ({"num_samples": "two"}, "num_samples"),

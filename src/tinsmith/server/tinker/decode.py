@@ -188,13 +188,7 @@ def create_model(body: CreateModelBody) -> ask.CreateModel:
 
 # ---- sampling ----
 
-_UNSUPPORTED_OF_SAMPLE = (
-    "target_prompt_logprobs",
-    "prompt_alt_tokens_k",
-    "record_stability_info",
-    "base_model",
-    "model_path",
-)
+_UNSUPPORTED_OF_SAMPLE = ("record_stability_info", "base_model", "model_path")
 
 
 def sample(payload: Mapping[str, Any]) -> ask.DrawSamples:
@@ -202,7 +196,7 @@ def sample(payload: Mapping[str, Any]) -> ask.DrawSamples:
         if payload.get(name) not in OFF:
             raise Unsupported(f"{name} = {brief(payload[name])} is not supported by this server")
     body = read(SampleBody, payload)
-    params = body.sampling_params
+    params, targets = body.sampling_params, body.target_prompt_logprobs
     return ask.DrawSamples(
         sampling_session_id=body.sampling_session_id,
         seq_id=body.seq_id,
@@ -213,6 +207,8 @@ def sample(payload: Mapping[str, Any]) -> ask.DrawSamples:
         topk_prompt_logprobs=body.topk_prompt_logprobs,
         topk_sample_logprobs=body.topk_sample_logprobs,
         prompt_logprobs_last_n=body.prompt_logprobs_last_n,
+        target_prompt_logprobs=None if targets is None else _tensor(targets, "target_prompt_logprobs"),
+        prompt_alt_tokens_k=body.prompt_alt_tokens_k,
     )
 
 

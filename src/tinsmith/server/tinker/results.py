@@ -95,6 +95,7 @@ def _tensor(tensor: TensorData) -> dict[str, Any]:
 
 
 def _sample_response(response: SampleResponse) -> dict[str, Any]:
+    targets, alternatives = response.target_prompt_logprobs, response.prompt_alt_tokens
     return {
         "sequences": [
             {
@@ -107,6 +108,10 @@ def _sample_response(response: SampleResponse) -> dict[str, Any]:
         ],
         "prompt_logprobs": _nan_is_null(response.prompt_logprobs_np),
         "topk_prompt_logprobs": _topk(response.topk_prompt_logprobs_np),
+        "target_prompt_logprobs": None if targets is None else targets.model_dump(),
+        "prompt_alt_tokens": None
+        if alternatives is None
+        else {"tokens": alternatives.tokens.model_dump(), "logprobs": alternatives.logprobs.model_dump()},
         "prompt_cache_hit_tokens": response.prompt_cache_hit_tokens,
         "type": "sample",
     }
