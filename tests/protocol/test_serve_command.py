@@ -87,7 +87,7 @@ def test_a_signal_ends_a_busy_server_cleanly(tmp_path: Path) -> None:
         gone, alive = psutil.wait_procs(children, timeout=5)
         assert not alive, [process.cmdline() for process in alive]
         assert len(gone) == len(children)
-        assert server.log.read_text() == ""
+        assert complaints(server.log.read_text()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "getpgid"), reason="process groups")
@@ -107,8 +107,16 @@ def test_ctrl_c_in_a_terminal_reaches_server_and_engine_and_ends_quietly(tmp_pat
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors
-        assert errors == ""
+        assert complaints(errors) == []
     finally:
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+def complaints(log: str) -> list[str]:
+    """What a server says on stderr beside the one line in which each engine tells what it loaded."""
+    lines = log.splitlines()
+    told = [line for line in lines if line.startswith("INFO tinsmith.engine: base model ")]
+    assert len(told) == 1
+    return [line for line in lines if line not in told]
