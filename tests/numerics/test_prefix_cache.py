@@ -156,7 +156,7 @@ def test_training_waits_for_one_slice_of_sampling_at_most(qwen_folder: Path, mon
 
 
 def test_prompts_are_short_slices_while_training_waits(qwen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinsmith.engine.sampler._SHARED_PREFILL_TOKENS", 20)
+    monkeypatch.setattr("tinsmith.engine.sampler._PREFILL_BESIDE_TRAINING", 20)
     driver = Driver(qwen_folder)
     driver.create("m")
     sampler = driver.engine._sampler

@@ -10,7 +10,7 @@ import torch
 
 from tests.numerics.driver import VOCAB, Driver, item, plain_model, random_datum, sample_operation
 from tinsmith.engine.block_pool import BlockPool
-from tinsmith.engine.token_choice import ChoiceRules, choose, uniforms
+from tinsmith.engine.token_choice import ChoiceRules, choose, stream, uniforms
 from tinsmith.types import Datum, ModelInput
 from tinsmith.types.operations import PublishSnapshot
 from tinsmith.types.tensor import TensorData
@@ -182,7 +182,7 @@ def test_frequencies_follow_the_distribution(temperature: float, top_k: int, top
     draws = 40_000
     rules = ChoiceRules.same(draws, temperature, top_k, top_p)
     rows = torch.from_numpy(logits.astype(np.float32)).repeat(draws, 1)
-    tokens = choose(rows, rules, uniforms(7, 0, np.arange(draws))).tokens_B
+    tokens = choose(rows, rules, uniforms(stream(7, 0), np.arange(draws))).tokens_B
     counts = np.bincount(tokens, minlength=12)
     assert (counts[expected == 0] == 0).all()
     kept = expected > 0
@@ -191,7 +191,8 @@ def test_frequencies_follow_the_distribution(temperature: float, top_k: int, top
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_each_other() -> None:
-    numbers = uniforms(*np.ogrid[:20, :20, :50]).reshape(-1)
+    seeds, samples, positions = np.ogrid[:20, :20, :50]
+    numbers = uniforms(stream(seeds, samples), positions).reshape(-1)
     assert 0 <= numbers.min() < numbers.max() < 1
     assert len(np.unique(numbers)) == len(numbers)
     assert numbers.mean() == pytest.approx(0.5, abs=0.01)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tinsmith.engine.attend import ScoreRule
-from tinsmith.engine.cached_attention import CachePlan, cached_attention
+from tinsmith.engine.cached_attention import CachePlan, cached_attention, decode_attention
 from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.self_attention import SequenceBlock, self_attention
 from tinsmith.types.errors import Unsupported
@@ -77,6 +77,8 @@ def packed_attention(
     if cache is None or plan is None:
         return self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule).unsqueeze(0), None
     cache.write(_layer(module), plan.slots_T, k_TKD, v_TKD)
+    if plan.is_one_tile:
+        return decode_attention(_layer(module), q_THD, cache, plan.tiles[0], rule).unsqueeze(0), None
     if packing.blocks:
         out_THD = self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule)
     else:

@@ -21,7 +21,7 @@ from tinsmith.engine.kv_cache import KVCache
 
 _TILE_BYTES = {"cpu": 2**20}
 """Keys gathered at once. On a CPU a tile that fits the second-level cache reads twice as fast as one that does not."""
-_TILE_BYTES_ELSEWHERE = 2**28
+_TILE_BYTES_ELSEWHERE = 2**26
 _MAX_PADDING = 1.25
 """Sequences share a tile while the longest is at most this much (and a block) longer than the shortest."""
 _MASK_CELLS = 2**20
@@ -59,6 +59,8 @@ class CachePlan:
     slots_T: Tensor
     """For each packed row the slot that takes its key and value, int64."""
     tiles: tuple[CachedTile, ...] = ()
+    is_one_tile: bool = False
+    """The only tile holds all rows of the pass, one query per sequence, in their order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +78,12 @@ class CachedChunk:
     @property
     def end(self) -> int:
         return self.start + self.length
+
+
+def decode_attention(layer: int, q_BHD: Tensor, cache: KVCache, tile: CachedTile, rule: ScoreRule) -> Tensor:
+    """A pass of nothing but one query per sequence, all in one tile and in its order -> `[B, H, D]`."""
+    k_BKLD, v_BKLD = cache.read(layer, tile.table_BM)
+    return attend_grouped(q_BHD, k_BKLD, v_BKLD, tile.visible(rule.window)[:, 0], rule)
 
 
 def cached_attention(
@@ -116,7 +124,7 @@ def plan_decode(
     while at < len(order):
         longest = int(blocks_B[order[at]])
         end = min(len(order), at + max(1, most // longest))
-        chosen = order[at : at + int(np.count_nonzero(blocks_B[order[at:end]] * _MAX_PADDING + 1 >= longest))]
+        chosen = np.sort(order[at : at + int(np.count_nonzero(blocks_B[order[at:end]] * _MAX_PADDING + 1 >= longest))])
         ages_B1L = lengths_B[chosen, None, None] - 1 - np.arange(longest * BLOCK_TOKENS)
         tiles.append(
             CachedTile(

@@ -8,12 +8,14 @@ What happens on every step is arithmetic on these arrays; Python objects are tou
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from itertools import pairwise
 
 import numpy as np
 
 from tinsmith.engine.block_pool import BLOCK_TOKENS, blocks_for
+from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.sampling_request import Sequence
-from tinsmith.engine.token_choice import ChoiceRules, uniforms
+from tinsmith.engine.token_choice import ChoiceRules, stream, uniforms
 
 _FIRST_WIDTH = 64
 
@@ -34,8 +36,7 @@ class DecodeBatch:
         self._tokens_SW = np.zeros((capacity, _FIRST_WIDTH), np.int32)
         self._logprobs_SW = np.zeros((capacity, _FIRST_WIDTH), np.float32)
         self._rules = ChoiceRules.same(capacity, 1.0)
-        self._seed_S = np.zeros(capacity, np.uint64)
-        self._sample_S = np.zeros(capacity, np.uint64)
+        self._stream_S = np.zeros(capacity, np.uint64)
         self._max_tokens_S = np.zeros(capacity, np.int64)
         self._stop_SX = np.full((capacity, 1), -1, np.int64)
         self._has_strings_S = np.zeros(capacity, bool)
@@ -43,6 +44,8 @@ class DecodeBatch:
         self._num_joined = 0
         self._free = list(range(capacity - 1, -1, -1))
         self._rows: np.ndarray | None = None
+        self._runs: list[tuple[LoraWeights | None, int]] | None = None
+        """Of `_rows`."""
 
     @property
     def num_running(self) -> int:
@@ -55,9 +58,27 @@ class DecodeBatch:
     def rows(self) -> np.ndarray:
         """Slots in use, equal adapters together, the older first."""
         if self._rows is None:
+            self._runs = None
             used = np.array([slot for slot, sequence in enumerate(self.sequences) if sequence is not None], np.int64)
             self._rows = used[np.lexsort((self._joined_S[used], self.adapter_S[used]))]
         return self._rows
+
+    def runs(self, slots_B: np.ndarray) -> list[tuple[LoraWeights | None, int]]:
+        """Weights and number of slots of each stretch of equal adapters."""
+        if slots_B is not self._rows:
+            return self._find_runs(slots_B)
+        if self._runs is None:
+            self._runs = self._find_runs(slots_B)
+        return self._runs
+
+    def _find_runs(self, slots_B: np.ndarray) -> list[tuple[LoraWeights | None, int]]:
+        if not len(slots_B):
+            return []
+        adapter_B = self.adapter_S[slots_B]
+        bounds = [0, *(np.flatnonzero(adapter_B[1:] != adapter_B[:-1]) + 1).tolist(), len(slots_B)]
+        firsts = [self.sequences[int(slots_B[start])] for start in bounds[:-1]]
+        lengths = [end - start for start, end in pairwise(bounds)]
+        return [(s.request.weights, n) for s, n in zip(firsts, lengths, strict=True) if s is not None]
 
     def youngest(self) -> int:
         """The slot that joined last. The batch is not empty."""
@@ -81,8 +102,7 @@ class DecodeBatch:
         self._rules.temperature_B[slot] = operation.temperature
         self._rules.top_k_B[slot] = operation.top_k
         self._rules.top_p_B[slot] = operation.top_p
-        self._seed_S[slot] = operation.seed
-        self._sample_S[slot] = sequence.index
+        self._stream_S[slot] = stream(operation.seed, sequence.index)
         self._max_tokens_S[slot] = operation.max_tokens
         self._has_strings_S[slot] = request.stop_strings is not None
         stop = operation.stop_token_ids
@@ -119,8 +139,7 @@ class DecodeBatch:
 
     def draw_rules(self, slots: np.ndarray) -> tuple[ChoiceRules, np.ndarray]:
         """How each draws its next token, and the random number for it."""
-        numbers = uniforms(self._seed_S[slots], self._sample_S[slots], self._drawn_S[slots])
-        return self._rules[slots], numbers
+        return self._rules[slots], uniforms(self._stream_S[slots], self._drawn_S[slots])
 
     def extend(self, slots: np.ndarray, tokens_B: np.ndarray, logprobs_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Append one token to each. Returns which met a stop token and which are as long as they may be."""

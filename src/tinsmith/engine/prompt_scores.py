@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from tinsmith.engine.token_choice import ChoiceRules, Distribution, uniforms
+from tinsmith.engine.token_choice import ChoiceRules, Distribution, stream, uniforms
 from tinsmith.types.operations import Sample
 from tinsmith.types.results import PromptAltTokens, TopkLogprobs
 from tinsmith.types.tensor import TensorData
@@ -107,9 +107,9 @@ class PromptScores:
         distribution = Distribution(logits_CV, rules.temperature_B)
         rows_C = np.arange(start, start + count)
         for k in range(operation.prompt_alt_tokens_k):
-            tokens_C = distribution.choose(rules, uniforms(operation.seed, _ALT_STREAM + k, rows_C))
-            self._alt_ids[rows_C, k] = tokens_C.cpu().numpy()
-            self._alt_scores[rows_C, k] = distribution.logprobs_of(tokens_C[:, None])[:, 0].cpu().numpy()
+            tokens_C = distribution.choose(rules, uniforms(stream(operation.seed, _ALT_STREAM + k), rows_C))
+            self._alt_ids[rows_C, k] = tokens_C
+            self._alt_scores[rows_C, k] = distribution.logprobs_of(tokens_C)
 
     # ---- results ----
 

@@ -24,7 +24,7 @@ from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.loss_head import logits_of, target_logprobs
 from tinsmith.engine.prompt_scores import PromptScores, scores_of
-from tinsmith.engine.sampling_pass import PackedPass, pack_pass, runs_of, segments_of
+from tinsmith.engine.sampling_pass import PackedPass, pack_pass, segments_of
 from tinsmith.engine.sampling_request import Chunk, Pending, Prefill, Request, Sequence
 from tinsmith.engine.stopping import Decoder, StopStrings
 from tinsmith.engine.token_choice import Choices, choose
@@ -32,8 +32,10 @@ from tinsmith.types.errors import InvalidInput, ServerError, TinsmithError, User
 from tinsmith.types.operations import Sample
 from tinsmith.types.results import SampleResponse
 
-_SHARED_PREFILL_TOKENS = 512
-"""Prompt tokens per pass while others wait for it to end: running sequences, or training."""
+_PREFILL_BESIDE_RUNNING = 1024
+"""Prompt tokens per pass while running sequences wait for it to end."""
+_PREFILL_BESIDE_TRAINING = 512
+"""The same while training waits."""
 _SMALLEST_CHUNK = 64
 """A prompt is not cut for what is left of a pass if that is less."""
 _MAX_PASSED_OVER = 64
@@ -123,10 +125,11 @@ class Sampler:
         self._pool.forget(digest.encode())
 
     def step(self, *, shared: bool = False) -> None:
-        """One pass. `shared`: someone else waits for the device, so let it be short."""
+        """One pass. `shared`: training waits for the device, so let it be short."""
         self._make_room()
-        is_shared = shared or self._batch.num_running > 0
-        budget = min(self._max_prefill_tokens, _SHARED_PREFILL_TOKENS) if is_shared else self._max_prefill_tokens
+        budget = self._max_prefill_tokens
+        if shared or self._batch.num_running:
+            budget = min(budget, _PREFILL_BESIDE_TRAINING if shared else _PREFILL_BESIDE_RUNNING)
         self._admit(budget)
         chunks = self._next_chunks(budget)
         slots_B = self._batch.rows()
@@ -253,13 +256,16 @@ class Sampler:
             self._fail_broken_prompts(packed, hidden_TH)
             self._score_prompts(packed, hidden_TH)
         joined, rows = self._end_prefills(packed)
-        slots = np.concatenate([np.array(joined, np.int64), slots_B])
+        slots = np.concatenate([np.array(joined, np.int64), slots_B]) if joined else slots_B
         rows_B = np.concatenate([np.array(rows, np.int64), packed.num_chunk_rows + np.arange(len(slots_B))])
         size = max(1, _LOGITS_AT_ONCE // self._base.head.vocab_size)
         for start in range(0, len(slots), size):
-            some = slice(start, start + size)
-            kept = self._still_running(slots[some])
-            self._draw(slots[some][kept], rows_B[some][kept], hidden_TH)
+            some = slots[start : start + size] if len(slots) > size else slots
+            kept = self._still_running(some)
+            if kept.all():
+                self._draw(some, rows_B[start : start + size], hidden_TH)
+            elif kept.any():
+                self._draw(some[kept], rows_B[start : start + size][kept], hidden_TH)
 
     def _fail_broken_prompts(self, packed: PackedPass, hidden_TH: Tensor) -> None:
         """A row whose key or value is not finite has a hidden state that is not."""
@@ -354,10 +360,8 @@ class Sampler:
     # ---- drawing and ending ----
 
     def _draw(self, slots_B: np.ndarray, rows_B: np.ndarray, hidden_TH: Tensor) -> None:
-        if not len(slots_B):
-            return
         hidden_BH = hidden_TH.index_select(0, torch.from_numpy(rows_B).to(hidden_TH.device))
-        logits_BV = logits_of(hidden_BH, self._base.head, segments_of(runs_of(self._batch, slots_B)))
+        logits_BV = logits_of(hidden_BH, self._base.head, segments_of(self._batch.runs(slots_B)))
         topk_B = self._batch.topk_S[slots_B]
         rules, numbers_B = self._batch.draw_rules(slots_B)
         choices = choose(logits_BV, rules, numbers_B, topk=int(topk_B.max()))

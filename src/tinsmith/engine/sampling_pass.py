@@ -67,9 +67,9 @@ def pack_pass(
     layout = PassLayout(
         blocks=plan_blocks(fresh, device) if fresh else (),
         cache=cache,
-        plan=CachePlan(torch.from_numpy(slots_T).to(device), tuple(tiles)),
+        plan=CachePlan(torch.from_numpy(slots_T).to(device), tuple(tiles), not chunks and len(tiles) == 1),
     )
-    runs = [(c.prefill.request.weights, c.length) for c in ordered] + runs_of(batch, slots_B)
+    runs = [(c.prefill.request.weights, c.length) for c in ordered] + batch.runs(slots_B)
     return PackedPass(
         ids_T=torch.from_numpy(ids_T).to(device),
         positions_T=torch.from_numpy(positions_T).to(device),
@@ -79,19 +79,6 @@ def pack_pass(
         first_rows=first_rows,
         num_chunk_rows=num_chunk_rows,
     )
-
-
-def runs_of(batch: DecodeBatch, slots_B: np.ndarray) -> list[tuple[LoraWeights | None, int]]:
-    """Weights and number of rows of each stretch of equal adapters."""
-    if not len(slots_B):
-        return []
-    starts = np.flatnonzero(np.diff(batch.adapter_S[slots_B], prepend=-1))
-    runs = []
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(slots_B)], strict=True):
-        sequence = batch.sequences[int(slots_B[start])]
-        assert sequence is not None
-        runs.append((sequence.request.weights, end - start))
-    return runs
 
 
 def segments_of(runs: Sequence[tuple[LoraWeights | None, int]]) -> list[Segment]:
