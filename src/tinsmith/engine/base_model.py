@@ -39,6 +39,9 @@ _ACTIVATIONS_SHARE = 0.5
 """Of the memory free after loading: passes that would keep more than this are recomputed."""
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
+_KV_CONTEXTS = 16
+_KV_BYTES_LEAST = 128 * 2**20
+
 _logger = logging.getLogger("tinsmith.engine")
 
 
@@ -118,6 +121,11 @@ class BaseModel:
             torch.autograd.backward(logprobs_M, grad_M)
         finally:
             self._router.segments = ()
+
+    @property
+    def kv_bytes_useful(self) -> int:
+        """A cache beyond this would only fill a small model's machine with prompts nobody repeats."""
+        return max(_KV_BYTES_LEAST, _KV_CONTEXTS * self.card.max_context * self.kv_bytes_per_token)
 
     @property
     def kv_bytes_per_token(self) -> int:

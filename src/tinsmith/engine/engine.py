@@ -75,7 +75,7 @@ class Engine:
             self._base,
             load_decoder(source),
             lambda ticket, outcome: self._done.append((ticket, outcome)),
-            kv_cache_bytes=options.kv_cache_bytes,
+            kv_cache_bytes=min(options.kv_cache_bytes, self._base.kv_bytes_useful),
             max_prefill_tokens=options.max_prefill_tokens,
             max_decode_batch=options.max_decode_batch,
         )

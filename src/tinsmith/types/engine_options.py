@@ -87,5 +87,6 @@ class EngineOptions(BaseModel):
     max_decode_batch: int = Field(default=256, ge=1)
     """Sequences that advance together in one decode step."""
     kv_cache_bytes: int = Field(default=512 * 2**20, ge=2**20)
+    """Keys and values of running sequences and of prompts seen before; small models take less."""
     seed: int = 0
     """Only for what no request seeds."""
