@@ -19,7 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from tinsmith.runtime.threads import spin_briefly
+
+spin_briefly()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinsmith.runtime.bridge import OpenCalls
 from tinsmith.runtime.handle import EngineCall
-from tinsmith.runtime.threads import sleep_instead_of_spinning
+from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import EngineDied, ServerError, TinsmithError
 from tinsmith.types.operations import BaseModelCard, Operation
@@ -85,7 +85,7 @@ class ProcessEngine:
         ours, theirs = socket.socketpair()
         arguments = [str(theirs.fileno()), self._source.model_dump_json(), self._options.model_dump_json()]
         environment = dict(os.environ)
-        sleep_instead_of_spinning(environment)
+        spin_briefly(environment)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "tinsmith.runtime.worker", *arguments],
             pass_fds=[theirs.fileno()],

@@ -10,7 +10,7 @@ from typing import Any
 from tinsmith.runtime.bridge import OpenCalls
 from tinsmith.runtime.handle import EngineCall
 from tinsmith.runtime.loop import STOP, run_engine
-from tinsmith.runtime.threads import sleep_instead_of_spinning
+from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import EngineDied
 from tinsmith.types.operations import BaseModelCard, Operation
@@ -62,7 +62,7 @@ class ThreadEngine:
         self._calls.fail_all("the engine was closed")
 
     def _run(self, loop: asyncio.AbstractEventLoop, started: asyncio.Future[BaseModelCard]) -> None:
-        sleep_instead_of_spinning()
+        spin_briefly()
         try:
             from tinsmith.engine.engine import Engine
 
