@@ -39,7 +39,6 @@ from tinsmith.types.operations import (
     OptimStep,
     PublishSnapshot,
     Sample,
-    TrainBatch,
     TrainItem,
 )
 
@@ -92,8 +91,8 @@ class Bench:
         self.run(CreateAdapter(model_id=model_id, lora=LoraSpec(rank=rank, seed=1)))
 
     def train(self, work: dict[str, list[Datum]]) -> None:
-        items = tuple(TrainItem(model_id=m, data=tuple(d), loss_fn="cross_entropy") for m, d in work.items())
-        self.run(TrainBatch(items=items), *(OptimStep(model_id=m, params=AdamParams()) for m in work))
+        items = [TrainItem(model_id=m, data=tuple(d), loss_fn="cross_entropy") for m, d in work.items()]
+        self.run(*items, *(OptimStep(model_id=m, params=AdamParams()) for m in work))
 
 
 def training(bench: Bench) -> dict[str, float]:

@@ -13,7 +13,7 @@ from tinsmith.engine.engine import Engine
 from tinsmith.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SampleResponse
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
-from tinsmith.types.operations import CreateAdapter, LoraSpec, OptimStep, Sample, TrainBatch, TrainItem
+from tinsmith.types.operations import CreateAdapter, LoraSpec, OptimStep, Sample, TrainItem
 
 VOCAB = 160
 
@@ -51,7 +51,7 @@ class Driver:
         self(CreateAdapter(model_id=model_id, lora=LoraSpec(rank=rank, seed=seed, **flags)))
 
     def train(self, *items: TrainItem) -> list[ForwardBackwardOutput]:
-        outcomes = self(TrainBatch(items=items))
+        outcomes = self.all(list(items))
         for outcome in outcomes:
             if isinstance(outcome, TinsmithError):
                 raise outcome

@@ -22,7 +22,6 @@ from tinsmith.types import loss_operations as allowed
 from tinsmith.types.custom_loss import CustomLoss, LossCall, LossInput, Ref
 from tinsmith.types.errors import InvalidInput
 from tinsmith.types.metrics import reduction_of
-from tinsmith.types.operations import TrainBatch
 
 Result = tuple[Tensor, dict[str, Any]]
 
@@ -159,9 +158,7 @@ def test_a_loss_that_does_not_fit_fails_alone_and_leaves_its_gradients_as_they_w
         driver.create(name)
         driver.train(item(name, good))
     before = driver.grads("bad")
-    outcomes = driver(
-        TrainBatch(items=(item("bad", bad, loss_fn="custom", custom_loss=traced(add_too_many)), item("good", good)))
-    )
+    outcomes = driver.all([item("bad", bad, loss_fn="custom", custom_loss=traced(add_too_many)), item("good", good)])
     assert isinstance(outcomes[0], InvalidInput)
     assert "custom loss 'add_too_many', data[0]: node 'add' ('operator.add') failed" in str(outcomes[0])
     assert np.array_equal(driver.grads("bad"), before)

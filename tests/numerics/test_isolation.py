@@ -11,7 +11,7 @@ import torch
 from tests.numerics.driver import Driver, item, random_datum, rl_datum, sample_operation
 from tinsmith.engine import trainer as trainer_module
 from tinsmith.types.errors import AdapterCorrupted, NotFound, ServerError, TinsmithError
-from tinsmith.types.operations import CancelSample, OptimStep, PublishSnapshot, TrainBatch, TrainItem
+from tinsmith.types.operations import CancelSample, OptimStep, PublishSnapshot, TrainItem
 from tinsmith.types.params import AdamParams
 
 TENANTS = {
@@ -64,7 +64,7 @@ def test_a_tenants_nan_stays_with_the_tenant(qwen_folder: Path) -> None:
     with pytest.raises(AdapterCorrupted, match=r"'b' refuses further training.*nan"):
         beside.step("b")
     assert np.array_equal(beside.weights("b"), before, equal_nan=True)
-    outcomes = beside(TrainBatch(items=(item("b", datum), item("a", datum))))
+    outcomes = beside.all([item("b", datum), item("a", datum)])
     assert isinstance(outcomes[0], AdapterCorrupted)
     assert not isinstance(outcomes[1], TinsmithError)
     assert beside.step("a")["step_applied"] == 1
@@ -81,22 +81,96 @@ def test_a_pass_that_fails_fails_only_the_guilty_and_loses_no_gradient(
     expected, kept = driver.grads("a"), driver.grads("b")
     driver.create("reference")
     driver.train(item("reference", good))
-    real_pack = trainer_module.pack
-
-    def faulty_pack(pieces: list[object], device: torch.device) -> object:
-        rows = real_pack(pieces, device)
-        if 66 in rows.lengths:
-            raise RuntimeError("out of memory")
-        return rows
-
-    monkeypatch.setattr(trainer_module, "pack", faulty_pack)
-    outcomes = driver(TrainBatch(items=(item("a", good), item("b", good, bad), item("ghost", good))))
+    fail_passes_with(66, monkeypatch)
+    outcomes = driver.all([item("a", good), item("b", good, bad), item("ghost", good)])
     assert outcomes[0].metrics["tokens:sum"] == 15
     assert isinstance(outcomes[1], ServerError)
     assert "out of memory" in str(outcomes[1])
     assert isinstance(outcomes[2], NotFound)
     assert np.abs(driver.grads("a") - expected - driver.grads("reference")).max() <= 1e-5 * np.abs(expected).max()
     assert np.array_equal(driver.grads("b"), kept)
+
+
+def test_a_long_request_that_fails_late_is_undone_whole_and_nothing_else_is(
+    qwen_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It spans passes, begins after another of its adapter, and shares its last pass with another adapter."""
+    rng = np.random.default_rng(12)
+    driver = Driver(qwen_folder, max_micro_batch_tokens=90)
+    early, long, late = random_datum(rng, 20), [random_datum(rng, 40) for _ in range(4)], random_datum(rng, 15)
+    guilty, other = random_datum(rng, 66), [random_datum(rng, 30) for _ in range(9)]
+    for name in ("a", "b", "reference-a", "reference-b"):
+        driver.create(name)
+    driver.train(item("reference-a", early, late))
+    driver.train(item("reference-b", *other))
+    fail_passes_with(66, monkeypatch)
+    outcomes = driver.all([item("a", early), item("a", *long, guilty), item("a", late), item("b", *other)])
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        "ForwardBackwardOutput",
+        "ServerError",
+        "ForwardBackwardOutput",
+        "ForwardBackwardOutput",
+    ]
+    assert len(outcomes[3].loss_fn_outputs) == 9
+    for name in ("a", "b"):
+        expected = driver.grads(f"reference-{name}")
+        assert np.abs(driver.grads(name) - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert driver.step("a")["step_applied"] == 1
+
+
+def test_a_small_request_is_answered_before_a_large_one_of_its_batch_ends(qwen_folder: Path) -> None:
+    rng = np.random.default_rng(13)
+    driver = Driver(qwen_folder, max_micro_batch_tokens=64)
+    for name in ("large", "small"):
+        driver.create(name)
+    driver.engine.accept(0, item("large", *(random_datum(rng, 60) for _ in range(8))))
+    driver.engine.accept(1, item("small", random_datum(rng, 10)))
+    finished = [[ticket for ticket, _ in driver.engine.work()] for _ in range(12)]
+    assert finished[0] == [1]
+    assert finished[1:8].count([0]) == 0
+    assert [0] in finished[8:]
+
+
+def test_optimizer_steps_taken_together_equal_steps_taken_alone_bitwise(qwen_folder: Path) -> None:
+    params = {
+        "a": AdamParams(learning_rate=1e-2, weight_decay=0.1),
+        "b": AdamParams(learning_rate=1e-2, weight_decay=0.1),
+        "c": AdamParams(learning_rate=3e-3, beta1=0.8, grad_clip_norm=0.01),
+    }
+    together, alone = Driver(qwen_folder), Driver(qwen_folder)
+    for driver in (together, alone):
+        for name in TENANTS:
+            open_tenant(driver, name)
+    for step in range(3):
+        for name in TENANTS:
+            for driver in (together, alone):
+                driver.train(training_item(name, step))
+            alone(OptimStep(model_id=name, params=params[name]))
+        together.all([OptimStep(model_id=name, params=params[name]) for name in TENANTS])
+    for name in TENANTS:
+        assert np.array_equal(together.weights(name), alone.weights(name))
+
+
+def test_two_steps_of_one_adapter_in_a_row_are_two_steps(driver: Driver) -> None:
+    rng = np.random.default_rng(14)
+    driver.create("a")
+    driver.train(item("a", random_datum(rng, 20)))
+    steps = [OptimStep(model_id=name, params=AdamParams()) for name in ("a", "ghost", "a")]
+    first, ghost, second = driver.all(steps)
+    assert (first["step_applied"], second["step_applied"]) == (1, 0)
+    assert isinstance(ghost, NotFound)
+
+
+def fail_passes_with(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_pack = trainer_module.pack
+
+    def faulty_pack(pieces: list[object], device: torch.device) -> object:
+        rows = real_pack(pieces, device)
+        if length in rows.lengths:
+            raise RuntimeError("out of memory")
+        return rows
+
+    monkeypatch.setattr(trainer_module, "pack", faulty_pack)
 
 
 def test_a_bad_sample_fails_alone(driver: Driver) -> None:
@@ -144,7 +218,7 @@ def test_training_and_sampling_take_turns(driver: Driver) -> None:
     rng = np.random.default_rng(4)
     driver.create("m")
     engine = driver.engine
-    long_batch = TrainBatch(items=(item("m", *(random_datum(rng, 200) for _ in range(400))),))
+    long_batch = item("m", *(random_datum(rng, 200) for _ in range(400)))
     engine.accept(0, long_batch)
     for ticket in range(1, 21):
         engine.accept(ticket, sample_operation([1, 2, 3], max_tokens=3, seed=ticket))
@@ -153,7 +227,7 @@ def test_training_and_sampling_take_turns(driver: Driver) -> None:
     endless = [sample_operation([1, 2, 3], max_tokens=200, stop_token_ids=(), seed=s) for s in range(50)]
     for ticket, operation in enumerate(endless):
         engine.accept(ticket, operation)
-    engine.accept(99, TrainBatch(items=(item("m", random_datum(rng, 5)),)))
+    engine.accept(99, item("m", random_datum(rng, 5)))
     engine.accept(98, OptimStep(model_id="m", params=AdamParams()))
     finished = [ticket for _ in range(5000) for ticket, _ in engine.work()]
     assert finished[:2] == [99, 98]

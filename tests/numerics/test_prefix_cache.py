@@ -14,7 +14,7 @@ from tests.numerics.families import FAMILIES, save_tiny
 from tinsmith.engine.block_pool import BASE_OWNER, BLOCK_TOKENS, BlockPool, block_keys
 from tinsmith.types import SampleResponse
 from tinsmith.types.errors import InvalidInput
-from tinsmith.types.operations import CancelSample, DropSnapshot, OptimStep, PublishSnapshot, Sample, TrainBatch
+from tinsmith.types.operations import CancelSample, DropSnapshot, OptimStep, PublishSnapshot, Sample
 from tinsmith.types.params import AdamParams
 from tinsmith.types.tensor import TensorData
 
@@ -145,7 +145,7 @@ def test_training_waits_for_one_slice_of_sampling_at_most(qwen_folder: Path, mon
     for _ in range(20):
         assert engine.work() == []
     for round_ in range(3):
-        engine.accept(1000, TrainBatch(items=(item("m", random_datum(rng, 5)),)))
+        engine.accept(1000, item("m", random_datum(rng, 5)))
         engine.accept(1001, OptimStep(model_id="m", params=AdamParams()))
         slices = 0
         finished: list[int] = []

@@ -23,16 +23,25 @@ class EngineSlot:
 
     def submit(self, operation: Operation) -> EngineCall:
         """Raises `EngineDied` if the engine is gone."""
+        (call,) = self.submit_all([operation])
+        return call
+
+    def submit_all(self, operations: Sequence[Operation]) -> list[EngineCall]:
+        """Raises `EngineDied` if the engine is gone."""
         try:
-            return self.handle.submit(operation)
+            return self.handle.submit_all(operations)
         except EngineDied as error:
             self.declare_dead(error)
             raise
 
     async def call(self, operation: Operation) -> Any:
         """Submit and wait. Cancelling the wait does not stop the operation."""
+        return await self.answer(self.submit(operation))
+
+    async def answer(self, call: EngineCall) -> Any:
+        """Wait for a submitted operation."""
         try:
-            return await asyncio.shield(self.submit(operation).answer)
+            return await asyncio.shield(call.answer)
         except EngineDied as error:
             self.declare_dead(error)
             raise

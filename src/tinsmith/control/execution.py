@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from tinsmith.control import records
 from tinsmith.control.checkpoints import CheckpointStore, SaveOrder, check_loadable
@@ -12,7 +14,7 @@ from tinsmith.control.engines import EngineSlot
 from tinsmith.control.errors import ModelEnded
 from tinsmith.control.futures import FutureStore, SamplerSaved
 from tinsmith.control.identity import Clock
-from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus
+from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus, Work
 from tinsmith.control.records import CheckpointRow, RunRow
 from tinsmith.control.registry import RUNS, SAMPLERS, Registry
 from tinsmith.control.requests import (
@@ -25,7 +27,7 @@ from tinsmith.control.requests import (
     UnloadModel,
 )
 from tinsmith.control.samplers import Sampler, SamplerBook
-from tinsmith.control.scheduler import Turn
+from tinsmith.control.scheduler import OnAnswered, Turn
 from tinsmith.control.sessions import SessionBook
 from tinsmith.types.errors import AdapterCorrupted, InvalidInput, PayloadConflict, ServerError, TinsmithError
 from tinsmith.types.operations import (
@@ -35,11 +37,10 @@ from tinsmith.types.operations import (
     LoraSpec,
     OptimStep,
     PublishSnapshot,
-    TrainBatch,
     TrainItem,
-    TrainOutcome,
 )
 from tinsmith.types.rest import LoadWeightsResponse
+from tinsmith.types.results import ForwardBackwardOutput
 
 logger = logging.getLogger(__name__)
 
@@ -55,52 +56,54 @@ class Executor:
     end_model: Callable[[Model, TinsmithError], None]
     """Fails what waits for a model, and forgets its adapter."""
 
-    async def execute(self, turn: Turn) -> None:
-        """Answer every future of the turn; a batch of training requests, or one other operation. Never raises."""
+    async def execute(self, turn: Turn, on_answered: OnAnswered) -> None:
+        """Answer every future of the turn: training requests, optimizer steps, or one other operation. Never raises."""
         try:
-            model, work = turn[0]
-            if work.is_training:
-                await self._train(turn)
-            else:
-                self.futures.resolve(work.request_id, await self._perform(model, work.operation))
-        except TinsmithError as error:
-            self._fail(turn, error)
-        except Exception as error:
-            logger.exception("a request failed inside the server")
-            self._fail(turn, ServerError(f"internal error: {error!r}; the server's log has the details"))
+            answers = self._begin(turn)
+        except Exception as error:  # noqa: BLE001 - a task's boundary: nobody else would answer
+            for model, work in turn:
+                self._fail(model, work, _fault(error))
+            return
+        parts = [
+            self._settle(model, work, answer, on_answered) for (model, work), answer in zip(turn, answers, strict=True)
+        ]
+        await asyncio.gather(*parts)
 
-    def _fail(self, turn: Turn, error: TinsmithError) -> None:
-        for model, work in turn:
-            self.futures.fail(work.request_id, error)
-            if isinstance(error, AdapterCorrupted):
-                self._note_corrupted(model)
-            if isinstance(work.operation, Creation):
-                self.end_model(model, ModelEnded(f"model {model.model_id!r} could not be created: {error}"))
+    def _begin(self, turn: Turn) -> list[Awaitable[Any]]:
+        """Hand the turn to the engine, all of it at once."""
+        model, work = turn[0]
+        if not (work.is_training or work.is_step):
+            return [self._perform(model, work.operation)]
+        slot = _slot(model)
+        calls = slot.submit_all([_engine_operation(work.operation) for _, work in turn])
+        return [slot.answer(call) for call in calls]
+
+    async def _settle(self, model: Model, work: Work, answer: Awaitable[Any], on_answered: OnAnswered) -> None:
+        try:
+            result = await answer
+            if isinstance(result, ForwardBackwardOutput):
+                model.metrics.update(result.metrics)
+            elif work.is_step:
+                model.metrics.update(result)
+            self.futures.resolve(work.request_id, result)
+        except Exception as error:  # noqa: BLE001 - a task's boundary: nobody else would answer
+            self._fail(model, work, _fault(error))
+        on_answered(model, work)
+
+    def _fail(self, model: Model, work: Work, error: TinsmithError) -> None:
+        self.futures.fail(work.request_id, error)
+        if isinstance(error, AdapterCorrupted):
+            self._note_corrupted(model)
+        if isinstance(work.operation, Creation):
+            self.end_model(model, ModelEnded(f"model {model.model_id!r} could not be created: {error}"))
 
     def _note_corrupted(self, model: Model) -> None:
         self.registry.post(lambda c: records.update_run(c, model.model_id, corrupted=True))
-
-    # ---- training ----
-
-    async def _train(self, turn: Turn) -> None:
-        items = tuple(_train_item(work.operation) for _, work in turn)
-        slot = _slot(turn[0][0])
-        outcomes: list[TrainOutcome] = await slot.call(TrainBatch(items=items))
-        if len(outcomes) != len(turn):
-            raise ServerError(f"the engine answered {len(outcomes)} of {len(turn)} training requests")
-        for (model, work), outcome in zip(turn, outcomes, strict=True):
-            if isinstance(outcome, TinsmithError):
-                self._fail([(model, work)], outcome)
-            else:
-                model.metrics.update(outcome.metrics)
-                self.futures.resolve(work.request_id, outcome)
 
     async def _perform(self, model: Model, operation: ModelOperation) -> object:
         match operation:
             case Creation():
                 return await self._create(model, operation)
-            case ApplyOptimizer():
-                return await self._apply_optimizer(model, operation)
             case SaveState():
                 return await self._save_state(model, operation)
             case SaveForSampler():
@@ -110,14 +113,8 @@ class Executor:
             case UnloadModel():
                 self.end_model(model, ModelEnded(f"model {model.model_id!r} was unloaded"))
                 return model.model_id
-            case ForwardBackward() | Rejected():
-                raise AssertionError(f"{type(operation).__name__} has no turn of its own")
-
-    async def _apply_optimizer(self, model: Model, operation: ApplyOptimizer) -> dict[str, float]:
-        step = OptimStep(model_id=model.model_id, params=operation.params)
-        metrics: dict[str, float] = await _slot(model).call(step)
-        model.metrics.update(metrics)
-        return metrics
+            case ForwardBackward() | ApplyOptimizer() | Rejected():
+                raise AssertionError(f"{type(operation).__name__} is not performed alone")
 
     # ---- the life of a model ----
 
@@ -249,9 +246,11 @@ def _lora(model: Model) -> LoraSpec:
     return model.lora
 
 
-def _train_item(operation: ModelOperation) -> TrainItem:
+def _engine_operation(operation: ModelOperation) -> TrainItem | OptimStep:
+    if isinstance(operation, ApplyOptimizer):
+        return OptimStep(model_id=operation.model_id, params=operation.params)
     if not isinstance(operation, ForwardBackward):
-        raise AssertionError(f"{type(operation).__name__} cannot be part of a training batch")
+        raise AssertionError(f"{type(operation).__name__} cannot share a turn")
     return TrainItem(
         model_id=operation.model_id,
         data=operation.data,
@@ -260,3 +259,10 @@ def _train_item(operation: ModelOperation) -> TrainItem:
         forward_only=operation.forward_only,
         custom_loss=operation.custom_loss,
     )
+
+
+def _fault(error: Exception) -> TinsmithError:
+    if isinstance(error, TinsmithError):
+        return error
+    logger.error("a request failed inside the server", exc_info=error)
+    return ServerError(f"internal error: {error!r}; the server's log has the details")

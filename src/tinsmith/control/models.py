@@ -77,6 +77,10 @@ class Work:
         return isinstance(self.operation, ForwardBackward)
 
     @property
+    def is_step(self) -> bool:
+        return isinstance(self.operation, ApplyOptimizer)
+
+    @property
     def is_barrier(self) -> bool:
         """Whether it needs everything before it answered, and lets nothing after it begin before its own answer."""
         return not isinstance(self.operation, ForwardBackward | ApplyOptimizer)

@@ -1,8 +1,9 @@
 """Whose turn it is: requests of many models become batches for one engine.
 
 Models take turns. The model that was served longest ago is first; if it waits to train, other models' waiting training
-requests ride along in the same batch, in rounds, as far as the token budget goes. So a model with one small request
-waits for at most one batch or operation of each other model, whatever their queues hold.
+requests ride along in the same batch, in rounds, as far as the token budget goes; if it waits for an optimizer step,
+all models that do are stepped together. So a model with one small request waits for at most one batch or operation of
+each other model, whatever their queues hold.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ MAX_OUTSTANDING = 2
 """Operations an engine has at a time: one it works on, one so that it never waits for us."""
 
 Turn: TypeAlias = list[tuple[Model, Work]]
+OnAnswered: TypeAlias = Callable[[Model, Work], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +31,22 @@ class Candidate:
     model_id: str
     train_tokens: tuple[int, ...] = ()
     """Tokens of the consecutive training requests at the head of its queue; empty if the head is something else."""
+    is_step: bool = False
+    """Whether the head is an optimizer step."""
 
 
 def pick(candidates: Sequence[Candidate], max_tokens: int) -> dict[str, int]:
     """How many requests to take from which model; the candidates come with the longest unserved first.
 
-    Either one operation of the first candidate, or a batch of training requests: the first candidate's first one
-    whatever its size, then, in rounds over all, as many as fit into `max_tokens`.
+    Either one operation of the first candidate; or the optimizer steps of all that wait for one; or a batch of training
+    requests: the first candidate's first one whatever its size, then, in rounds over all, as many as fit into
+    `max_tokens`.
     """
     if not candidates:
         return {}
     first = candidates[0]
+    if first.is_step:
+        return {c.model_id: 1 for c in candidates if c.is_step}
     if not first.train_tokens:
         return {first.model_id: 1}
     taken = {first.model_id: 1}
@@ -58,10 +65,18 @@ def pick(candidates: Sequence[Candidate], max_tokens: int) -> dict[str, int]:
 
 
 class Scheduler:
-    """Keeps one engine busy. `execute` is given a turn and answers its futures; it never raises."""
+    """Keeps one engine busy.
+
+    `execute` is given a turn and answers its futures, telling of each as it goes; it never raises.
+    """
 
     def __init__(
-        self, slot: EngineSlot, execute: Callable[[Turn], Awaitable[None]], *, clock: Clock, max_batch_tokens: int
+        self,
+        slot: EngineSlot,
+        execute: Callable[[Turn, OnAnswered], Awaitable[None]],
+        *,
+        clock: Clock,
+        max_batch_tokens: int,
     ) -> None:
         self._slot = slot
         self._execute = execute
@@ -123,16 +138,22 @@ class Scheduler:
             return Candidate(model.model_id, _train_tokens(model, self._max_batch_tokens))
         if head.is_barrier and model.running:
             return None
-        return Candidate(model.model_id)
+        return Candidate(model.model_id, is_step=head.is_step)
 
     async def _run(self, turn: Turn) -> None:
         try:
-            await self._execute(turn)
+            await self._execute(turn, self._answered)
         finally:
             for model, work in turn:
-                model.running.discard(work.request_id)
-                if work.is_barrier:
-                    model.behind_barrier = False
+                self._answered(model, work)
+
+    def _answered(self, model: Model, work: Work) -> None:
+        if work.request_id not in model.running:
+            return
+        model.running.remove(work.request_id)
+        if work.is_barrier:
+            model.behind_barrier = False
+        self.wake()
 
 
 def _skip_void(model: Model, now: float) -> None:

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from tinsmith.engine.lora import LoraLayout, LoraWeights, MatrixPair
-from tinsmith.engine.optimizer import AdamState, adamw_step
+from tinsmith.engine.optimizer import AdamState, AdamStep, adamw_steps
 from tinsmith.types.errors import AdapterCorrupted
 from tinsmith.types.operations import LoraSpec
 from tinsmith.types.params import AdamParams
@@ -53,25 +55,26 @@ class Adapter:
         else:
             self.grads_P.copy_(backup_P)
 
-    def optim_step(self, params: AdamParams) -> dict[str, float]:
-        """Advance by one AdamW step over the accumulated gradients and clear them.
+    def due_step(self, params: AdamParams) -> AdamStep | None:
+        """What the accumulated gradients ask for; `None` without any.
 
-        Without gradients nothing moves (`step_applied` 0). Raises `AdapterCorrupted` if a gradient is not finite;
-        nothing is applied then, and the adapter refuses further training.
+        Raises `AdapterCorrupted` if a gradient is not finite; the adapter refuses further training then.
         """
         self.check_trainable()
         if self.num_pending == 0:
-            return {"step_applied": 0.0, "grad_norm:mean": 0.0, "learning_rate:mean": params.learning_rate}
+            return None
         norm = float(torch.linalg.vector_norm(self.grads_P))
         if not norm < float("inf"):
             self.corrupted = f"the gradient norm of step {self.step + 1} was {norm}"
             self.check_trainable()
-        adamw_step(self._writable_weights(), self.grads_P, self.optimizer, params, grad_norm=norm)
+        return AdamStep(self._writable_weights(), self.grads_P, self.optimizer, params, norm)
+
+    def stepped(self) -> None:
+        """The step that was due has been written."""
         self.weights.changed()
         self.grads_P.zero_()
         self.num_pending = 0
         self.step += 1
-        return {"step_applied": 1.0, "grad_norm:mean": norm, "learning_rate:mean": params.learning_rate}
 
     def snapshot(self) -> LoraWeights:
         """The present weights for sampling; later steps write to a copy."""
@@ -81,3 +84,28 @@ class Adapter:
         if self.weights.is_frozen:
             self.weights = LoraWeights(self.layout, self.weights.flat_P.clone())
         return self.weights.flat_P
+
+
+def optim_steps(due: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float] | AdapterCorrupted]:
+    """Advance different adapters by one AdamW step each, in one pass over all; their gradients are cleared.
+
+    Returns metrics per adapter. Without gradients nothing moves (`step_applied` 0). One with a gradient that is not
+    finite does not move and is answered with the error.
+    """
+    answers: list[dict[str, float] | AdapterCorrupted] = []
+    steps: list[tuple[Adapter, AdamStep]] = []
+    for adapter, params in due:
+        try:
+            step = adapter.due_step(params)
+        except AdapterCorrupted as error:
+            answers.append(error)
+            continue
+        norm = 0.0 if step is None else step.grad_norm
+        applied = 0.0 if step is None else 1.0
+        answers.append({"step_applied": applied, "grad_norm:mean": norm, "learning_rate:mean": params.learning_rate})
+        if step is not None:
+            steps.append((adapter, step))
+    adamw_steps([step for _, step in steps])
+    for adapter, _ in steps:
+        adapter.stepped()
+    return answers

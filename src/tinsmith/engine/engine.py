@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import psutil
 import torch
 
-from tinsmith.engine.adapter import Adapter
+from tinsmith.engine.adapter import Adapter, optim_steps
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.checkpoint_io import load_checkpoint, save_checkpoint
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.tokenizer import load_decoder
-from tinsmith.engine.trainer import Trainer
+from tinsmith.engine.trainer import Finished, Trainer
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import AlreadyExists, NotFound, ServerError, TinsmithError
 from tinsmith.types.operations import (
@@ -43,10 +43,12 @@ from tinsmith.types.operations import (
     Sample,
     SaveAdapter,
     SavedCheckpoint,
-    TrainBatch,
+    TrainItem,
 )
+from tinsmith.types.params import AdamParams
 
 Outcome: TypeAlias = Answer | TinsmithError
+_Kind = TypeVar("_Kind", TrainItem, OptimStep)
 _MAX_LEAD_S = 0.25
 """How far one side's time account may fall behind: idle time is not saved up."""
 
@@ -80,7 +82,7 @@ class Engine:
             max_decode_batch=options.max_decode_batch,
         )
         self._queue: deque[tuple[int, Operation]] = deque()
-        self._training: tuple[int, Generator[None, None, list[Any]]] | None = None
+        self._training: tuple[list[int], Generator[list[Finished]]] | None = None
         self._training_time_s = 0.0
         self._sampling_time_s = 0.0
         self.card = self._base.card
@@ -136,18 +138,55 @@ class Engine:
         return max(spent_s, other_s - _MAX_LEAD_S) + time.perf_counter() - start
 
     def _advance_training(self) -> None:
-        if self._training is None:
-            ticket, operation = self._queue.popleft()
-            if not isinstance(operation, TrainBatch):
+        """One pass of the training requests that run, or the next operation; several optimizer steps count as one."""
+        if self._training is not None and self._next_pass(*self._training):
+            return
+        if not self._queue:
+            return
+        match self._queue[0][1]:
+            case TrainItem():
+                tickets, items = self._take_all(TrainItem)
+                self._training = (tickets, self._trainer.run(items, self._adapters))
+                self._next_pass(*self._training)
+            case OptimStep():
+                tickets, steps = self._take_all(OptimStep)
+                self._done.extend(zip(tickets, self._optim_steps(steps), strict=True))
+            case _:
+                ticket, operation = self._queue.popleft()
                 self._done.append((ticket, self._outcome(operation)))
-                return
-            self._training = (ticket, self._trainer.run(operation.items, self._adapters))
-        ticket, passes = self._training
+
+    def _next_pass(self, tickets: Sequence[int], passes: Generator[list[Finished]]) -> bool:
         try:
-            next(passes)
-        except StopIteration as finished:
+            self._done.extend((tickets[index], outcome) for index, outcome in next(passes))
+        except StopIteration:
             self._training = None
-            self._done.append((ticket, finished.value))
+        return self._training is not None
+
+    def _take_all(self, kind: type[_Kind]) -> tuple[list[int], list[_Kind]]:
+        """The operations of one kind at the head of the queue; of optimizer steps, one for each adapter."""
+        tickets: list[int] = []
+        taken: list[_Kind] = []
+        stepped: set[str] = set()
+        while self._queue and isinstance(operation := self._queue[0][1], kind):
+            if isinstance(operation, OptimStep):
+                if operation.model_id in stepped:
+                    break
+                stepped.add(operation.model_id)
+            tickets.append(self._queue.popleft()[0])
+            taken.append(operation)
+        return tickets, taken
+
+    def _optim_steps(self, steps: Sequence[OptimStep]) -> list[Outcome]:
+        outcomes: dict[str, Outcome] = {}
+        due: list[tuple[Adapter, AdamParams]] = []
+        for step in steps:
+            try:
+                due.append((self._adapter(step.model_id), step.params))
+            except NotFound as error:
+                outcomes[step.model_id] = error
+        for (adapter, _), outcome in zip(due, optim_steps(due), strict=True):
+            outcomes[adapter.model_id] = outcome
+        return [outcomes[step.model_id] for step in steps]
 
     def _outcome(self, operation: Operation) -> Outcome:
         try:
@@ -169,8 +208,6 @@ class Engine:
             case DropAdapter():
                 self._adapters.pop(operation.model_id, None)
                 return None
-            case OptimStep():
-                return self._adapter(operation.model_id).optim_step(operation.params)
             case SaveAdapter():
                 return self._save_adapter(operation)
             case PublishSnapshot():

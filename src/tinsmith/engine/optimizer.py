@@ -1,14 +1,15 @@
-"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) over one flat vector, step for step as `torch.optim.AdamW`."""
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) over flat vectors, step for step as `torch.optim.AdamW`."""
 
 # P all parameters of one adapter
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from tinsmith.types.params import AdamParams
 
@@ -29,15 +30,56 @@ class AdamState:
         return cls(torch.zeros_like(like_P), torch.zeros_like(like_P))
 
 
-def adamw_step(weights_P: Tensor, grads_P: Tensor, state: AdamState, params: AdamParams, *, grad_norm: float) -> None:
-    """Write one step into `weights_P` and `state`. Scales `grads_P` in place if the norm exceeds the clip."""
-    if params.grad_clip_norm > 0:
-        grads_P.mul_(min(1.0, params.grad_clip_norm / (grad_norm + _CLIP_EPS)))
-    state.count += 1
-    state.exp_avg_P.lerp_(grads_P, 1 - params.beta1)
-    state.exp_avg_sq_P.mul_(params.beta2).addcmul_(grads_P, grads_P, value=1 - params.beta2)
-    correction1 = 1 - params.beta1**state.count
-    correction2 = 1 - params.beta2**state.count
-    denominator_P = state.exp_avg_sq_P.sqrt().div_(math.sqrt(correction2)).add_(params.eps)
-    weights_P.mul_(1 - params.learning_rate * params.weight_decay)
-    weights_P.addcdiv_(state.exp_avg_P, denominator_P, value=-params.learning_rate / correction1)
+@dataclass(frozen=True, slots=True)
+class AdamStep:
+    """One vector's step that is due. Vectors of one call must not share memory."""
+
+    weights_P: Tensor
+    grads_P: Tensor
+    state: AdamState
+    params: AdamParams
+    grad_norm: float
+    """Euclidean norm of `grads_P`."""
+
+
+def adamw_steps(steps: Sequence[AdamStep]) -> None:
+    """Write one step each into `weights_P` and `state`, in one pass over all vectors of equal settings.
+
+    Scales `grads_P` in place where the norm exceeds the clip.
+    """
+    together: dict[tuple[float, ...], list[AdamStep]] = {}
+    for step in steps:
+        _clip(step)
+        params = step.params
+        settings = (params.learning_rate, params.beta1, params.beta2, params.eps, params.weight_decay)
+        together.setdefault(settings, []).append(step)
+    for group in together.values():
+        _step_together(group)
+
+
+def _clip(step: AdamStep) -> None:
+    limit = step.params.grad_clip_norm
+    if limit > 0 and (factor := limit / (step.grad_norm + _CLIP_EPS)) < 1:
+        step.grads_P.mul_(factor)
+
+
+def _step_together(steps: Sequence[AdamStep]) -> None:
+    params = steps[0].params
+    adamw(
+        [s.weights_P for s in steps],
+        [s.grads_P for s in steps],
+        [s.state.exp_avg_P for s in steps],
+        [s.state.exp_avg_sq_P for s in steps],
+        [],
+        [torch.tensor(float(s.state.count), device=s.weights_P.device) for s in steps],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        lr=params.learning_rate,
+        beta1=params.beta1,
+        beta2=params.beta2,
+        weight_decay=params.weight_decay,
+        eps=params.eps,
+    )
+    for step in steps:
+        step.state.count += 1

@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinsmith.engine.adapter import Adapter
 from tinsmith.engine.losses import Config, Loss, LossInputs
 from tinsmith.types.datum import Datum
-from tinsmith.types.operations import TrainItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +21,7 @@ class Piece:
 
     item: int
     """Index of the request in its batch."""
+    model_id: str
     first_datum: int
     data: tuple[Datum, ...]
     num_tokens: int
@@ -40,30 +39,62 @@ class PackedRows:
     targets_per_piece: list[int]
 
 
-def micro_batches(items: Sequence[TrainItem], adapters: Sequence[Adapter], *, max_tokens: int) -> Iterator[list[Piece]]:
+@dataclass(frozen=True, slots=True)
+class PassRequest:
+    """A request that waits to be spread over passes."""
+
+    index: int
+    """In its batch."""
+    model_id: str
+    rank: int
+    data: tuple[Datum, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(datum.model_input.length for datum in self.data)
+
+
+def micro_batches(requests: Sequence[PassRequest], *, max_tokens: int, share_passes: bool) -> Iterator[list[Piece]]:
     """Spread the datums of all requests over passes of at most `max_tokens` tokens; a longer datum goes alone.
 
-    Requests of one adapter stay together so that each adapter is one contiguous segment.
+    Adapters with little work come first, so that it is answered first, and adapters of one rank side by side. Requests
+    of one adapter stay together and in order: each adapter is one contiguous segment. A request that does not end in a
+    pass is the first of its adapter in it, so that it can be undone without those before it.
     """
-    order = sorted(range(len(items)), key=lambda i: (id(adapters[i]), i))
     batch: list[Piece] = []
     room = max_tokens
-    for item in order:
+    for request in _in_order(requests):
+        is_followed = batch and request.num_tokens > room and batch[-1].model_id == request.model_id
+        if batch and (is_followed or not share_passes):
+            yield batch
+            batch, room = [], max_tokens
         run: list[Datum] = []
-        run_tokens, first = 0, 0
-        for index, datum in enumerate(items[item].data):
+        first = 0
+        for index, datum in enumerate(request.data):
             length = datum.model_input.length
             if length > room and (run or batch):
                 if run:
-                    batch.append(Piece(item, first, tuple(run), run_tokens))
+                    batch.append(_piece(request, first, run))
                 yield batch
-                batch, run, run_tokens, first, room = [], [], 0, index, max_tokens
+                batch, run, first, room = [], [], index, max_tokens
             run.append(datum)
-            run_tokens += length
             room -= length
-        batch.append(Piece(item, first, tuple(run), run_tokens))
+        batch.append(_piece(request, first, run))
     if batch:
         yield batch
+
+
+def _in_order(requests: Sequence[PassRequest]) -> list[PassRequest]:
+    tokens: dict[str, int] = {}
+    for request in requests:
+        tokens[request.model_id] = tokens.get(request.model_id, 0) + request.num_tokens
+    places = {model_id: place for place, model_id in enumerate(tokens)}
+    return sorted(requests, key=lambda r: (tokens[r.model_id], r.rank, places[r.model_id], r.index))
+
+
+def _piece(request: PassRequest, first_datum: int, data: Sequence[Datum]) -> Piece:
+    num_tokens = sum(datum.model_input.length for datum in data)
+    return Piece(request.index, request.model_id, first_datum, tuple(data), num_tokens)
 
 
 def pack(pieces: Sequence[Piece], device: torch.device) -> PackedRows:

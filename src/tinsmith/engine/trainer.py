@@ -7,118 +7,174 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tinsmith.engine.adapter import Adapter
 from tinsmith.engine.attention import PassLayout
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.lora import Segment
 from tinsmith.engine.loss_head import target_logprobs
-from tinsmith.engine.packing import Piece, micro_batches, pack
+from tinsmith.engine.packing import PassRequest, Piece, micro_batches, pack
 from tinsmith.engine.request_losses import RequestLosses
 from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.types.errors import NotFound, ServerError, TinsmithError
 from tinsmith.types.metrics import merge_metrics
-from tinsmith.types.operations import TrainItem, TrainOutcome
+from tinsmith.types.operations import TrainItem
 from tinsmith.types.results import ForwardBackwardOutput, LossFnOutput
 from tinsmith.types.tensor import TensorData
 
+Finished: TypeAlias = tuple[int, ForwardBackwardOutput | TinsmithError]
+"""Index of a request in its batch, and how it ended."""
 
-@dataclass(slots=True)
-class _Progress:
-    """What has been computed of one request so far."""
 
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A training request on its way through the passes."""
+
+    item: TrainItem
+    adapter: Adapter
+    passed: list[Piece] = field(default_factory=list)
     outputs: list[LossFnOutput] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
-    datums: list[int] = field(default_factory=list)
+    grads_before: Tensor | None = None
+    """The adapter's gradients before the first pass with a piece of it; `None` stands for all zero."""
 
-    def result(self) -> ForwardBackwardOutput:
-        return ForwardBackwardOutput("ArrayRecord", self.outputs, merge_metrics(self.metrics, self.datums))
+    @property
+    def is_complete(self) -> bool:
+        return sum(len(piece.data) for piece in self.passed) == len(self.item.data)
+
+    def restart(self) -> None:
+        self.passed, self.outputs, self.metrics = [], [], []
+        self.grads_before = self.adapter.backup_grads()
+
+    def undo(self) -> None:
+        if not self.item.forward_only:
+            self.adapter.restore_grads(self.grads_before)
+
+    def finish(self) -> ForwardBackwardOutput:
+        self.adapter.num_pending += 0 if self.item.forward_only else 1
+        datums = [len(piece.data) for piece in self.passed]
+        return ForwardBackwardOutput("ArrayRecord", self.outputs, merge_metrics(self.metrics, datums))
 
 
 class Trainer:
-    """Runs training batches on one base model, a micro-batch at a time."""
+    """Runs training requests on one base model, a micro-batch at a time."""
 
-    def __init__(self, base: BaseModel, *, max_micro_batch_tokens: int) -> None:
+    def __init__(self, base: BaseModel, *, max_micro_batch_tokens: int, share_passes: bool = True) -> None:
+        """Without `share_passes`, no pass ever holds two requests."""
         self._base = base
         self._max_tokens = max_micro_batch_tokens
+        self._share_passes = share_passes
         self._losses = RequestLosses()
         self.tokens_trained = 0
 
-    def run(
-        self, items: Sequence[TrainItem], adapters: Mapping[str, Adapter]
-    ) -> Generator[None, None, list[TrainOutcome]]:
-        """Compute all items; yields between micro-batches. If a pass fails, its items run alone: only the guilty fails.
+    def run(self, items: Sequence[TrainItem], adapters: Mapping[str, Adapter]) -> Generator[list[Finished]]:
+        """Compute all items. Yields after every pass the index and the outcome of each item that ended with it.
 
-        An item that fails leaves its adapter's gradients as they were.
+        If a pass fails, its items run alone: only the guilty one fails, and it leaves its adapter's gradients as they
+        were.
         """
-        outcomes: dict[int, TrainOutcome] = {}
-        ready: list[int] = []
+        requests: dict[int, _Request] = {}
+        refused: list[Finished] = []
         for index, item in enumerate(items):
             try:
-                _adapter_of(item, adapters).check_trainable()
-                ready.append(index)
+                adapter = _adapter_of(item, adapters)
+                adapter.check_trainable()
+                requests[index] = _Request(item, adapter)
             except TinsmithError as error:
-                outcomes[index] = error
-        together = yield from self._attempt([items[i] for i in ready], adapters)
-        if isinstance(together, TinsmithError) and len(ready) > 1:
-            for index in ready:
-                alone = yield from self._attempt([items[index]], adapters)
-                outcomes[index] = alone if isinstance(alone, TinsmithError) else alone[0]
-        elif isinstance(together, TinsmithError):
-            outcomes[ready[0]] = together
-        else:
-            outcomes.update(zip(ready, together, strict=True))
-        return [outcomes[i] for i in range(len(items))]
+                refused.append((index, error))
+        if refused:
+            yield refused
+        work = [
+            PassRequest(index, request.item.model_id, request.adapter.spec.rank, request.item.data)
+            for index, request in requests.items()
+        ]
+        for pieces in micro_batches(work, max_tokens=self._max_tokens, share_passes=self._share_passes):
+            if wanted := [piece for piece in pieces if piece.item in requests]:
+                yield from self._pass(wanted, requests)
 
-    def _attempt(
-        self, items: Sequence[TrainItem], adapters: Mapping[str, Adapter]
-    ) -> Generator[None, None, list[ForwardBackwardOutput] | TinsmithError]:
-        """All items or none: on an error of the device, or of a custom loss, every gradient is put back."""
-        owners = [_adapter_of(item, adapters) for item in items]
-        trained = {a.model_id: a for a, item in zip(owners, items, strict=True) if not item.forward_only}
-        backups = {model_id: adapter.backup_grads() for model_id, adapter in trained.items()}
-        progress = [_Progress() for _ in items]
+    def _pass(self, pieces: Sequence[Piece], requests: dict[int, _Request]) -> Generator[list[Finished]]:
+        """All pieces at once or, if that fails, request by request. Requests that end are taken out of `requests`."""
+        groups = {index: list(group) for index, group in groupby(pieces, key=lambda piece: piece.item)}
+        before: dict[str, Tensor | None] = {}
+        for index in groups:
+            request = requests[index]
+            if request.item.forward_only:
+                continue
+            if request.item.model_id not in before:
+                before[request.item.model_id] = (
+                    request.grads_before if request.passed else request.adapter.backup_grads()
+                )
+            request.grads_before = before[request.item.model_id]
+        error = self._attempt(pieces, requests)
+        if error is None:
+            yield [(index, requests.pop(index).finish()) for index in groups if requests[index].is_complete]
+            return
+        for index in groups:
+            requests[index].undo()
+        if len(groups) == 1:
+            (index,) = groups
+            del requests[index]
+            yield [(index, error)]
+            return
+        for index, group in groups.items():
+            yield from self._alone(index, [*requests[index].passed, *group], requests)
+
+    def _alone(self, index: int, pieces: Sequence[Piece], requests: dict[int, _Request]) -> Generator[list[Finished]]:
+        """A request from its beginning as far as it had come, in passes of its own."""
+        request = requests[index]
+        request.restart()
+        for piece in pieces:
+            if (error := self._attempt([piece], requests)) is not None:
+                request.undo()
+                del requests[index]
+                yield [(index, error)]
+                return
+            yield []
+        if request.is_complete:
+            yield [(index, requests.pop(index).finish())]
+
+    def _attempt(self, pieces: Sequence[Piece], requests: Mapping[int, _Request]) -> TinsmithError | None:
+        """One pass. On an error of the device, or of a custom loss, gradients may have been added to; nothing else."""
         try:
-            for pieces in micro_batches(items, owners, max_tokens=self._max_tokens):
-                self._micro_batch(pieces, items, owners, progress)
-                yield
-        except (TinsmithError, RuntimeError, MemoryError) as error:
-            for model_id, adapter in trained.items():
-                adapter.restore_grads(backups[model_id])
-            if isinstance(error, TinsmithError):
-                return error
-            # what torch raises for out-of-memory and device faults
+            computed = self._compute(pieces, requests)
+        except TinsmithError as error:
+            return error
+        except (RuntimeError, MemoryError) as error:  # what torch raises for out-of-memory and device faults
             return ServerError(f"the pass failed on the device: {error}")
-        for adapter, item in zip(owners, items, strict=True):
-            adapter.num_pending += 0 if item.forward_only else 1
-        return [p.result() for p in progress]
+        for piece, (outputs, metrics) in zip(pieces, computed, strict=True):
+            request = requests[piece.item]
+            request.passed.append(piece)
+            request.outputs.extend(outputs)
+            request.metrics.append(metrics)
+        return None
 
-    def _micro_batch(
-        self,
-        pieces: Sequence[Piece],
-        items: Sequence[TrainItem],
-        owners: Sequence[Adapter],
-        progress: Sequence[_Progress],
-    ) -> None:
+    def _compute(
+        self, pieces: Sequence[Piece], requests: Mapping[int, _Request]
+    ) -> list[tuple[list[LossFnOutput], dict[str, float]]]:
+        """Forward, losses, backward. Returns the outputs of every piece's datums, and its metrics."""
         rows = pack(pieces, self._base.device)
-        segments = _segments(pieces, items, owners)
+        segments = _segments(pieces, requests)
         layout = PassLayout(blocks=plan_blocks(rows.lengths, self._base.device))
-        any_backward = any(not items[p.item].forward_only for p in pieces)
+        any_backward = any(not requests[p.item].item.forward_only for p in pieces)
         with torch.set_grad_enabled(any_backward):
             hidden_TH = self._base.hidden(rows.input_ids_T, rows.position_ids_T, segments, layout)
             logprobs_M = target_logprobs(hidden_TH, self._base.head, segments, rows.rows_M, rows.targets_M)
-        grads = []
+        grads, computed = [], []
         for piece, piece_logprobs in zip(pieces, logprobs_M.detach().split(rows.targets_per_piece), strict=True):
-            item = items[piece.item]
+            item = requests[piece.item].item
             value, grad, metrics = self._losses.evaluate(item, piece, piece_logprobs)
             grads.append(torch.zeros_like(grad) if item.forward_only else grad)
-            _record(progress[piece.item], piece, piece_logprobs.cpu().numpy(), float(value), metrics)
+            figures = {"loss:sum": float(value), "tokens:sum": float(piece.num_tokens), **metrics}
+            computed.append((_outputs(piece, piece_logprobs.cpu().numpy()), figures))
         if any_backward:
             self._base.backward(logprobs_M, torch.cat(grads), segments)
         self.tokens_trained += len(rows.input_ids_T)
+        return computed
 
 
 def _adapter_of(item: TrainItem, adapters: Mapping[str, Adapter]) -> Adapter:
@@ -127,25 +183,30 @@ def _adapter_of(item: TrainItem, adapters: Mapping[str, Adapter]) -> Adapter:
     return adapters[item.model_id]
 
 
-def _segments(pieces: Sequence[Piece], items: Sequence[TrainItem], owners: Sequence[Adapter]) -> list[Segment]:
+def _segments(pieces: Sequence[Piece], requests: Mapping[int, _Request]) -> list[Segment]:
     """One segment per adapter and kind of pass: forward-only rows must leave no gradient behind."""
     segments: list[Segment] = []
     at = 0
-    for (_, forward_only), group in groupby(pieces, key=lambda p: (id(owners[p.item]), items[p.item].forward_only)):
+
+    def kind(piece: Piece) -> tuple[str, bool]:
+        item = requests[piece.item].item
+        return item.model_id, item.forward_only
+
+    for (_, forward_only), group in groupby(pieces, key=kind):
         run = list(group)
-        adapter = owners[run[0].item]
-        end = at + sum(p.num_tokens for p in run)
+        adapter = requests[run[0].item].adapter
+        end = at + sum(piece.num_tokens for piece in run)
         segments.append(Segment(at, end, adapter.weights, None if forward_only else adapter.grad_views))
         at = end
     return segments
 
 
-def _record(progress: _Progress, piece: Piece, logprobs_M: np.ndarray, loss: float, metrics: dict[str, float]) -> None:
+def _outputs(piece: Piece, logprobs_M: np.ndarray) -> list[LossFnOutput]:
+    outputs: list[LossFnOutput] = []
     at = 0
     for datum in piece.data:
         shape = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
         end = at + int(np.prod(shape))
-        progress.outputs.append({"logprobs": TensorData(logprobs_M[at:end], "float32", shape)})
+        outputs.append({"logprobs": TensorData(logprobs_M[at:end], "float32", shape)})
         at = end
-    progress.metrics.append({"loss:sum": loss, "tokens:sum": float(piece.num_tokens), **metrics})
-    progress.datums.append(len(piece.data))
+    return outputs

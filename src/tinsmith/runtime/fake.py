@@ -5,7 +5,7 @@ losses that fall with every optimizer step, checkpoints that are real (tiny) fol
 
     engine = FakeEngine()
     engine.fail_next(SaveAdapter, StorageError("disk full"))   # the next save fails
-    engine.fail_items("model", InvalidInput("bad datum"))      # the next TrainBatch item of that model fails
+    engine.fail_items("model", InvalidInput("bad datum"))      # the next TrainItem of that model fails
     engine.pause(); engine.resume()                            # nothing is answered in between
     engine.die("killed")                                       # every open call fails with EngineDied
 
@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,7 @@ from tinsmith.types.operations import (
     Sample,
     SaveAdapter,
     SavedCheckpoint,
-    TrainBatch,
     TrainItem,
-    TrainOutcome,
 )
 from tinsmith.types.results import (
     ForwardBackwardOutput,
@@ -125,12 +123,13 @@ class _Job:
 
 
 class FakeEngine:
-    """An `EngineHandle`. `operations` lists what was submitted, in order."""
+    """An `EngineHandle`. `operations` lists what was submitted, in order; `bursts` what was submitted together."""
 
     def __init__(
         self, card: BaseModelCard = FAKE_CARD, *, delay_s: float = 0.0, start_error: UserError | None = None
     ) -> None:
         self.operations: list[Operation] = []
+        self.bursts: list[tuple[Operation, ...]] = []
         self.delay_s = delay_s
         self._card = card
         self._start_error = start_error
@@ -148,7 +147,7 @@ class FakeEngine:
             CreateAdapter: self._create,
             LoadAdapter: self._load,
             DropAdapter: self._drop,
-            TrainBatch: self._train,
+            TrainItem: self._train,
             OptimStep: self._optim_step,
             SaveAdapter: self._save,
             PublishSnapshot: self._publish,
@@ -180,8 +179,16 @@ class FakeEngine:
         return self._card
 
     def submit(self, operation: Operation) -> EngineCall:
+        (call,) = self.submit_all([operation])
+        return call
+
+    def submit_all(self, operations: Sequence[Operation]) -> list[EngineCall]:
         if not self.is_alive:
             raise EngineDied(self._dead or "the engine has not started")
+        self.bursts.append(tuple(operations))
+        return [self._submit(operation) for operation in operations]
+
+    def _submit(self, operation: Operation) -> EngineCall:
         self.operations.append(operation)
         job = _Job(next(self._tickets), operation, asyncio.get_running_loop().create_future())
         if isinstance(operation, CancelSample | Ping):
@@ -209,6 +216,10 @@ class FakeEngine:
     def pause(self) -> None:
         for lane in self._lanes.values():
             lane.open.clear()
+
+    def step(self) -> None:
+        """While paused: execute the one training operation that is next."""
+        self._lanes["train"].step()
 
     def resume(self) -> None:
         for lane in self._lanes.values():
@@ -259,20 +270,14 @@ class FakeEngine:
     def _drop(self, operation: DropAdapter) -> None:
         self._adapters.pop(operation.model_id, None)
 
-    def _train(self, operation: TrainBatch) -> list[TrainOutcome]:
-        return [self._train_item(item) for item in operation.items]
-
-    def _train_item(self, item: TrainItem) -> TrainOutcome:
+    def _train(self, item: TrainItem) -> ForwardBackwardOutput:
         for entry in self._item_faults:
             if entry[0] == item.model_id:
                 self._item_faults.remove(entry)
-                return entry[1]
-        try:
-            adapter = self._adapter(item.model_id)
-        except NotFound as error:
-            return error
+                raise entry[1]
+        adapter = self._adapter(item.model_id)
         if adapter.weights.corrupted:
-            return AdapterCorrupted(f"adapter {item.model_id!r} is corrupted")
+            raise AdapterCorrupted(f"adapter {item.model_id!r} is corrupted")
         output = _forward(item, adapter.weights.factor)
         self._tokens_trained += int(output.metrics["tokens:sum"])
         if not item.forward_only:
@@ -364,6 +369,9 @@ class _Lane:
                 await asyncio.sleep(self._engine.delay_s)
                 if self._jobs and self.open.is_set():
                     self._engine._execute(self._jobs.popleft())
+
+    def step(self) -> None:
+        self._engine._execute(self._jobs.popleft())
 
     def fail_all(self, error: TinsmithError) -> None:
         for job in self._jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,10 @@ class EngineHandle(Protocol):
 
     def submit(self, operation: Operation) -> EngineCall:
         """Hand over one operation; never blocks. Raises `EngineDied` if the engine is gone."""
+        ...
+
+    def submit_all(self, operations: Sequence[Operation]) -> list[EngineCall]:
+        """Hand over several at once: the engine has them all before it begins the first, and may join them."""
         ...
 
     async def close(self) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tinsmith.types.operations import Operation
 
 if TYPE_CHECKING:
     from tinsmith.engine.engine import Engine
 
+Message: TypeAlias = Sequence[tuple[int, Operation]] | None
+"""Operations handed over together, each with its ticket; or `STOP`."""
 STOP = None
 """Put into the inbox, it ends the loop."""
 
 
 def run_engine(
     engine: Engine,
-    inbox: queue.SimpleQueue[tuple[int, Operation] | None],
+    inbox: queue.SimpleQueue[Message],
     send: Callable[[list[tuple[int, Any]]], None],
 ) -> None:
     """Serve operations until `STOP`: take in all that waits, do one slice of work, send what is finished."""
@@ -27,7 +29,8 @@ def run_engine(
                 message = inbox.get(block=not engine.has_work)
                 if message is STOP:
                     return
-                engine.accept(*message)
+                for ticket, operation in message:
+                    engine.accept(ticket, operation)
         except queue.Empty:
             pass
         if finished := engine.work():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -13,34 +12,22 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tinsmith.runtime.bridge import OpenCalls
-from tinsmith.runtime.handle import EngineCall
+from tinsmith.runtime.bridge import RemoteEngine
 from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
-from tinsmith.types.errors import EngineDied, ServerError, TinsmithError
-from tinsmith.types.operations import BaseModelCard, Operation
+from tinsmith.types.errors import ServerError, TinsmithError
+from tinsmith.types.operations import BaseModelCard
 
 _CLOSE_S = 10.0
 """How long a closing engine may finish its slice of work before it is killed."""
 
 
-class ProcessEngine:
+class ProcessEngine(RemoteEngine):
     """`EngineHandle` over a child process, spoken to through a socket pair."""
 
     def __init__(self, source: ModelSource, options: EngineOptions) -> None:
-        self._source = source
-        self._options = options
-        self._calls = OpenCalls()
-        self._outbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
+        super().__init__(source, options)
         self._child: subprocess.Popen[bytes] | None = None
-        self._card: BaseModelCard | None = None
-        self._is_closed = False
-
-    @property
-    def card(self) -> BaseModelCard:
-        if self._card is None:
-            raise RuntimeError("the engine has not started")
-        return self._card
 
     @property
     def is_alive(self) -> bool:
@@ -61,18 +48,11 @@ class ProcessEngine:
         self._card = await started
         return self._card
 
-    def submit(self, operation: Operation) -> EngineCall:
-        if not self.is_alive:
-            raise EngineDied(f"the engine of {self._source.name!r} is not running")
-        call = self._calls.open()
-        self._outbox.put((call.ticket, operation))
-        return call
-
     async def close(self) -> None:
         if self._child is None or self._is_closed:
             return
         self._is_closed = True
-        self._outbox.put(None)
+        self._to_engine.put(None)
         child = self._child
         try:
             await asyncio.get_running_loop().run_in_executor(None, child.wait, _CLOSE_S)
@@ -99,7 +79,7 @@ class ProcessEngine:
 
     def _write(self, channel: Connection) -> None:
         try:
-            while (message := self._outbox.get()) is not None:
+            while (message := self._to_engine.get()) is not None:
                 channel.send(message)
             channel.send(None)
         except (OSError, ValueError):
@@ -124,16 +104,12 @@ class ProcessEngine:
         message = f"the engine of {self._source.name!r} died: {reason}"
         self._call(loop, _settle, started, ServerError(message))
         self._call(loop, self._calls.fail_all, message)
-        self._outbox.put(None)
+        self._to_engine.put(None)
 
     @staticmethod
     def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: object) -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(function, *arguments)
-
-    def _deliver(self, finished: list[tuple[int, Any]]) -> None:
-        for ticket, outcome in finished:
-            self._calls.resolve(ticket, outcome)
 
 
 def _settle(started: asyncio.Future[BaseModelCard], outcome: BaseModelCard | TinsmithError) -> None:

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 from typing import Any
 
-from tinsmith.runtime.bridge import OpenCalls
-from tinsmith.runtime.handle import EngineCall
+from tinsmith.runtime.bridge import RemoteEngine
 from tinsmith.runtime.loop import STOP, run_engine
 from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
-from tinsmith.types.errors import EngineDied
-from tinsmith.types.operations import BaseModelCard, Operation
+from tinsmith.types.operations import BaseModelCard
 
 
-class ThreadEngine:
+class ThreadEngine(RemoteEngine):
     """`EngineHandle` over a daemon thread."""
 
     def __init__(self, source: ModelSource, options: EngineOptions) -> None:
-        self._source = source
-        self._options = options
-        self._inbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
-        self._calls = OpenCalls()
+        super().__init__(source, options)
         self._thread: threading.Thread | None = None
-        self._card: BaseModelCard | None = None
-        self._is_closed = False
-
-    @property
-    def card(self) -> BaseModelCard:
-        if self._card is None:
-            raise RuntimeError("the engine has not started")
-        return self._card
 
     @property
     def is_alive(self) -> bool:
@@ -46,18 +32,11 @@ class ThreadEngine:
         self._card = await started
         return self._card
 
-    def submit(self, operation: Operation) -> EngineCall:
-        if not self.is_alive:
-            raise EngineDied(f"the engine of {self._source.name!r} is not running")
-        call = self._calls.open()
-        self._inbox.put((call.ticket, operation))
-        return call
-
     async def close(self) -> None:
         if self._thread is None or self._is_closed:
             return
         self._is_closed = True
-        self._inbox.put(STOP)
+        self._to_engine.put(STOP)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
         self._calls.fail_all("the engine was closed")
 
@@ -76,11 +55,7 @@ class ThreadEngine:
             loop.call_soon_threadsafe(self._deliver, finished)
 
         try:
-            run_engine(engine, self._inbox, send)
+            run_engine(engine, self._to_engine, send)
         except BaseException as error:  # noqa: BLE001 - the thread's boundary: open calls must fail, not hang
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._calls.fail_all, f"the engine stopped: {error!r}")
-
-    def _deliver(self, finished: list[tuple[int, Any]]) -> None:
-        for ticket, outcome in finished:
-            self._calls.resolve(ticket, outcome)

@@ -11,10 +11,9 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tinsmith.runtime.loop import STOP, run_engine
+from tinsmith.runtime.loop import STOP, Message, run_engine
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
-from tinsmith.types.operations import Operation
 
 
 def main(arguments: list[str]) -> int:
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> int:
         return 0
     engine.own_process()
     channel.send(engine.card)
-    inbox: queue.SimpleQueue[tuple[int, Operation] | None] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
 
     def send(finished: list[tuple[int, Any]]) -> None:
@@ -51,7 +50,7 @@ def _log_to_stderr() -> None:
     logging.getLogger("tinsmith").setLevel(logging.INFO)
 
 
-def _receive(channel: Connection, inbox: queue.SimpleQueue[tuple[int, Operation] | None]) -> None:
+def _receive(channel: Connection, inbox: queue.SimpleQueue[Message]) -> None:
     try:
         while (message := channel.recv()) is not None:
             inbox.put(message)

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum
-from tinsmith.types.errors import InvalidInput, TinsmithError
+from tinsmith.types.errors import InvalidInput
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
 from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
 from tinsmith.types.tensor import TensorData
@@ -93,7 +93,11 @@ class DropAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainItem:
-    """One `forward` or `forward_backward` request on one adapter. The data were validated by the caller."""
+    """One `forward` or `forward_backward` request on one adapter. The data were validated by the caller.
+
+    Requests that wait together, of any adapters, losses and ranks, pass through the model together; each is answered,
+    with a `ForwardBackwardOutput`, when its own last datum has passed.
+    """
 
     model_id: str
     data: tuple[Datum, ...]
@@ -105,21 +109,10 @@ class TrainItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainBatch:
-    """Requests of any adapters, losses and ranks to pass through the model together.
-
-    Answer: a list with, per item, a `ForwardBackwardOutput` or the `TinsmithError` that only this item met.
-    """
-
-    items: tuple[TrainItem, ...]
-
-
-TrainOutcome: TypeAlias = ForwardBackwardOutput | TinsmithError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimStep:
     """One AdamW step over the gradients since the last; clears them. Answer: metrics, `step_applied` among them.
+
+    Steps of different adapters that wait together are taken in one pass over all of them.
 
     Without gradients it succeeds and moves nothing (`step_applied` 0). Raises `AdapterCorrupted` if a gradient is not
     finite: nothing was applied, and the adapter refuses further training.
@@ -231,7 +224,7 @@ Operation: TypeAlias = (
     CreateAdapter
     | LoadAdapter
     | DropAdapter
-    | TrainBatch
+    | TrainItem
     | OptimStep
     | SaveAdapter
     | PublishSnapshot
@@ -242,5 +235,5 @@ Operation: TypeAlias = (
     | Ping
 )
 Answer: TypeAlias = (
-    LoraSpec | list[TrainOutcome] | dict[str, float] | SavedCheckpoint | str | SampleResponse | EngineStatus | None
+    LoraSpec | ForwardBackwardOutput | dict[str, float] | SavedCheckpoint | str | SampleResponse | EngineStatus | None
 )

@@ -22,7 +22,7 @@ from tinsmith.control.service import Control
 from tinsmith.runtime.fake import FakeEngine
 from tinsmith.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tinsmith.types.errors import TinsmithError
-from tinsmith.types.operations import TrainBatch
+from tinsmith.types.operations import TrainItem
 
 TIMEOUT_S = 5.0
 
@@ -112,11 +112,11 @@ class Harness:
             await asyncio.sleep(0)
 
     def batches(self) -> list[list[tuple[str, int]]]:
-        """Per `TrainBatch` the engine was given: model and first token of each item."""
+        """Of the training requests the engine was given together: model and first token of each."""
         return [
-            [(item.model_id, item.data[0].model_input.to_ints()[0]) for item in operation.items]
-            for operation in self.engine.operations
-            if isinstance(operation, TrainBatch)
+            [(item.model_id, item.data[0].model_input.to_ints()[0]) for item in burst if isinstance(item, TrainItem)]
+            for burst in self.engine.bursts
+            if isinstance(burst[0], TrainItem)
         ]
 
     def asked(self, operation_type: type) -> list[Any]:

@@ -105,7 +105,7 @@ async def test_a_snapshot_is_taken_in_the_order_of_the_model(h: Harness) -> None
     h.submit(forward_backward(model_id, 1))
     await h.result(save)
     kinds = [type(operation).__name__ for operation in h.engine.operations]
-    assert kinds == ["CreateAdapter", "TrainBatch", "OptimStep", "PublishSnapshot"]
+    assert kinds == ["CreateAdapter", "TrainItem", "OptimStep", "PublishSnapshot"]
 
 
 async def test_only_the_newest_unnamed_samplers_of_a_session_are_kept(open_control: OpenControl) -> None:

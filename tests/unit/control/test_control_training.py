@@ -26,7 +26,7 @@ from tinsmith.types.errors import (
     TinsmithError,
     Unsupported,
 )
-from tinsmith.types.operations import CreateAdapter, DropAdapter, OptimStep, TrainBatch
+from tinsmith.types.operations import CreateAdapter, DropAdapter, OptimStep, SaveAdapter, TrainItem
 
 pytestmark = pytest.mark.anyio
 
@@ -269,7 +269,33 @@ async def test_two_models_share_batches_and_each_keeps_its_order(h: Harness) -> 
     assert [sorted(batch) for batch in h.batches()] == [[(a, 1), (a, 2), (b, 10), (b, 20)]]
     for model, order in ((a, [1, 2]), (b, [10, 20])):
         assert [first for name, first in h.batches()[0] if name == model] == order
-    assert [operation.model_id for operation in h.asked(OptimStep)] == [a, b]
+    steps = [
+        [operation.model_id for operation in burst] for burst in h.engine.bursts if isinstance(burst[0], OptimStep)
+    ]
+    assert steps == [[a, b]]
+
+
+async def test_a_request_is_answered_before_the_rest_of_its_batch(open_control: OpenControl) -> None:
+    async with open_control() as h:
+        session_id = await h.session()
+        a, b = await h.model(session_id, 0), await h.model(session_id, 1)
+        h.engine.pause()
+        receipts = [h.submit(forward_backward(model_id, 1)) for model_id in (a, b)]
+        save = h.submit(SaveState(model_id=a, seq_id=2, name="early"))
+        await h.settle()
+        assert len(h.batches()) == 1
+        h.engine.step()
+        await h.result(receipts[0])
+        assert await h.is_pending(receipts[1])
+        for _ in range(500):  # the registry writes in a thread of its own
+            if h.asked(SaveAdapter):
+                break
+            await asyncio.sleep(0.01)
+        assert h.asked(SaveAdapter)
+        assert await h.is_pending(receipts[1])
+        h.engine.resume()
+        await h.result(receipts[1])
+        await h.result(save)
 
 
 async def test_a_small_request_does_not_wait_for_anothers_long_queue(open_control: OpenControl) -> None:
@@ -322,7 +348,7 @@ async def test_an_item_that_fails_does_not_fail_its_neighbours(h: Harness) -> No
 
 async def test_a_batch_that_fails_whole_fails_its_requests_and_the_models_go_on(h: Harness) -> None:
     model_id = await h.model()
-    h.engine.fail_next(TrainBatch, ServerError("device fault"))
+    h.engine.fail_next(TrainItem, ServerError("device fault"))
     assert str(await h.error(h.submit(forward_backward(model_id, 1)))) == "device fault"
     await h.result(h.submit(forward_backward(model_id, 2)))
 

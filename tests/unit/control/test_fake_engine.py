@@ -22,7 +22,6 @@ from tinsmith.types.operations import (
     PublishSnapshot,
     Sample,
     SaveAdapter,
-    TrainBatch,
     TrainItem,
 )
 
@@ -42,8 +41,8 @@ def with_engine(test: Callable[[FakeEngine], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-def train(model_id: str) -> TrainBatch:
-    return TrainBatch(items=(TrainItem(model_id=model_id, data=(DATUM,), loss_fn="cross_entropy"),))
+def train(model_id: str) -> TrainItem:
+    return TrainItem(model_id=model_id, data=(DATUM,), loss_fn="cross_entropy")
 
 
 def draw(snapshot_id: str | None, **kwargs: object) -> Sample:
@@ -56,7 +55,7 @@ def test_every_optimizer_step_lowers_the_loss_by_the_same_factor() -> None:
         await engine.submit(CreateAdapter(model_id="a", lora=SPEC)).answer
         losses = []
         for _ in range(3):
-            losses.append((await engine.submit(train("a")).answer)[0].loss_sum)
+            losses.append((await engine.submit(train("a")).answer).loss_sum)
             metrics = await engine.submit(OptimStep(model_id="a", params=AdamParams())).answer
             assert metrics["step_applied"] == 1
         assert losses[1] == pytest.approx(0.8 * losses[0])
@@ -111,9 +110,10 @@ def test_scripted_faults_strike_once_and_death_fails_what_is_open() -> None:
     async def body(engine: FakeEngine) -> None:
         await engine.submit(CreateAdapter(model_id="a", lora=SPEC)).answer
         engine.fail_items("a", InvalidInput("bad"))
-        first, second = [(await engine.submit(train("a")).answer)[0] for _ in range(2)]
-        assert isinstance(first, InvalidInput)
-        assert second.loss_sum > 0
+        first, second = engine.submit_all([train("a"), train("a")])
+        with pytest.raises(InvalidInput, match="bad"):
+            await first.answer
+        assert (await second.answer).loss_sum > 0
         engine.pause()
         waiting, cancelled = engine.submit(draw(None)), engine.submit(draw(None))
         await engine.submit(CancelSample(ticket=cancelled.ticket)).answer

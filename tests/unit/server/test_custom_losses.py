@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.unit.server.tinker_client import Client, OpenServer, datum
-from tinsmith.types.operations import TrainBatch
+from tinsmith.types.operations import TrainItem
 
 pytestmark = pytest.mark.anyio
 
@@ -77,7 +77,7 @@ async def test_a_loss_is_kept_and_goes_to_the_engine_with_the_request_that_names
         model_id, 1, data=(policy_datum(),), loss_fn="custom", loss_fn_config={"loss_id": made["loss_id"]}
     )
     assert "error" not in await client.result(receipt)
-    (item,) = next(op for op in client.engine.operations if isinstance(op, TrainBatch)).items
+    item = next(op for op in client.engine.operations if isinstance(op, TrainItem))
     assert item.custom_loss is not None
     assert [call.target for call in item.custom_loss.calls] == ["operator.mul", "sum"]
     assert list(item.custom_loss.metrics) == ["custom/a:mean"]

@@ -18,7 +18,7 @@ from tinsmith.runtime.fake import FAKE_CARD
 from tinsmith.server import ServerSettings
 from tinsmith.types import TensorData
 from tinsmith.types.errors import StorageError
-from tinsmith.types.operations import OptimStep, SaveAdapter, TrainBatch
+from tinsmith.types.operations import OptimStep, SaveAdapter, TrainItem
 from tinsmith.wire import tinker_pb2 as pb
 from tinsmith.wire.compression import compress
 from tinsmith.wire.tinker_proto import CONTENT_TYPE, decode_forward_backward_output, decode_sample_response
@@ -106,10 +106,9 @@ async def test_T2_later_chunks_are_answered_before_the_first_has_come(client: Cl
     for receipt in (first, *late):
         assert "error" not in await client.result(receipt)
     order = [
-        item.data[0].model_input.to_ints()[0]
+        operation.data[0].model_input.to_ints()[0]
         for operation in client.engine.operations
-        if isinstance(operation, TrainBatch)
-        for item in operation.items
+        if isinstance(operation, TrainItem)
     ]
     assert order == [1, 2, 3]
 
@@ -395,8 +394,8 @@ async def test_T22_two_sparse_tensors_may_have_different_patterns(client: Client
     answer = await client.poll(await client.train(model_id, 1, data=(sparse,)), accept=CONTENT_TYPE)
     logprobs: TensorData = decode_forward_backward_output(answer.content).loss_fn_outputs[0]["logprobs"]
     assert logprobs.shape == [3, 20]
-    batch = next(operation for operation in client.engine.operations if isinstance(operation, TrainBatch))
-    seen = batch.items[0].data[0].loss_fn_inputs
+    item = next(operation for operation in client.engine.operations if isinstance(operation, TrainItem))
+    seen = item.data[0].loss_fn_inputs
     np.testing.assert_array_equal(seen["target_tokens"].to_numpy(), targets.numpy())
     np.testing.assert_array_equal(seen["weights"].to_numpy(), weights.numpy())
 
