@@ -31,6 +31,12 @@ def serve(
     ] = None,
     dtype: Annotated[DtypeChoice, typer.Option(help="Of base weights and activations.")] = "auto",
     device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="Bitwise the same numbers whatever else runs: no two requests share a pass. Slower."
+        ),
+    ] = False,
 ) -> None:
     """Serve the Tinker API; prints one line when ready and runs until Ctrl-C."""
     from tinsmith.server.app import create_app
@@ -45,7 +51,7 @@ def serve(
         sources = [ModelSource.parse(text) for text in base_model or ["tinsmith/tiny"]]
         listener = bind(host, port)
         allow_many_connections()
-        options = EngineOptions(dtype=dtype, device=device)
+        options = EngineOptions(dtype=dtype, device=device, deterministic=deterministic)
         control = open_control(sources, options, data_dir or default_data_dir(), home="process")
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)

@@ -54,7 +54,8 @@ class BaseModel:
         """
         self.device = pick_device(options.device)
         config = _load_config(source)
-        decision = pick_dtype(options.dtype, self.device, config.get_text_config().hidden_size)
+        choice = "float32" if options.deterministic and options.dtype == "auto" else options.dtype
+        decision = pick_dtype(choice, self.device, config.get_text_config().hidden_size)
         self.dtype = decision.dtype
         needs = _refuse_if_too_large(source, config, options, self.dtype, self.device)
         self._model = _load(source, config, self.dtype).to(self.device)
@@ -148,10 +149,12 @@ class BaseModel:
             self.head = self._unembedding()
             compare(self._packed_logits(), reference, self.dtype, architecture)
 
-    def own_process(self) -> None:
+    def own_process(self, *, compile_layers: bool) -> None:
         """Settings for the whole process, and a compiler in the background; for engines that have one to themselves."""
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
             multiply_float32_in_bfloat16()
+            if not compile_layers:
+                return
             self.kernels.compile_in_background(self._model.config.get_text_config().hidden_size, self.dtype)
 
     def adopt_compiled_layers(self) -> None:

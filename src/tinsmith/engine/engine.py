@@ -61,6 +61,13 @@ class Snapshot:
     digest: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _WaitingSample:
+    ticket: int
+    operation: Sample
+    snapshot: Snapshot | None
+
+
 class Engine:
     """Not thread-safe: one thread calls `accept` and `work`."""
 
@@ -68,10 +75,18 @@ class Engine:
         """Loads the base model. Raises `UserError` if it cannot be found or is not supported."""
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if options.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass each time
         self._base = BaseModel(source, options)
+        self._is_deterministic = options.deterministic
         self._adapters: dict[str, Adapter] = {}
         self._snapshots: dict[str, Snapshot] = {}
-        self._trainer = Trainer(self._base, max_micro_batch_tokens=options.max_micro_batch_tokens)
+        self._trainer = Trainer(
+            self._base,
+            max_micro_batch_tokens=options.max_micro_batch_tokens,
+            share_passes=not options.deterministic,
+        )
         self._done: list[tuple[int, Outcome]] = []
         self._sampler = Sampler(
             self._base,
@@ -80,7 +95,10 @@ class Engine:
             kv_cache_bytes=min(options.kv_cache_bytes, self._base.kv_bytes_useful),
             max_prefill_tokens=options.max_prefill_tokens,
             max_decode_batch=options.max_decode_batch,
+            keep_prompts=not options.deterministic,
         )
+        self._samples: deque[_WaitingSample] = deque()
+        """Only where no two requests may share a pass: the samples that wait for the one that is drawn."""
         self._queue: deque[tuple[int, Operation]] = deque()
         self._training: tuple[list[int], Generator[list[Finished]]] | None = None
         self._training_time_s = 0.0
@@ -89,7 +107,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._queue or self._training or self._sampler.has_work or self._done)
+        return bool(self._queue or self._training or self._sampler.has_work or self._samples or self._done)
 
     def accept(self, ticket: int, operation: Operation) -> None:
         """Queue one operation; its outcome appears in a later `work`."""
@@ -97,7 +115,7 @@ class Engine:
             case Sample():
                 self._add_sample(ticket, operation)
             case CancelSample():
-                self._sampler.cancel(operation.ticket)
+                self._cancel_sample(operation.ticket)
                 self._done.append((ticket, None))
             case Ping():
                 self._done.append((ticket, self.status()))
@@ -106,19 +124,23 @@ class Engine:
 
     def work(self) -> list[tuple[int, Outcome]]:
         """One slice of work: an operation, a micro-batch, or a sampling step. Returns what is finished."""
-        self._base.adopt_compiled_layers()
+        if not self._is_deterministic:
+            self._base.adopt_compiled_layers()
+        if self._samples and not self._sampler.has_work:
+            self._draw(self._samples.popleft())
         has_training = bool(self._queue or self._training)
         if has_training and not (self._sampler.has_work and self._sampling_time_s < self._training_time_s):
             self._training_time_s = self._timed(self._advance_training, self._training_time_s, self._sampling_time_s)
         elif self._sampler.has_work:
-            step = partial(self._sampler.step, shared=has_training)
+            # how a prompt is cut must not depend on what else waits, where every bit counts
+            step = partial(self._sampler.step, shared=has_training and not self._is_deterministic)
             self._sampling_time_s = self._timed(step, self._sampling_time_s, self._training_time_s)
         done, self._done = self._done, []
         return done
 
     def own_process(self) -> None:
         """Make the most of a process that is the engine's alone; it must end by `os._exit`."""
-        self._base.own_process()
+        self._base.own_process(compile_layers=not self._is_deterministic)
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -267,9 +289,24 @@ class Engine:
             self._sampler.forget(dropped.digest)
 
     def _add_sample(self, ticket: int, operation: Sample) -> None:
-        if operation.snapshot_id is None:
-            self._sampler.add(ticket, operation, None, None)
-        elif (snapshot := self._snapshots.get(operation.snapshot_id)) is not None:
-            self._sampler.add(ticket, operation, snapshot.weights, snapshot.digest)
-        else:
+        snapshot = None if operation.snapshot_id is None else self._snapshots.get(operation.snapshot_id)
+        if snapshot is None and operation.snapshot_id is not None:
             self._done.append((ticket, NotFound(f"sampler weights {operation.snapshot_id!r} are not loaded")))
+            return
+        waiting = _WaitingSample(ticket, operation, snapshot)
+        if self._is_deterministic and self._sampler.has_work:
+            self._samples.append(waiting)
+        else:
+            self._draw(waiting)
+
+    def _draw(self, sample: _WaitingSample) -> None:
+        weights, digest = (None, None) if sample.snapshot is None else (sample.snapshot.weights, sample.snapshot.digest)
+        self._sampler.add(sample.ticket, sample.operation, weights, digest)
+
+    def _cancel_sample(self, ticket: int) -> None:
+        for waiting in self._samples:
+            if waiting.ticket == ticket:
+                self._samples.remove(waiting)
+                self._draw(waiting)
+                break
+        self._sampler.cancel(ticket)

@@ -57,6 +57,7 @@ class Sampler:
         kv_cache_bytes: int,
         max_prefill_tokens: int,
         max_decode_batch: int,
+        keep_prompts: bool = True,
     ) -> None:
         self._base = base
         self._decoder = decoder
@@ -64,7 +65,7 @@ class Sampler:
         self._max_prefill_tokens = max_prefill_tokens
         self._cache = KVCache(bytes_max=kv_cache_bytes, bytes_per_token=base.kv_bytes_per_token, device=base.device)
         self._pool = self._cache.blocks
-        self._pool.open(BASE_OWNER)
+        self._keep_prompts = keep_prompts
         self._batch = DecodeBatch(max_decode_batch)
         self._open: dict[int, Request] = {}
         self._waiting: deque[Pending] = deque()
@@ -107,7 +108,8 @@ class Sampler:
         except TinsmithError as error:
             self._finish(ticket, error)
             return
-        self._pool.open(owner)
+        if self._keep_prompts:
+            self._pool.open(owner)
         self._open[ticket] = request
         self._waiting.append(_pending(request.sequences))
 

@@ -88,5 +88,8 @@ class EngineOptions(BaseModel):
     """Sequences that advance together in one decode step."""
     kv_cache_bytes: int = Field(default=512 * 2**20, ge=2**20)
     """Keys and values of running sequences and of prompts seen before; small models take less."""
+    deterministic: bool = False
+    """Bitwise the same numbers whatever else the engine does: no two requests ever share a pass, prompts are not kept,
+    nothing is compiled, and dtype `auto` is float32. Slower wherever several requests wait."""
     seed: int = 0
     """Only for what no request seeds."""
