@@ -77,7 +77,8 @@ class Engine:
             torch.set_num_threads(options.threads)
         if options.deterministic:
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass each time
+            # filling new memory is a debugging aid, and costs a pass each time
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._base = BaseModel(source, options)
         self._is_deterministic = options.deterministic
         self._adapters: dict[str, Adapter] = {}
