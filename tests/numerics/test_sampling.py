@@ -13,6 +13,7 @@ from tinsmith.engine.block_pool import BlockPool
 from tinsmith.engine.token_choice import ChoiceRules, choose, stream, uniforms
 from tinsmith.types import Datum, ModelInput
 from tinsmith.types.operations import PublishSnapshot
+from tinsmith.types.results import DrawnToken, SampleResponse
 from tinsmith.types.tensor import TensorData
 
 
@@ -227,3 +228,29 @@ def trainer_logprobs(driver: Driver, tokens: list[int]) -> np.ndarray:
     ones = np.ones(len(tokens) - 1, np.float32)
     datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": np.array(tokens[1:]), "weights": ones})
     return driver.train(item("m", datum, forward_only=True))[0].logprobs[0].to_numpy()
+
+
+def test_a_streamed_sample_tells_the_tokens_it_answers_with(driver: Driver) -> None:
+    operations = [
+        sample_operation([3, 1, 4, 1, 5], num_samples=3, max_tokens=n, seed=n, topk_sample_logprobs=2, stream=n != 9)
+        for n in (7, 9, 30)
+    ]
+    for ticket, operation in enumerate(operations):
+        driver.engine.accept(ticket, operation)
+    told: dict[int, list[DrawnToken]] = {}
+    answers: dict[int, SampleResponse] = {}
+    while len(answers) < len(operations):
+        for ticket, outcome in driver.engine.work():
+            assert ticket not in answers, "nothing comes after the answer"
+            if isinstance(outcome, DrawnToken):
+                told.setdefault(ticket, []).append(outcome)
+            else:
+                answers[ticket] = outcome
+    assert sorted(told) == [0, 2], "only where it was asked for"
+    for ticket, tokens in told.items():
+        for index, sequence in enumerate(answers[ticket].sequences):
+            mine = [drawn for drawn in tokens if drawn.index == index]
+            assert [drawn.token for drawn in mine] == sequence.tokens
+            assert [drawn.logprob for drawn in mine] == sequence.logprobs
+            assert [list(drawn.topk) for drawn in mine] == sequence.topk_logprobs
+            assert [drawn.stop_reason for drawn in mine] == [None] * (len(mine) - 1) + [sequence.stop_reason]

@@ -49,7 +49,7 @@ class EngineSlot:
     def tell(self, operation: Operation) -> None:
         """Submit an operation whose answer nobody needs. A dead engine is told nothing."""
         with contextlib.suppress(EngineDied):
-            self.submit(operation).answer.add_done_callback(_discard)
+            self.submit(operation).answer.add_done_callback(discard)
 
     def declare_dead(self, error: EngineDied) -> None:
         if self.dead is None:
@@ -62,7 +62,8 @@ class EngineSlot:
             self.declare_dead(EngineDied(f"the engine of base model {self.card.name!r} is gone"))
 
 
-def _discard(answer: asyncio.Future[Any]) -> None:
+def discard(answer: asyncio.Future[Any]) -> None:
+    """For an answer that nobody waits for: its error is no complaint."""
     if not answer.cancelled():
         answer.exception()
 

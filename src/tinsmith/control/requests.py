@@ -144,6 +144,8 @@ class DrawSamples:
     prompt_logprobs_last_n: int | None = None
     target_prompt_logprobs: TensorData | None = None
     prompt_alt_tokens_k: int = 0
+    more_stop_tokens: tuple[int, ...] = ()
+    """Token ids that end a sequence beside what `params.stop` says; so texts and tokens can be given together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinsmith.control import records
 from tinsmith.control.checkpoints import CheckpointStore
-from tinsmith.control.engines import EngineBook, EngineSlot
+from tinsmith.control.engines import EngineBook, EngineSlot, discard
 from tinsmith.control.errors import SamplerGone
 from tinsmith.control.execution import sampler_name
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import SAMPLERS, Registry
-from tinsmith.control.requests import RejectedSample, SampleRequest, Submission
+from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
 from tinsmith.control.sessions import SessionBook
 from tinsmith.control.validation import MAX_SAMPLES, sampling_operation
@@ -34,7 +35,7 @@ from tinsmith.types.errors import (
 )
 from tinsmith.types.operations import CancelSample, Sample
 from tinsmith.types.rest import GetSamplerResponse
-from tinsmith.types.results import SampleResponse
+from tinsmith.types.results import DrawnToken, SampleResponse
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Sampling:
         self._ids = ids
         self._max_pending = max_pending
         self._open: dict[str, _Open] = {}
+        self._num_attended = 0
+        """Samples that a caller waits for in place."""
         self._loads: set[asyncio.Task[None]] = set()
         self._bindings: dict[str, tuple[str | None, str | None]] = {}
 
@@ -170,8 +173,7 @@ class Sampling:
             return _receipt(self._futures.failed("Sample", error), request)
         if known is not None:
             return _receipt(known, request)
-        if len(self._open) >= self._max_pending:
-            raise Overloaded(f"{len(self._open)} samples are waiting, the most this server takes; try again later")
+        self._check_room()
         sampler = self._samplers.get(sampler_id)
         session_id = None if sampler is None else sampler.session_id
         request_id = self._futures.open("Sample", key=key, fingerprint=fingerprint, session_id=session_id)
@@ -180,6 +182,45 @@ class Sampling:
         except TinsmithError as error:
             self._futures.fail(request_id, error)
         return _receipt(request_id, request)
+
+    def _check_room(self) -> None:
+        num_waiting = len(self._open) + self._num_attended
+        if num_waiting >= self._max_pending:
+            raise Overloaded(f"{num_waiting} samples are waiting, the most this server takes; try again later")
+
+    async def draw(self, request: DrawSamples, on_token: Callable[[DrawnToken], None] | None) -> SampleResponse:
+        """Submit a sample and wait for it; nothing is kept for a second asking, and its `seq_id` means nothing.
+
+        `on_token` is told of every token as it is drawn. Cancelling the wait stops the drawing. Raises `Overloaded`, or
+        what `submit` would fail the future with.
+        """
+        self._check_room()
+        sampler = self._live_sampler(request.sampling_session_id)
+        operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
+        self._num_attended += 1
+        try:
+            if sampler.checkpoint is not None:
+                await self._load(sampler, sampler.checkpoint)
+            return await self._attend(sampler.slot, replace(operation, stream=on_token is not None), on_token)
+        finally:
+            self._num_attended -= 1
+
+    async def _attend(
+        self, slot: EngineSlot, operation: Sample, on_token: Callable[[DrawnToken], None] | None
+    ) -> SampleResponse:
+        call = slot.submit(operation)
+        call.on_token = on_token
+        try:
+            response: SampleResponse = await asyncio.shield(call.answer)
+        except EngineDied as error:
+            slot.declare_dead(error)
+            raise
+        except asyncio.CancelledError:
+            call.on_token = None
+            call.answer.add_done_callback(discard)
+            slot.tell(CancelSample(ticket=call.ticket))
+            raise
+        return response
 
     def _begin(self, request_id: str, request: SampleRequest) -> None:
         sampler = self._live_sampler(request.sampling_session_id)
@@ -208,18 +249,20 @@ class Sampling:
         return sampler
 
     async def _load_and_send(self, request_id: str, operation: Sample, sampler: Sampler, row: CheckpointRow) -> None:
-        pool, folder = self._samplers.pool(sampler.slot), self._checkpoints.folder(row)
         try:
-            while not pool.touch_if_ready(row):
-                if not await asyncio.to_thread(Path(folder).exists):
-                    raise SamplerGone(
-                        f"checkpoint {row.path!r} version {row.version} was deleted; create a new sampler"
-                    )
-                await pool.load(row, folder)
+            await self._load(sampler, row)
             if request_id in self._open:
                 self._send(request_id, operation)
         except TinsmithError as error:
             self._finish(request_id, error)
+
+    async def _load(self, sampler: Sampler, row: CheckpointRow) -> None:
+        """An operation submitted before the next await finds the snapshot in the engine. Raises `SamplerGone`."""
+        pool, folder = self._samplers.pool(sampler.slot), self._checkpoints.folder(row)
+        while not pool.touch_if_ready(row):
+            if not await asyncio.to_thread(Path(folder).exists):
+                raise SamplerGone(f"checkpoint {row.path!r} version {row.version} was deleted; create a new sampler")
+            await pool.load(row, folder)
 
     def _send(self, request_id: str, operation: Sample) -> None:
         try:

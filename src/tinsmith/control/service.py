@@ -25,6 +25,7 @@ from tinsmith.control.requests import (
     CreateCustomLoss,
     CreateModel,
     CreateModelFromCheckpoint,
+    DrawSamples,
     ModelRequest,
     NewSession,
     SampleRequest,
@@ -46,6 +47,7 @@ from tinsmith.types.rest import (
     TrainingRun,
     WeightsInfoResponse,
 )
+from tinsmith.types.results import DrawnToken, SampleResponse
 
 CLOSE_TIMEOUT_S = 30.0
 """How long a stopping server waits for what its engines work on."""
@@ -317,6 +319,15 @@ class Control:
     def submit_sample(self, request: SampleRequest, fingerprint: bytes) -> Submission:
         """Raises `Overloaded` if too many samples wait; every other error travels through the future."""
         return self._sampling.submit(request, fingerprint)
+
+    async def draw_samples(
+        self, request: DrawSamples, on_token: Callable[[DrawnToken], None] | None = None
+    ) -> SampleResponse:
+        """Wait for a sample in place, told of its tokens as they are drawn; cancelling the wait stops the drawing.
+
+        Raises `Overloaded` and every other error of a sample.
+        """
+        return await self._sampling.draw(request, on_token)
 
     def cancel(self, request_id: str) -> None:
         self._sampling.cancel(request_id)

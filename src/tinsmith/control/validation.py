@@ -376,6 +376,7 @@ def sampling_operation(
     if not 0 < params.top_p <= 1:
         raise InvalidInput(f"sampling_params.top_p must be above 0 and at most 1, not {params.top_p!r}")
     stop_token_ids, stop_strings = _stops(params.stop, card)
+    more_stop_tokens, _ = _stops(request.more_stop_tokens, card)
     return Sample(
         prompt=prompt,
         num_samples=request.num_samples,
@@ -385,7 +386,7 @@ def sampling_operation(
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=tuple(dict.fromkeys(stop_token_ids + more_stop_tokens)),
         stop_strings=stop_strings,
         prompt_logprobs=request.prompt_logprobs,
         topk_prompt_logprobs=request.topk_prompt_logprobs,

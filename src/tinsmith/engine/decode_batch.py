@@ -40,6 +40,7 @@ class DecodeBatch:
         self._max_tokens_S = np.zeros(capacity, np.int64)
         self._stop_SX = np.full((capacity, 1), -1, np.int64)
         self._has_strings_S = np.zeros(capacity, bool)
+        self._is_streamed_S = np.zeros(capacity, bool)
         self._joined_S = np.zeros(capacity, np.int64)
         self._num_joined = 0
         self._free = list(range(capacity - 1, -1, -1))
@@ -105,6 +106,7 @@ class DecodeBatch:
         self._stream_S[slot] = stream(operation.seed, sequence.index)
         self._max_tokens_S[slot] = operation.max_tokens
         self._has_strings_S[slot] = request.stop_strings is not None
+        self._is_streamed_S[slot] = operation.stream
         stop = operation.stop_token_ids
         self._stop_SX = _wide_enough(self._stop_SX, len(stop), fill=-1)
         self._stop_SX[slot] = -1
@@ -157,6 +159,10 @@ class DecodeBatch:
     def with_strings(self, slots: np.ndarray) -> np.ndarray:
         """Which of these must look for stop strings."""
         return self._has_strings_S[slots]
+
+    def streamed(self, slots: np.ndarray) -> np.ndarray:
+        """Whose tokens are told one by one."""
+        return self._is_streamed_S[slots]
 
     def tail(self, slot: int, num_tokens: int) -> list[int]:
         """The newest tokens that the sequence drew."""

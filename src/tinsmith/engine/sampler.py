@@ -30,7 +30,7 @@ from tinsmith.engine.stopping import Decoder, StopStrings
 from tinsmith.engine.token_choice import Choices, choose
 from tinsmith.types.errors import InvalidInput, ServerError, TinsmithError, UserError
 from tinsmith.types.operations import Sample
-from tinsmith.types.results import SampleResponse
+from tinsmith.types.results import DrawnToken, SampleResponse
 
 _PREFILL_BESIDE_RUNNING = 1024
 """Prompt tokens per pass while running sequences wait for it to end."""
@@ -42,17 +42,18 @@ _MAX_PASSED_OVER = 64
 """Requests that may be overtaken because the cache is about to have their prompt."""
 _LOGITS_AT_ONCE = 2**24
 
-Finish: TypeAlias = Callable[[int, SampleResponse | TinsmithError], None]
+Tell: TypeAlias = Callable[[int, DrawnToken | SampleResponse | TinsmithError], None]
 
 
 class Sampler:
-    """All sampling on one base model. `finish` is called once per ticket, with the response or the error."""
+    """All sampling on one base model. `tell` is called once per ticket with the response or the error; before that, if
+    the request is streamed, with each token."""
 
     def __init__(
         self,
         base: BaseModel,
         decoder: Decoder,
-        finish: Finish,
+        tell: Tell,
         *,
         kv_cache_bytes: int,
         max_prefill_tokens: int,
@@ -61,7 +62,7 @@ class Sampler:
     ) -> None:
         self._base = base
         self._decoder = decoder
-        self._finish = finish
+        self._tell = tell
         self._max_prefill_tokens = max_prefill_tokens
         self._cache = KVCache(bytes_max=kv_cache_bytes, bytes_per_token=base.kv_bytes_per_token, device=base.device)
         self._pool = self._cache.blocks
@@ -106,7 +107,7 @@ class Sampler:
         try:
             self._check_possible(operation)
         except TinsmithError as error:
-            self._finish(ticket, error)
+            self._tell(ticket, error)
             return
         if self._keep_prompts:
             self._pool.open(owner)
@@ -374,15 +375,17 @@ class Sampler:
         for row in np.flatnonzero(kept & (topk_B > 0)).tolist():
             self._note_topk(int(slots_B[row]), choices, row, int(topk_B[row]))
         slots_B = slots_B[kept]
-        tokens_B = choices.tokens_B[kept]
+        tokens_B, logprobs_B = choices.tokens_B[kept], choices.logprobs_B[kept]
         self.tokens_sampled += len(slots_B)
-        stopped_B, full_B = self._batch.extend(slots_B, tokens_B, choices.logprobs_B[kept])
+        stopped_B, full_B = self._batch.extend(slots_B, tokens_B, logprobs_B)
         for row in np.flatnonzero(self._batch.with_strings(slots_B) & ~stopped_B).tolist():
             stopped_B[row] = self._completes_string(int(slots_B[row]))
         for row in np.flatnonzero(stopped_B | full_B).tolist():
-            sequence = self._sequence(int(slots_B[row]))
-            sequence.stop_reason = "stop" if stopped_B[row] else "length"
-            self._end(sequence)
+            self._sequence(int(slots_B[row])).stop_reason = "stop" if stopped_B[row] else "length"
+        for row in np.flatnonzero(self._batch.streamed(slots_B)).tolist():
+            self._stream(self._sequence(int(slots_B[row])), int(tokens_B[row]), float(logprobs_B[row]))
+        for row in np.flatnonzero(stopped_B | full_B).tolist():
+            self._end(self._sequence(int(slots_B[row])))
 
     def _still_running(self, slots_B: np.ndarray) -> np.ndarray:
         """Which slots were not emptied since the pass began, by the failure of their request. Bool `[B]`."""
@@ -393,6 +396,17 @@ class Sampler:
         assert choices.topk_logprobs_BK is not None
         ids, logprobs = choices.topk_ids_BK[row, :k].copy(), choices.topk_logprobs_BK[row, :k].copy()
         self._sequence(slot).topk.append((ids, logprobs))
+
+    def _stream(self, sequence: Sequence, token: int, logprob: float) -> None:
+        ids, logprobs = ([], []) if not sequence.topk else (array.tolist() for array in sequence.topk[-1])
+        drawn = DrawnToken(
+            index=sequence.index,
+            token=token,
+            logprob=logprob,
+            topk=tuple(zip(ids, logprobs, strict=True)),
+            stop_reason=sequence.stop_reason,
+        )
+        self._tell(sequence.request.ticket, drawn)
 
     def _completes_string(self, slot: int) -> bool:
         strings = self._sequence(slot).request.stop_strings
@@ -406,7 +420,7 @@ class Sampler:
         if request.num_unfinished == 0:
             request.is_over = True
             del self._open[request.ticket]
-            self._finish(request.ticket, request.response())
+            self._tell(request.ticket, request.response())
 
     def _fail_as_broken(self, request: Request) -> None:
         error = UserError("the adapter computes logits that are not finite; nothing can be drawn")
@@ -423,7 +437,7 @@ class Sampler:
         for sequence in request.sequences:
             if sequence.slot is not None:
                 self._leave(sequence, tainted=tainted)
-        self._finish(request.ticket, error)
+        self._tell(request.ticket, error)
 
     def _leave(self, sequence: Sequence, *, tainted: bool = False) -> None:
         """Take a sequence out of the batch. What its blocks hold is kept for those who continue from there."""

@@ -14,6 +14,7 @@ from tinsmith.runtime.loop import Message
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import EngineDied, TinsmithError
 from tinsmith.types.operations import BaseModelCard, Operation
+from tinsmith.types.results import DrawnToken
 
 
 class OpenCalls:
@@ -21,25 +22,33 @@ class OpenCalls:
 
     def __init__(self) -> None:
         self._tickets = itertools.count(1)
-        self._futures: dict[int, asyncio.Future[Any]] = {}
+        self._calls: dict[int, EngineCall] = {}
 
     def open(self) -> EngineCall:
         call = EngineCall(next(self._tickets), asyncio.get_running_loop().create_future())
-        self._futures[call.ticket] = call.answer
+        self._calls[call.ticket] = call
         return call
 
     def resolve(self, ticket: int, outcome: object) -> None:
-        """Set the result, or the exception if it is a `TinsmithError`. Answers nobody waits for are dropped."""
-        future = self._futures.pop(ticket, None)
-        if future is None or future.done():
+        """Set the result, or the exception if it is a `TinsmithError`. Answers nobody waits for are dropped.
+
+        A `DrawnToken` is passed on and leaves the call open.
+        """
+        if isinstance(outcome, DrawnToken):
+            call = self._calls.get(ticket)
+            if call is not None and call.on_token is not None:
+                call.on_token(outcome)
+            return
+        call = self._calls.pop(ticket, None)
+        if call is None or call.answer.done():
             return
         if isinstance(outcome, TinsmithError):
-            future.set_exception(outcome)
+            call.answer.set_exception(outcome)
         else:
-            future.set_result(outcome)
+            call.answer.set_result(outcome)
 
     def fail_all(self, reason: str) -> None:
-        for ticket in list(self._futures):
+        for ticket in list(self._calls):
             self.resolve(ticket, EngineDied(reason))
 
 

@@ -64,6 +64,7 @@ from tinsmith.types.operations import (
     TrainItem,
 )
 from tinsmith.types.results import (
+    DrawnToken,
     ForwardBackwardOutput,
     PromptAltTokens,
     SampledSequence,
@@ -117,9 +118,16 @@ class _Adapter:
 
 @dataclass(slots=True)
 class _Job:
-    ticket: int
+    call: EngineCall
     operation: Operation
-    answer: asyncio.Future[Any]
+
+    @property
+    def ticket(self) -> int:
+        return self.call.ticket
+
+    @property
+    def answer(self) -> asyncio.Future[Any]:
+        return self.call.answer
 
 
 class FakeEngine:
@@ -190,13 +198,13 @@ class FakeEngine:
 
     def _submit(self, operation: Operation) -> EngineCall:
         self.operations.append(operation)
-        job = _Job(next(self._tickets), operation, asyncio.get_running_loop().create_future())
+        job = _Job(EngineCall(next(self._tickets), asyncio.get_running_loop().create_future()), operation)
         if isinstance(operation, CancelSample | Ping):
             self._execute(job)
         else:
             sampling = isinstance(operation, Sample | LoadSnapshot | DropSnapshot)
             self._lanes["sample" if sampling else "train"].put(job)
-        return EngineCall(job.ticket, job.answer)
+        return job.call
 
     async def close(self) -> None:
         self._dead = self._dead or "the engine was closed"
@@ -239,7 +247,11 @@ class FakeEngine:
             fault = self._take_fault(type(job.operation))
             if fault is not None:
                 raise fault
-            job.answer.set_result(self._handlers[type(job.operation)](job.operation))
+            result = self._handlers[type(job.operation)](job.operation)
+            if isinstance(result, SampleResponse) and job.call.on_token is not None:
+                for drawn in _tokens_in_turn(result):
+                    job.call.on_token(drawn)
+            job.answer.set_result(result)
         except TinsmithError as error:
             job.answer.set_exception(error)
         except Exception as error:  # noqa: BLE001 - the boundary of an operation: a bug must answer, not hang
@@ -490,6 +502,19 @@ def _draw(operation: Sample, index: int, factor: float, vocab_size: int) -> Samp
     if operation.topk_sample_logprobs:
         sequence.topk_logprobs_np = _topk(context, operation.topk_sample_logprobs, factor, vocab_size)
     return sequence
+
+
+def _tokens_in_turn(response: SampleResponse) -> list[DrawnToken]:
+    """As a continuous batch would draw them: all sequences advance together."""
+    drawn = []
+    for index, sequence in enumerate(response.sequences):
+        tokens, logprobs = sequence.tokens, sequence.logprobs or []
+        topk = sequence.topk_logprobs or [None] * len(tokens)
+        for at, (token, logprob, row) in enumerate(zip(tokens, logprobs, topk, strict=True)):
+            reason = sequence.stop_reason if at + 1 == len(tokens) else None
+            one = DrawnToken(index=index, token=token, logprob=logprob, topk=tuple(row or ()), stop_reason=reason)
+            drawn.append((at, one))
+    return [one for _, one in sorted(drawn, key=lambda pair: pair[0])]
 
 
 def _topk(previous: np.ndarray, k: int, factor: float, vocab_size: int) -> TopkLogprobs:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tinsmith.types.operations import BaseModelCard, Operation
+from tinsmith.types.results import DrawnToken
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class EngineCall:
     """One submitted operation."""
 
@@ -18,6 +19,8 @@ class EngineCall:
     """Names the call, for `CancelSample`."""
     answer: asyncio.Future[Any]
     """Resolves in the event loop that called `submit`, with the operation's answer or an error of `types.errors`."""
+    on_token: Callable[[DrawnToken], None] | None = None
+    """Called in that loop with every token of a streamed `Sample`. Set it before the next await, or miss the first."""
 
 
 class EngineHandle(Protocol):

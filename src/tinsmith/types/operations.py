@@ -18,7 +18,7 @@ from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum
 from tinsmith.types.errors import InvalidInput
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
-from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
+from tinsmith.types.results import DrawnToken, ForwardBackwardOutput, SampleResponse
 from tinsmith.types.tensor import TensorData
 
 
@@ -195,6 +195,8 @@ class Sample:
     """Token ids to score, int64 `[N-1, K]`: row i at prompt position i + 1. Cells of -1 are skipped and answered 0."""
     prompt_alt_tokens_k: int = 0
     """How many tokens to draw, at `temperature` from the full vocabulary, at every prompt position but the first."""
+    stream: bool = False
+    """Tell the call's `on_token` of every token as it is drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,5 +237,14 @@ Operation: TypeAlias = (
     | Ping
 )
 Answer: TypeAlias = (
-    LoraSpec | ForwardBackwardOutput | dict[str, float] | SavedCheckpoint | str | SampleResponse | EngineStatus | None
+    LoraSpec
+    | ForwardBackwardOutput
+    | dict[str, float]
+    | SavedCheckpoint
+    | str
+    | DrawnToken
+    | SampleResponse
+    | EngineStatus
+    | None
 )
+"""A `DrawnToken` alone is no end: it goes before the `SampleResponse` of a streamed `Sample`."""

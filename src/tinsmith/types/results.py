@@ -104,6 +104,20 @@ class SampledSequence:
         return None if self.topk_logprobs_np is None else self.topk_logprobs_np.rows()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnToken:
+    """The newest token of one sequence of a streamed request. The whole `SampleResponse` still comes at the end."""
+
+    index: int
+    """Of the sequence among the request's."""
+    token: int
+    logprob: float
+    topk: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at its position, the best first, if the request asked for them."""
+    stop_reason: StopReason | None = None
+    """Set on a sequence's last token."""
+
+
 @dataclass(slots=True)
 class SampleResponse:
     """`prompt_logprobs_np` has one entry per prompt token, NaN where there is none (the first, always)."""

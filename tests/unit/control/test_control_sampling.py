@@ -23,6 +23,7 @@ from tinsmith.types.errors import (
     UserError,
 )
 from tinsmith.types.operations import CancelSample, DropSnapshot, LoadSnapshot, PublishSnapshot, Sample
+from tinsmith.types.results import DrawnToken
 from tinsmith.types.tensor import TensorData
 
 pytestmark = pytest.mark.anyio
@@ -313,3 +314,49 @@ async def test_a_training_checkpoint_can_be_sampled_and_retries_of_its_session_s
     create = [h.control.create_sampling_session(session_id, 0, None, path) for _ in range(3)]
     assert len(set(await asyncio.gather(*create))) == 1
     assert len(h.asked(LoadSnapshot)) == 1
+
+
+async def test_a_sample_drawn_in_place_tells_its_tokens_and_keeps_no_future(h: Harness) -> None:
+    sampler_id = await h.control.create_sampling_session(await h.session(), 0, "tinsmith/fake", None)
+    told: list[DrawnToken] = []
+    response = await h.control.draw_samples(draw(sampler_id, num_samples=2), told.append)
+    for index, sequence in enumerate(response.sequences):
+        assert [t.token for t in told if t.index == index] == sequence.tokens
+    await h.control.draw_samples(draw(sampler_id))
+    assert [operation.stream for operation in h.asked(Sample)] == [True, False]
+    assert len(h.control._futures) == 0
+
+
+async def test_a_caller_that_leaves_stops_the_drawing(h: Harness) -> None:
+    sampler_id = await h.control.create_sampling_session(await h.session(), 0, "tinsmith/fake", None)
+    h.engine.pause()
+    waiting = asyncio.create_task(h.control.draw_samples(draw(sampler_id)))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert h.asked(CancelSample) == [CancelSample(ticket=1)]
+    h.engine.resume()
+    assert (await h.control.draw_samples(draw(sampler_id))).sequences
+
+
+async def test_a_sample_drawn_in_place_meets_the_same_refusals(h: Harness) -> None:
+    sampler_id = await h.control.create_sampling_session(await h.session(), 0, "tinsmith/fake", None)
+    with pytest.raises(InvalidInput, match="max_tokens"):
+        await h.control.draw_samples(draw(sampler_id, params=SamplingParams(max_tokens=100_000)))
+    with pytest.raises(NotFound, match="nobody"):
+        await h.control.draw_samples(draw("nobody"))
+    waiting = asyncio.create_task(h.control.draw_samples(draw(sampler_id)))
+    await asyncio.sleep(0)
+    h.engine.die("out of memory")
+    with pytest.raises(EngineDied):
+        await waiting
+    assert not h.control.is_ready
+
+
+async def test_stop_texts_and_more_stop_tokens_go_together(h: Harness) -> None:
+    sampler_id = await h.control.create_sampling_session(await h.session(), 0, "tinsmith/fake", None)
+    params = SamplingParams(max_tokens=4, seed=1, stop=["zz"])
+    await h.control.draw_samples(draw(sampler_id, params=params, more_stop_tokens=(5, 7, 5)))
+    (operation,) = h.asked(Sample)
+    assert (operation.stop_strings, operation.stop_token_ids) == (("zz",), (5, 7))
