@@ -17,7 +17,8 @@ from tinsmith.engine.attention import ATTENTION, CurrentPass, PassLayout
 from tinsmith.engine.footprint import ModelShape, check_fits, footprint, in_words
 from tinsmith.engine.fused import FusedKernels, fuse_layers
 from tinsmith.engine.hardware import available_bytes, pick_device, pick_dtype
-from tinsmith.engine.lora import LoraLayout, LoraRouter, Segment
+from tinsmith.engine.lora import LoraLayout, Segment
+from tinsmith.engine.lora_linear import LoraRouter
 from tinsmith.engine.loss_head import Unembedding, logits_of
 from tinsmith.engine.model_check import (
     CHECK_LENGTHS,
@@ -101,14 +102,14 @@ class BaseModel:
         if torch.is_grad_enabled():
             embeds_1TH = embeds_1TH.detach().requires_grad_()
         self._recomputation.decide(len(input_ids_T))
-        self._router.segments = segments
+        self._router.route(segments)
         self._pass.layout = packing  # stays: a backward pass that recomputes needs it again
         try:
             output = self._backbone(
                 inputs_embeds=embeds_1TH, position_ids=position_ids_T[None], use_cache=False, packing=packing
             )
         finally:
-            self._router.segments = ()
+            self._router.route(())
         hidden_TH: Tensor = output.last_hidden_state[0]
         return hidden_TH if self._hidden_scale == 1 else hidden_TH.float() * self._hidden_scale
 
@@ -117,11 +118,11 @@ class BaseModel:
 
         `segments` are those of the forward pass: layers that are recomputed meet them again.
         """
-        self._router.segments = segments
+        self._router.route(segments)
         try:
             torch.autograd.backward(logprobs_M, grad_M)
         finally:
-            self._router.segments = ()
+            self._router.route(())
 
     @property
     def kv_bytes_useful(self) -> int:

@@ -1,4 +1,4 @@
-"""LoRA over packed rows: which rows belong to which adapter, and the linear layer that honours it.
+"""LoRA over packed rows: adapters, and which rows belong to which of them.
 
     y = x W^T + b + (alpha / r) (x A^T) B^T            (Hu et al., arXiv 2106.09685)
 
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinsmith.types.errors import InvalidInput
 from tinsmith.types.operations import LoraSpec
@@ -37,10 +37,13 @@ class LoraSite:
 
 @dataclass(frozen=True, slots=True)
 class MatrixPair:
-    """A `[R, I]` and B `[O, R]` of one site, views into a flat vector."""
+    """A `[R, I]` and the transpose of B, `[R, O]`, of one site, views into a flat vector.
+
+    Transposed, so that what belongs to one rank is contiguous in both: adapters of several ranks stack without strides.
+    """
 
     a_RI: Tensor
-    b_OR: Tensor
+    b_RO: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class LoraLayout:
     def scale(self) -> float:
         return self.spec.alpha / self.spec.rank
 
+    @property
+    def trained_groups(self) -> tuple[bool, bool, bool]:
+        return self.spec.train_attn, self.spec.train_mlp, self.spec.train_unembed
+
     @cached_property
     def num_parameters(self) -> int:
         return sum(self.spec.rank * (s.num_in + s.num_out) for s in self.sites if self.trains(s))
@@ -78,16 +85,16 @@ class LoraLayout:
                 pairs.append(None)
                 continue
             middle, end = at + rank * site.num_in, at + rank * (site.num_in + site.num_out)
-            pairs.append(MatrixPair(flat_P[at:middle].view(rank, site.num_in), flat_P[middle:end].view(-1, rank)))
+            pairs.append(MatrixPair(flat_P[at:middle].view(rank, site.num_in), flat_P[middle:end].view(rank, -1)))
             at = end
         return pairs
 
     def named_views(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """`(site name + ".lora_A" or ".lora_B", matrix)` in layout order."""
+        """`(site name + ".lora_A" or ".lora_B", matrix)` in layout order, as `[R, I]` and `[O, R]`."""
         for site, pair in zip(self.sites, self.views(flat_P), strict=True):
             if pair is not None:
                 yield f"{site.name}.lora_A", pair.a_RI
-                yield f"{site.name}.lora_B", pair.b_OR
+                yield f"{site.name}.lora_B", pair.b_RO.T
 
     def initial_weights(self, device: torch.device) -> Tensor:
         """A uniform in ±1/sqrt(I) (Kaiming with a = sqrt 5, as PEFT), B zero; fixed by the seed and the site's name."""
@@ -111,7 +118,10 @@ class LoraWeights:
         self.layout = layout
         self.flat_P = flat_P
         self.is_frozen = False
-        self._compute: dict[torch.dtype, list[MatrixPair | None]] = {}
+        self.version = 0
+        """Counts the times the master weights were written."""
+        self.masters = layout.views(flat_P)
+        self._compute: dict[torch.dtype, list[MatrixPair | None]] = {torch.float32: self.masters}
 
     def pairs(self, dtype: torch.dtype) -> list[MatrixPair | None]:
         """The matrices in the dtype they are multiplied in; for fp32 they are views of the master weights."""
@@ -121,7 +131,8 @@ class LoraWeights:
 
     def changed(self) -> None:
         """Forget the low-precision copies after the master weights were written."""
-        self._compute = {dtype: pairs for dtype, pairs in self._compute.items() if dtype == torch.float32}
+        self.version += 1
+        self._compute = {torch.float32: self.masters}
 
     def freeze(self) -> LoraWeights:
         self.is_frozen = True
@@ -146,89 +157,48 @@ class Segment:
     grads: list[MatrixPair | None] | None = None
     """Where the backward pass adds this adapter's gradients; `None` for frozen weights."""
 
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.start
 
-@dataclass(slots=True)
-class LoraRouter:
-    """The segments of the batch that is passing through the base model now. One per base model."""
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.weights is None else self.weights.layout.scale
 
-    segments: Sequence[Segment] = field(default_factory=tuple)
+    def attaches_to(self, site: int) -> bool:
+        return self.weights is not None and self.weights.masters[site] is not None
 
-    def active(self, site: int) -> list[Segment]:
-        return [s for s in self.segments if s.weights is not None and s.weights.pairs(torch.float32)[site] is not None]
+    def trains_same_sites_as(self, other: Segment) -> bool:
+        return (
+            self.weights is not None
+            and other.weights is not None
+            and self.weights.layout.trained_groups == other.weights.layout.trained_groups
+        )
 
+    def add_update(self, y_TO: Tensor, x_TI: Tensor, site: int) -> Tensor:
+        """Add the low-rank update to this segment's rows of `y`, in place. Returns x A^T, for `add_gradients`."""
+        pair = self._pair(site, x_TI.dtype)
+        h_tR = x_TI[self.start : self.end] @ pair.a_RI.T
+        y_TO[self.start : self.end].addmm_(h_tR.to(y_TO.dtype), pair.b_RO.to(y_TO.dtype), alpha=self.scale)
+        return h_tR
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer plus, per segment of the batch, the low-rank update of that segment's adapter."""
-
-    def __init__(self, base: nn.Linear, site: int, router: LoraRouter) -> None:
-        super().__init__()
-        self.weight = base.weight
-        self.bias = base.bias
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self._site = site
-        self._router = router
-
-    def forward(self, x: Tensor) -> Tensor:
-        segments = self._router.active(self._site)
-        if not segments:
-            return nn.functional.linear(x, self.weight, self.bias)
-        y_TO: Tensor = _SegmentedLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self._site, segments)
-        return y_TO.view(*x.shape[:-1], -1)
-
-
-class _SegmentedLinear(torch.autograd.Function):
-    """Base product for all rows at once, then each segment's update in place.
-
-    The backward pass adds weight gradients straight into the segments' fp32 buffers, and returns the input's.
-    One function for all segments: slices under autograd would each cost a full-size buffer in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TI, weight_OI, bias_O, site, segments):  # type: ignore[no-untyped-def]
-        y_TO = nn.functional.linear(x_TI, weight_OI, bias_O)
-        low_rank = add_updates(y_TO, x_TI, site, segments)
-        ctx.save_for_backward(x_TI, weight_OI, *low_rank)
-        ctx.site, ctx.segments = site, segments
-        return y_TO
-
-    @staticmethod
-    def backward(ctx, grad_TO):  # type: ignore[no-untyped-def]
-        x_TI, weight_OI, *low_rank = ctx.saved_tensors
-        grad_TI = grad_TO @ weight_OI
-        backward_updates(grad_TI, grad_TO, x_TI, low_rank, ctx.site, ctx.segments)
-        return grad_TI, None, None, None, None
-
-
-def add_updates(y_TO: Tensor, x_TI: Tensor, site: int, segments: Sequence[Segment]) -> list[Tensor]:
-    """Add each segment's low-rank update to its rows of `y`, in place. Returns x A^T per segment."""
-    low_rank = []
-    for segment in segments:
-        pair, scale = _compute_pair(segment, site, x_TI.dtype)
-        h_tR = x_TI[segment.start : segment.end] @ pair.a_RI.T
-        y_TO[segment.start : segment.end].addmm_(h_tR.to(y_TO.dtype), pair.b_OR.T.to(y_TO.dtype), alpha=scale)
-        low_rank.append(h_tR)
-    return low_rank
-
-
-def backward_updates(
-    grad_TI: Tensor,
-    grad_TO: Tensor,
-    x_TI: Tensor,
-    low_rank: Sequence[Tensor],
-    site: int,
-    segments: Sequence[Segment],
-) -> None:
-    """Add the updates' part to the input gradient, and the weight gradients to the segments' buffers, all in place."""
-    for segment, h_tR in zip(segments, low_rank, strict=True):
-        rows = slice(segment.start, segment.end)
-        pair, scale = _compute_pair(segment, site, grad_TI.dtype)
-        g_tO = grad_TO[rows].to(pair.b_OR.dtype)
-        gh_tR = (g_tO @ pair.b_OR) * scale
+    def add_gradients(self, grad_TI: Tensor, grad_TO: Tensor, x_TI: Tensor, h_tR: Tensor, site: int) -> None:
+        """Add the update's part to the input gradient, and the weight gradients to `grads`, all in place."""
+        rows = slice(self.start, self.end)
+        pair = self._pair(site, grad_TI.dtype)
+        g_tO = grad_TO[rows].to(pair.b_RO.dtype)
+        gh_tR = (g_tO @ pair.b_RO.T) * self.scale
         grad_TI[rows].addmm_(gh_tR, pair.a_RI)
-        grads = segment.grads[site] if segment.grads is not None else None
+        grads = self.grads[site] if self.grads is not None else None
         if grads is not None:
             _accumulate(grads.a_RI, gh_tR.T, x_TI[rows])
-            _accumulate(grads.b_OR, g_tO.T, h_tR, scale)
+            _accumulate(grads.b_RO, h_tR.T, g_tO, self.scale)
+
+    def _pair(self, site: int, dtype: torch.dtype) -> MatrixPair:
+        assert self.weights is not None
+        pair = self.weights.pairs(dtype)[site]
+        assert pair is not None
+        return pair
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -237,10 +207,3 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) 
         total.addmm_(left, right, alpha=scale)
     else:
         total.add_(left @ right, alpha=scale)
-
-
-def _compute_pair(segment: Segment, site: int, dtype: torch.dtype) -> tuple[MatrixPair, float]:
-    assert segment.weights is not None
-    pair = segment.weights.pairs(dtype)[site]
-    assert pair is not None
-    return pair, segment.weights.layout.scale

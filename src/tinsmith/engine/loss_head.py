@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinsmith.engine.lora import Segment, add_updates, backward_updates
+from tinsmith.engine.lora import Segment
 
 _CHUNK_LOGITS = 2**22
 """Logits held at once: 16 MB in fp32."""
@@ -90,7 +90,8 @@ class _TargetLogprobs(torch.autograd.Function):
             grad_CH = grad_logits_CV @ head.weight_VH
             if low_rank:
                 inside = _within(ctx.segments, start, end)
-                backward_updates(grad_CH, grad_logits_CV, hidden_CH, low_rank, _site(head), inside)
+                for segment, h_tR in zip(inside, low_rank, strict=True):
+                    segment.add_gradients(grad_CH, grad_logits_CV, hidden_CH, h_tR, _site(head))
             grad_TH[start:end] = grad_CH.to(grad_TH.dtype)
         return grad_TH, None, None, None, None
 
@@ -100,7 +101,7 @@ def _chunk_logits(
 ) -> tuple[Tensor, list[Tensor]]:
     logits_CV = torch.nn.functional.linear(hidden_CH, head.weight_VH, head.bias_V)
     inside = _within(segments, start, start + hidden_CH.shape[0])
-    low_rank = add_updates(logits_CV, hidden_CH, _site(head), inside) if inside else []
+    low_rank = [segment.add_update(logits_CV, hidden_CH, _site(head)) for segment in inside]
     if head.softcap is not None:
         logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits_CV, low_rank
@@ -118,7 +119,7 @@ def _chunks(num_rows: int, vocab_size: int, rows_M: Tensor) -> Iterator[tuple[in
 def _active(segments: Sequence[Segment], head: Unembedding) -> list[Segment]:
     if head.site is None:
         return []
-    return [s for s in segments if s.weights is not None and s.weights.pairs(torch.float32)[head.site] is not None]
+    return [s for s in segments if s.attaches_to(head.site)]
 
 
 def _within(segments: Sequence[Segment], start: int, end: int) -> list[Segment]:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tinsmith.engine.lora import LoraLinear, LoraRouter, LoraSite
+from tinsmith.engine.lora import LoraSite
+from tinsmith.engine.lora_linear import LoraLinear, LoraRouter
 from tinsmith.types.errors import InvalidInput, Unsupported
 from tinsmith.types.operations import LoraSpec
 
