@@ -22,7 +22,7 @@ _MOST_ROWS = 256
 """A longer segment fills a product of its own."""
 _MOST_PADDING = 1.25
 """Padded rows of a group, as a multiple of its real ones."""
-_STACK_ELEMENTS = 2**26
+_STACK_ELEMENTS = 2**27
 """A group's matrices; more are multiplied one by one, large as they are then."""
 _ELEMENTS_KEPT = 2**27
 """Over the stacks of all groups seen lately."""
