@@ -102,6 +102,26 @@ def attend_chunk(q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_BQS: Tenso
     return out_BHQD[..., :value_size]
 
 
+def attend_part(
+    q_BKXD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, hidden: Tensor | None, rule: ScoreRule
+) -> tuple[Tensor, Tensor]:
+    """X queries per key head over some of their keys -> `[B, K, X, D]` and the scores' logsumexp, fp32 `[B, K, X]`.
+
+    `hidden` is added to the scores and broadcast; every query must see a key. Only for rules that are plain.
+    """
+    scale = _scale(rule, q_BKXD)
+    if q_BKXD.device.type == "cpu" and q_BKXD.shape[-1] == v_BKSD.shape[-1]:
+        # what `scaled_dot_product_attention` calls here; it alone tells the logsumexp
+        out_BKXD, lse_BKX = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BKXD, k_BKSD, v_BKSD, attn_mask=hidden, scale=scale
+        )
+        return out_BKXD, lse_BKX
+    scores = (q_BKXD @ k_BKSD.transpose(-1, -2)).float() * scale
+    if hidden is not None:
+        scores = scores + hidden
+    return scores.softmax(dim=-1).to(v_BKSD.dtype) @ v_BKSD, scores.logsumexp(dim=-1)
+
+
 def _scale(rule: ScoreRule, q_D: Tensor) -> float:
     return float(q_D.shape[-1] ** -0.5) if rule.scale is None else rule.scale
 

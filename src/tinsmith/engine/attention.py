@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tinsmith.engine.attend import ScoreRule
-from tinsmith.engine.cached_attention import CachePlan, cached_attention, decode_attention
+from tinsmith.engine.cache_plan import CachePlan
+from tinsmith.engine.cached_attention import decode_attention
 from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.self_attention import SequenceBlock, self_attention
 from tinsmith.types.errors import Unsupported
@@ -77,13 +78,13 @@ def packed_attention(
     if cache is None or plan is None:
         return self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule).unsqueeze(0), None
     cache.write(_layer(module), plan.slots_T, k_TKD, v_TKD)
-    if plan.is_one_tile:
-        return decode_attention(_layer(module), q_THD, cache, plan.tiles[0], rule).unsqueeze(0), None
+    if (tile := plan.only_tile(rule)) is not None:
+        return decode_attention(_layer(module), q_THD, cache, tile, rule).unsqueeze(0), None
     if packing.blocks:
         out_THD = self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule)
     else:
         out_THD = q_THD.new_empty(*q_THD.shape[:2], v_TKD.shape[-1])
-    cached_attention(_layer(module), q_THD, cache, plan.tiles, rule, out_THD)
+    plan.attend(_layer(module), q_THD, cache, rule, out_THD)
     return out_THD.unsqueeze(0), None
 
 

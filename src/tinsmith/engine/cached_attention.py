@@ -43,6 +43,14 @@ class CachedTile:
     ages_BQL: Tensor
     """How many positions before its query each cached token lies; negative: after it, or not there."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _hidden: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def hidden(self, dtype: torch.dtype) -> Tensor:
+        """What to add to scores `[B, 1, Q, L]` so that only visible tokens count."""
+        if dtype not in self._hidden:
+            zeros = torch.zeros(self.ages_BQL.shape, dtype=dtype, device=self.ages_BQL.device)
+            self._hidden[dtype] = zeros.masked_fill_(~self.visible(None), float("-inf"))[:, None]
+        return self._hidden[dtype]
 
     def visible(self, window: int | None) -> Tensor:
         """Which cached tokens each query sees, bool `[B, Q, L]`."""
@@ -50,17 +58,6 @@ class CachedTile:
             mask = self.ages_BQL >= 0
             self._masks[window] = mask & (self.ages_BQL < window) if window else mask
         return self._masks[window]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CachePlan:
-    """Where one pass writes its keys and values, and which of its rows read the cache."""
-
-    slots_T: Tensor
-    """For each packed row the slot that takes its key and value, int64."""
-    tiles: tuple[CachedTile, ...] = ()
-    is_one_tile: bool = False
-    """The only tile holds all rows of the pass, one query per sequence, in their order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +106,11 @@ def cached_attention(
 # ---- planning ----
 
 
+def tile_bytes(device: torch.device) -> int:
+    """Of keys that are gathered at once."""
+    return _TILE_BYTES.get(device.type, _TILE_BYTES_ELSEWHERE)
+
+
 def plan_decode(
     first_row: int, lengths_B: np.ndarray, table_BM: np.ndarray, *, bytes_per_token: int, device: torch.device
 ) -> list[CachedTile]:
@@ -118,7 +120,7 @@ def plan_decode(
     """
     blocks_B = -(-lengths_B // BLOCK_TOKENS)
     order = np.argsort(-blocks_B, kind="stable")
-    most = _TILE_BYTES.get(device.type, _TILE_BYTES_ELSEWHERE) // (bytes_per_token * BLOCK_TOKENS)
+    most = tile_bytes(device) // (bytes_per_token * BLOCK_TOKENS)
     tiles = []
     at = 0
     while at < len(order):

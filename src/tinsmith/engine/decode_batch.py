@@ -15,6 +15,7 @@ import numpy as np
 from tinsmith.engine.block_pool import BLOCK_TOKENS, blocks_for
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.sampling_request import Sequence
+from tinsmith.engine.shared_prefix import Group, find_groups
 from tinsmith.engine.token_choice import ChoiceRules, stream, uniforms
 
 _FIRST_WIDTH = 64
@@ -47,6 +48,8 @@ class DecodeBatch:
         self._rows: np.ndarray | None = None
         self._runs: list[tuple[LoraWeights | None, int]] | None = None
         """Of `_rows`."""
+        self._groups: list[Group] | None = None
+        """Of `_rows`."""
 
     @property
     def num_running(self) -> int:
@@ -59,7 +62,7 @@ class DecodeBatch:
     def rows(self) -> np.ndarray:
         """Slots in use, equal adapters together, the older first."""
         if self._rows is None:
-            self._runs = None
+            self._runs = self._groups = None
             used = np.array([slot for slot, sequence in enumerate(self.sequences) if sequence is not None], np.int64)
             self._rows = used[np.lexsort((self._joined_S[used], self.adapter_S[used]))]
         return self._rows
@@ -71,6 +74,17 @@ class DecodeBatch:
         if self._runs is None:
             self._runs = self._find_runs(slots_B)
         return self._runs
+
+    def groups(self, slots_B: np.ndarray) -> list[Group]:
+        """Which of these read the same blocks first; found anew only when sequences have joined or left."""
+        if slots_B is not self._rows:
+            return self._find_groups(slots_B)
+        if self._groups is None:
+            self._groups = self._find_groups(slots_B)
+        return self._groups
+
+    def _find_groups(self, slots_B: np.ndarray) -> list[Group]:
+        return find_groups(self.table_SM[slots_B], self.cached_S[slots_B] // BLOCK_TOKENS)
 
     def _find_runs(self, slots_B: np.ndarray) -> list[tuple[LoraWeights | None, int]]:
         if not len(slots_B):

@@ -128,10 +128,13 @@ class FusedRMSNorm(nn.Module):
     def __init__(self, norm: nn.Module, kernels: FusedKernels) -> None:
         super().__init__()
         self.weight = cast(nn.Parameter, norm.weight)
+        self._weight_H = self.weight.detach()
         self.variance_epsilon = cast(float, norm.variance_epsilon)
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._kernels.norm_forward(_rows(x), self._weight_H, self.variance_epsilon)[0].view(x.shape)
         result: Tensor = _Norm.apply(x, self.weight.detach(), self.variance_epsilon, self._kernels)
         return result
 
@@ -206,7 +209,12 @@ def _is_gated(module: nn.Module) -> bool:
 
 def _gated_forward(kernels: FusedKernels) -> Callable[[Any, Tensor], Tensor]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x), kernels))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.is_grad_enabled():
+            product = _Gate.apply(gate, up, kernels)
+        else:
+            product = kernels.gate_forward(_rows(gate), _rows(up)).view(gate.shape)
+        result: Tensor = self.down_proj(product)
         return result
 
     return forward

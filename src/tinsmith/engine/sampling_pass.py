@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tinsmith.engine.attention import PassLayout
 from tinsmith.engine.block_pool import BLOCK_TOKENS
-from tinsmith.engine.cached_attention import CachedChunk, CachePlan, plan_chunks, plan_decode
+from tinsmith.engine.cache_plan import CachePlan, DecodeRows
+from tinsmith.engine.cached_attention import CachedChunk, plan_chunks
 from tinsmith.engine.decode_batch import DecodeBatch
 from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.lora import LoraWeights, Segment
@@ -60,14 +61,14 @@ def pack_pass(
         ],
         device=device,
     )
+    decode = None
     if len(slots_B):
-        tiles += plan_decode(
-            num_chunk_rows, cached_B + 1, batch.table_SM[slots_B], bytes_per_token=cache.key_bytes, device=device
-        )
+        table_BM = batch.table_SM[slots_B]
+        decode = DecodeRows(num_chunk_rows, cached_B + 1, table_BM, batch.groups(slots_B), cache.key_bytes, device)
     layout = PassLayout(
         blocks=plan_blocks(fresh, device) if fresh else (),
         cache=cache,
-        plan=CachePlan(torch.from_numpy(slots_T).to(device), tuple(tiles), not chunks and len(tiles) == 1),
+        plan=CachePlan(torch.from_numpy(slots_T).to(device), tiles, decode),
     )
     runs = [(c.prefill.request.weights, c.length) for c in ordered] + batch.runs(slots_B)
     return PackedPass(

@@ -37,8 +37,8 @@ class Request:
 
     @property
     def adapter(self) -> int:
-        """Equal for equal weights, 0 for the base model."""
-        return 0 if self.weights is None else id(self.weights)
+        """Equal for equal weights, 0 for the base model; equal ranks lie next to each other."""
+        return 0 if self.weights is None else (self.weights.layout.spec.rank << 48) | (id(self.weights) & (2**48 - 1))
 
     def response(self) -> SampleResponse:
         scores = self.scores
