@@ -47,7 +47,7 @@ class CustomLosses:
 
     def attach(self, request: ModelRequest, session_id: str) -> ModelRequest:
         """A training request that names an uploaded loss, with that loss; `Rejected` if it cannot be found."""
-        if not isinstance(request, ForwardBackward) or request.loss_fn != CUSTOM:
+        if not isinstance(request, ForwardBackward) or request.loss_fn != CUSTOM or request.custom_loss is not None:
             return request
         try:
             return replace(request, custom_loss=self._find(session_id, request.loss_fn_config))

@@ -19,6 +19,7 @@ from tinsmith.control.records import CheckpointRow, RunRow
 from tinsmith.control.registry import RUNS, SAMPLERS, Registry
 from tinsmith.control.requests import (
     ApplyOptimizer,
+    Deferred,
     ForwardBackward,
     LoadState,
     Rejected,
@@ -113,7 +114,7 @@ class Executor:
             case UnloadModel():
                 self.end_model(model, ModelEnded(f"model {model.model_id!r} was unloaded"))
                 return model.model_id
-            case ForwardBackward() | ApplyOptimizer() | Rejected():
+            case ForwardBackward() | ApplyOptimizer() | Deferred() | Rejected():
                 raise AssertionError(f"{type(operation).__name__} is not performed alone")
 
     # ---- the life of a model ----

@@ -36,6 +36,10 @@ class Outcome:
     request_type: RequestType
     result: Any = None
     error: TinsmithError | None = None
+    subject: str | None = None
+    """The model or sampler that was asked."""
+    context: Any = field(default=None, compare=False)
+    """What the dialect that submitted the request wanted to have back with its end; control does not look at it."""
     encoded: dict[str, bytes] = field(default_factory=dict, compare=False)
     """A place for the server to keep encodings of the result."""
 
@@ -61,6 +65,8 @@ class _Promise:
     fingerprint: bytes
     on_poll: Callable[[], Pending] | None
     session_id: str | None
+    subject: str | None = None
+    context: Any = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
     outcome: Outcome | None = None
     num_bytes: int = 0
@@ -114,10 +120,12 @@ class FutureStore:
         fingerprint: bytes = b"",
         on_poll: Callable[[], Pending] | None = None,
         session_id: str | None = None,
+        subject: str | None = None,
+        context: Any = None,
     ) -> str:
         """A new request id. `on_poll` is asked what an unfinished request waits for."""
         request_id = self._ids.request_id()
-        self._promises[request_id] = _Promise(request_type, key, fingerprint, on_poll, session_id)
+        self._promises[request_id] = _Promise(request_type, key, fingerprint, on_poll, session_id, subject, context)
         if key is not None:
             self._by_key[key] = request_id
         return request_id
@@ -130,9 +138,9 @@ class FutureStore:
         """As `resolve`, with an error."""
         return self._finish(request_id, None, error)
 
-    def failed(self, request_type: RequestType, error: TinsmithError) -> str:
+    def failed(self, request_type: RequestType, error: TinsmithError, context: Any = None) -> str:
         """The id of a request that fails at once."""
-        request_id = self.open(request_type)
+        request_id = self.open(request_type, context=context)
         self.fail(request_id, error)
         return request_id
 
@@ -178,7 +186,13 @@ class FutureStore:
         promise = self._promises.get(request_id)
         if promise is None or promise.outcome is not None:
             return False
-        promise.outcome = Outcome(request_type=promise.request_type, result=result, error=error)
+        promise.outcome = Outcome(
+            request_type=promise.request_type,
+            result=result,
+            error=error,
+            subject=promise.subject,
+            context=promise.context,
+        )
         promise.num_bytes = result_bytes(result)
         promise.on_poll = None
         promise.done.set()

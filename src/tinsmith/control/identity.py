@@ -65,11 +65,11 @@ class SignedIds:
 
     def request_id(self) -> str:
         body = self._boot + next(self._counter).to_bytes(_COUNTER_BYTES, "big")
-        return f"req-{body.hex()}{self._mac(body).hex()}"
+        return f"future_{body.hex()}{self._mac(body).hex()}"
 
     def issued(self, request_id: str) -> bool:
-        prefix, _, digits = request_id.partition("-")
-        if prefix != "req" or len(digits) != 2 * (_BOOT_BYTES + _COUNTER_BYTES + _MAC_BYTES):
+        prefix, _, digits = request_id.partition("_")
+        if prefix != "future" or len(digits) != 2 * (_BOOT_BYTES + _COUNTER_BYTES + _MAC_BYTES):
             return False
         try:
             raw = bytes.fromhex(digits)

@@ -13,6 +13,7 @@ from tinsmith.control.queues import ModelQueue
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.requests import (
     ApplyOptimizer,
+    Deferred,
     ForwardBackward,
     LoadState,
     ModelRequest,
@@ -45,7 +46,7 @@ class Creation:
     optimizer: bool = False
 
 
-ModelOperation: TypeAlias = Creation | ModelRequest
+ModelOperation: TypeAlias = Creation | ModelRequest | Deferred
 
 REQUEST_TYPES: dict[type, RequestType] = {
     Creation: "CreateModel",
@@ -96,6 +97,8 @@ class Model:
     end: TinsmithError | None = None
     lora: LoraSpec | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    orders_by_arrival: bool = False
+    """Its requests come without numbers, and one with a number is refused."""
     queue: ModelQueue[Work] = field(default_factory=ModelQueue)
     pending_tokens: int = 0
     running: set[str] = field(default_factory=set)

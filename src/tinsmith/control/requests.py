@@ -20,6 +20,10 @@ class NewSession:
     sdk_version: str = ""
     project_id: str | None = None
     display_name: str | None = None
+    timeout_s: float | None = None
+    """Silence after which the session ends; `None` takes the server's."""
+    orders_by_arrival: bool = False
+    """Whether requests of its models come without numbers and are done in the order they arrive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +118,13 @@ class UnloadModel:
 
     model_id: str
     seq_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deferred:
+    """A training request that has its turn already and gets its data later."""
+
+    model_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

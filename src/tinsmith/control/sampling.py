@@ -176,7 +176,9 @@ class Sampling:
         self._check_room()
         sampler = self._samplers.get(sampler_id)
         session_id = None if sampler is None else sampler.session_id
-        request_id = self._futures.open("Sample", key=key, fingerprint=fingerprint, session_id=session_id)
+        request_id = self._futures.open(
+            "Sample", key=key, fingerprint=fingerprint, session_id=session_id, subject=sampler_id
+        )
         try:
             self._begin(request_id, request)
         except TinsmithError as error:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from tinsmith.control import records
 from tinsmith.control.catalogue import Catalogue
@@ -16,9 +17,10 @@ from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
-from tinsmith.control.futures import FutureStore, Outcome, Pending
+from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
 from tinsmith.control.janitor import Janitor
+from tinsmith.control.jobs import Jobs
 from tinsmith.control.records import SessionRow
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.requests import (
@@ -26,6 +28,7 @@ from tinsmith.control.requests import (
     CreateModel,
     CreateModelFromCheckpoint,
     DrawSamples,
+    ForwardBackward,
     ModelRequest,
     NewSession,
     SampleRequest,
@@ -143,6 +146,7 @@ class Control:
             ids=ids,
             max_pending=settings.max_pending_samples,
         )
+        self._jobs = Jobs(self._futures)
         self._catalogue = Catalogue(
             registry=self._registry, checkpoints=self._checkpoints, training=self._training, clock=clock
         )
@@ -174,6 +178,7 @@ class Control:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._training.drain()
         await self._sampling.close()
+        await self._jobs.close()
         await self._engines.close()
         await self._training.drain()
         self._training.close()
@@ -226,7 +231,12 @@ class Control:
             display_name=request.display_name,
         )
         await self._registry.write(lambda c: records.insert(c, SESSIONS, row))
-        self._sessions.add(row.session_id, self._clock.monotonic())
+        self._sessions.add(
+            row.session_id,
+            self._clock.monotonic(),
+            timeout_s=request.timeout_s,
+            orders_by_arrival=request.orders_by_arrival,
+        )
         return row.session_id
 
     def heartbeat(self, session_id: str) -> None:
@@ -252,8 +262,7 @@ class Control:
         return session
 
     def _end_silent_sessions(self) -> None:
-        timeout_s = self._settings.session_timeout_s
-        for session in self._sessions.silent(self._clock.monotonic(), timeout_s):
+        for session, timeout_s in self._sessions.silent(self._clock.monotonic(), self._settings.session_timeout_s):
             self._end(session, "interrupted", f"no heartbeat for {timeout_s:g} s", drop=True)
 
     def _end(self, session: Session, reason: FinishReason, detail: str | None, *, drop: bool) -> None:
@@ -281,8 +290,9 @@ class Control:
 
     # ---- models and training ----
 
-    async def create_model(self, request: CreateModel) -> Submission:
-        return self._training.create(request)
+    async def create_model(self, request: CreateModel, *, context: Any = None) -> Submission:
+        """`context` comes back with the future's outcome, here and below."""
+        return self._training.create(request, context)
 
     async def create_model_from_checkpoint(self, request: CreateModelFromCheckpoint) -> Submission:
         """The future's request type is `LoadWeights`, as the client that created it so expects."""
@@ -292,12 +302,33 @@ class Control:
         """Keep a loss for the life of its session; the future's result is its id."""
         return self._custom_losses.create(request, fingerprint)
 
-    def submit(self, request: ModelRequest, fingerprint: bytes) -> Submission:
+    def submit(self, request: ModelRequest, fingerprint: bytes, *, context: Any = None) -> Submission:
         """Queue in the model's order. `fingerprint` is a hash of the payload: the same again is the same request.
 
         A `seq_id` of `None` or below 1 takes the next number. Raises `Overloaded` if the model's queue is full.
         """
-        return self._training.submit(request, fingerprint)
+        return self._training.submit(request, fingerprint, context)
+
+    def submit_deferred(
+        self, model_id: str, prepare: Callable[[], Awaitable[ForwardBackward]], *, context: Any = None
+    ) -> Submission:
+        """Take a training request's turn now and complete it later by `prepare`, whose errors fail its future.
+
+        Raises `Overloaded` if the model's queue is full.
+        """
+        return self._training.submit_deferred(model_id, prepare, context)
+
+    def start_job(
+        self,
+        request_type: RequestType,
+        work: Coroutine[Any, Any, Any],
+        *,
+        session_id: str | None = None,
+        subject: str | None = None,
+        context: Any = None,
+    ) -> str:
+        """A request id whose future ends as `work` does: an answer put together from the answers of other requests."""
+        return self._jobs.start(request_type, work, session_id=session_id, subject=subject, context=context)
 
     def model_info(self, model_id: str) -> GetInfoResponse:
         return self._training.info(model_id)

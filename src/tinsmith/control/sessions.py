@@ -21,6 +21,10 @@ class Session:
     session_id: str
     last_seen: float
     """Monotonic seconds."""
+    timeout_s: float | None = None
+    """Silence after which it ends; `None` takes the server's."""
+    orders_by_arrival: bool = False
+    """Whether requests of its models come without numbers."""
     ended: SessionEnded | None = None
     model_ids: list[str] = field(default_factory=list)
     sampler_ids: list[str] = field(default_factory=list)
@@ -37,9 +41,14 @@ class SessionBook:
     def live(self) -> list[Session]:
         return list(self._live.values())
 
-    def add(self, session_id: str, now: float) -> Session:
-        self._live[session_id] = Session(session_id=session_id, last_seen=now)
-        return self._live[session_id]
+    def add(
+        self, session_id: str, now: float, *, timeout_s: float | None = None, orders_by_arrival: bool = False
+    ) -> Session:
+        session = Session(
+            session_id=session_id, last_seen=now, timeout_s=timeout_s, orders_by_arrival=orders_by_arrival
+        )
+        self._live[session_id] = session
+        return session
 
     def find(self, session_id: str) -> Session | None:
         return self._live.get(session_id) or self._ended.get(session_id)
@@ -57,8 +66,10 @@ class SessionBook:
         if (session := self._live.get(session_id)) is not None:
             session.last_seen = now
 
-    def silent(self, now: float, timeout_s: float) -> list[Session]:
-        return [session for session in self._live.values() if now - session.last_seen >= timeout_s]
+    def silent(self, now: float, timeout_s: float) -> list[tuple[Session, float]]:
+        """Sessions that were silent for as long as they may, and how long that is; `timeout_s` unless they differ."""
+        limits = ((session, session.timeout_s or timeout_s) for session in self._live.values())
+        return [(session, limit_s) for session, limit_s in limits if now - session.last_seen >= limit_s]
 
     def end(self, session: Session, error: SessionEnded) -> list[Session]:
         """The sessions that are forgotten for it."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -25,6 +26,8 @@ from tinsmith.control.registry import Registry
 from tinsmith.control.requests import (
     CreateModel,
     CreateModelFromCheckpoint,
+    Deferred,
+    ForwardBackward,
     ModelRequest,
     Rejected,
     Submission,
@@ -99,14 +102,14 @@ class Training:
 
     # ---- creation ----
 
-    def create(self, request: CreateModel) -> Submission:
+    def create(self, request: CreateModel, context: Any = None) -> Submission:
         def plan() -> tuple[EngineSlot, Creation]:
             slot = self._engines.resolve(request.base_model)
             check_optimizer_type(request.optimizer_type)
             lora = lora_spec(request.lora_config, request.alpha, slot.card, self._ids.seed)
             return slot, Creation(lora=lora)
 
-        return self._admit_model(request, "CreateModel", plan)
+        return self._admit_model(request, "CreateModel", plan, context)
 
     async def create_from_checkpoint(self, request: CreateModelFromCheckpoint) -> Submission:
         found: CheckpointRow | TinsmithError
@@ -132,6 +135,7 @@ class Training:
         request: CreateModel | CreateModelFromCheckpoint,
         request_type: RequestType,
         plan: Callable[[], tuple[EngineSlot, Creation]],
+        context: Any = None,
     ) -> Submission:
         """Idempotent on (session, model_seq_id). A model whose plan fails is remembered as ended."""
         session_id, model_seq_id = request.session_id, request.model_seq_id
@@ -144,12 +148,25 @@ class Training:
             session = self._sessions.get_live(session_id)
             self._check_new_model(model_id, model_seq_id)
         except TinsmithError as error:
-            return Submission(request_id=self._futures.failed(request_type, error), model_id=model_id)
+            return Submission(request_id=self._futures.failed(request_type, error, context), model_id=model_id)
         session.last_seen = self._clock.monotonic()
         session.model_ids.append(model_id)
-        model = Model(model_id=model_id, session_id=session_id, slot=None, user_metadata=request.user_metadata)
+        model = Model(
+            model_id=model_id,
+            session_id=session_id,
+            slot=None,
+            user_metadata=request.user_metadata,
+            orders_by_arrival=session.orders_by_arrival,
+        )
         self._models[model_id] = model
-        request_id = self._futures.open(request_type, key=key, fingerprint=fingerprint, session_id=session_id)
+        request_id = self._futures.open(
+            request_type,
+            key=key,
+            fingerprint=fingerprint,
+            session_id=session_id,
+            subject=model_id,
+            context=context,
+        )
         try:
             slot, creation = plan()
         except TinsmithError as error:
@@ -176,12 +193,13 @@ class Training:
 
     # ---- requests ----
 
-    def submit(self, request: ModelRequest, fingerprint: bytes) -> Submission:
+    def submit(self, request: ModelRequest, fingerprint: bytes, context: Any = None) -> Submission:
         """Raises `Overloaded` if the model's queue is full; every other error travels through the future."""
         request_type, model_id = REQUEST_TYPES[type(request)], request.model_id
         model = self._models.get(model_id)
         if model is None:
-            return Submission(request_id=self._futures.failed(request_type, self._unknown(model_id)), model_id=model_id)
+            failed = self._futures.failed(request_type, self._unknown(model_id), context)
+            return Submission(request_id=failed, model_id=model_id)
         is_numbered = request.seq_id is not None and request.seq_id > 0
         seq = request.seq_id if is_numbered and request.seq_id is not None else model.queue.free_seq
         key, num_tokens = ("seq", model_id, seq), num_train_tokens(request)
@@ -190,21 +208,72 @@ class Training:
             if known is not None:
                 return Submission(request_id=known, model_id=model_id)
             _check_takes_requests(model)
+            _check_order(model, seq if is_numbered else None)
             model.queue.check(seq)
         except TinsmithError as error:
-            return Submission(request_id=self._futures.failed(request_type, error), model_id=model_id)
+            return Submission(request_id=self._futures.failed(request_type, error, context), model_id=model_id)
         self._check_room(model, seq, num_tokens)
         request = self._custom_losses.attach(request, model.session_id)
         request_id = self._futures.open(
-            request_type, key=key, fingerprint=fingerprint, on_poll=model.pending, session_id=model.session_id
+            request_type,
+            key=key,
+            fingerprint=fingerprint,
+            on_poll=model.pending,
+            session_id=model.session_id,
+            subject=model_id,
+            context=context,
         )
         work = Work(request_id, request, num_tokens)
-        model.queue.push(seq, work, self._clock.monotonic())
-        model.pending_tokens += num_tokens
-        model.last_request_at, model.is_dirty = self._clock.time(), True
-        self._sessions.touch(model.session_id, self._clock.monotonic())
+        self._enqueue(model, seq, work)
         self._check(model, work, request)
         return Submission(request_id=request_id, model_id=model_id)
+
+    def _enqueue(self, model: Model, seq: int, work: Work) -> None:
+        model.queue.push(seq, work, self._clock.monotonic())
+        model.pending_tokens += work.num_tokens
+        model.last_request_at, model.is_dirty = self._clock.time(), True
+        self._sessions.touch(model.session_id, self._clock.monotonic())
+
+    def submit_deferred(
+        self, model_id: str, prepare: Callable[[], Awaitable[ForwardBackward]], context: Any = None
+    ) -> Submission:
+        """Give the next number to a training request that `prepare` will complete; what comes later waits behind it.
+
+        What `prepare` raises fails the request's future. Raises `Overloaded` if the model's queue is full.
+        """
+        model = self._models.get(model_id)
+        try:
+            if model is None:
+                raise self._unknown(model_id)
+            _check_takes_requests(model)
+        except TinsmithError as error:
+            return Submission(request_id=self._futures.failed("ForwardBackward", error, context), model_id=model_id)
+        seq = model.queue.free_seq
+        self._check_room(model, seq, 0)
+        request_id = self._futures.open(
+            "ForwardBackward", on_poll=model.pending, session_id=model.session_id, subject=model_id, context=context
+        )
+        work = Work(request_id, Deferred(model_id=model_id), is_checked=False)
+        self._enqueue(model, seq, work)
+        self._start_check(self._prepare(model, work, prepare))
+        return Submission(request_id=request_id, model_id=model_id)
+
+    async def _prepare(self, model: Model, work: Work, prepare: Callable[[], Awaitable[ForwardBackward]]) -> None:
+        try:
+            request = await prepare()
+        except TinsmithError as error:
+            self._settle_check(model, work, error)
+            return
+        except Exception as error:
+            logger.exception("a training request could not be prepared")
+            fault = ServerError(f"internal error: {error!r}; the server's log has the details")
+            self._settle_check(model, work, fault)
+            return
+        if model.status is ModelStatus.ENDED:  # the future has failed with the model
+            return
+        work.operation, work.num_tokens = request, num_train_tokens(request)
+        model.pending_tokens += work.num_tokens
+        self._check(model, work, request)
 
     def _check_room(self, model: Model, seq: int, num_tokens: int) -> None:
         """The request that others wait for is always let in: else a full queue could never empty."""
@@ -226,7 +295,10 @@ class Training:
             self._settle_check(model, work, self._find_fault(request, model))
             return
         work.is_checked = False
-        task = asyncio.create_task(self._check_aside(model, work, request))
+        self._start_check(self._check_aside(model, work, request))
+
+    def _start_check(self, check: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(check)
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)
 
@@ -377,6 +449,14 @@ def _check_takes_requests(model: Model) -> None:
         raise model.end
     if not model.takes_requests:
         raise ModelEnded(f"model {model.model_id!r} takes no more requests: its session was finished")
+
+
+def _check_order(model: Model, seq_id: int | None) -> None:
+    if model.orders_by_arrival and seq_id is not None:
+        raise InvalidInput(
+            f"model {model.model_id!r} was made by add_lora and does its requests in the order of their arrival; a "
+            f"request with seq_id {seq_id} cannot join them. Create a model of your own with create_model"
+        )
 
 
 def _slot(model: Model) -> EngineSlot:
