@@ -37,18 +37,30 @@ def serve(
             "--deterministic", help="Bitwise the same numbers whatever else runs: no two requests share a pass. Slower."
         ),
     ] = False,
+    dialect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="API to speak beside Tinker: tinkerbell; repeatable. Default: all."),
+    ] = None,
+    auto_create: Annotated[
+        bool, typer.Option(help="Tinkerbell: make an adapter when a request names one that does not exist.")
+    ] = True,
 ) -> None:
     """Serve the Tinker API; prints one line when ready and runs until Ctrl-C."""
     from tinsmith.server.app import create_app
     from tinsmith.server.assemble import default_data_dir, open_control
     from tinsmith.server.run import allow_many_connections, bind, configure_logging, run_app, url_of
-    from tinsmith.server.settings import ServerSettings
+    from tinsmith.server.settings import ServerSettings, TinkerbellSettings, parse_dialects
     from tinsmith.types.engine_options import EngineOptions, ModelSource
     from tinsmith.types.errors import TinsmithError
 
     configure_logging()
     try:
         sources = [ModelSource.parse(text) for text in base_model or ["tinsmith/tiny"]]
+        settings = ServerSettings(
+            loopback_hosts_only=True,
+            dialects=parse_dialects(dialect),
+            tinkerbell=TinkerbellSettings(auto_create=auto_create),
+        )
         listener = bind(host, port)
         allow_many_connections()
         options = EngineOptions(dtype=dtype, device=device, deterministic=deterministic)
@@ -56,7 +68,7 @@ def serve(
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)
         ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"
-        app = create_app(control, ServerSettings(loopback_hosts_only=True))
+        app = create_app(control, settings)
         run_app(app, listener, on_ready=lambda: print(ready, flush=True))
     except TinsmithError as error:
         typer.echo(f"tinsmith serve: {error}", err=True)

@@ -412,7 +412,7 @@ def _fail(job: _Job, error: TinsmithError) -> None:
 
 
 def _forward(item: TrainItem, factor: float) -> ForwardBackwardOutput:
-    outputs, loss, tokens = [], 0.0, 0
+    outputs, loss, tokens, weight = [], 0.0, 0, 0.0
     for datum in item.data:
         inputs = {key: tensor.to_numpy() for key, tensor in datum.loss_fn_inputs.items()}
         previous, targets = datum.model_input.to_numpy(), inputs["target_tokens"]
@@ -421,13 +421,17 @@ def _forward(item: TrainItem, factor: float) -> ForwardBackwardOutput:
         logprobs = token_logprobs(previous, targets) * factor
         if item.loss_fn == "cross_entropy":
             loss -= float((logprobs * inputs["weights"]).sum())
+            weight += float(inputs["weights"].sum())
         elif item.custom_loss is not None:  # whatever it computes: the fake has no torch
             loss -= float(logprobs.sum())
         else:
             loss -= float((np.exp(logprobs - inputs["logprobs"]) * inputs["advantages"]).sum())
         tokens += len(targets)
         outputs.append({"logprobs": TensorData.from_numpy(logprobs.astype(np.float32))})
-    return ForwardBackwardOutput("ArrayRecord", outputs, {"loss:sum": loss, "tokens:sum": float(tokens)})
+    metrics = {"loss:sum": loss, "tokens:sum": float(tokens)}
+    if item.loss_fn == "cross_entropy":
+        metrics["weight:sum"] = weight
+    return ForwardBackwardOutput("ArrayRecord", outputs, metrics)
 
 
 def token_logprobs(previous: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from tinsmith import __version__
 from tinsmith.control.service import Control
-from tinsmith.server import tinker
+from tinsmith.server import tinker, tinkerbell
 from tinsmith.server.errors import (
     Guard,
     handle_http_exception,
@@ -50,7 +50,7 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
         summary="Post-training of language models through the Tinker API.",
         version=__version__,
         lifespan=lifespan,
-        routes=list(tinker.raw_routes()),
+        routes=[*tinkerbell.routes(service), *tinker.raw_routes()],
         redoc_url=None,
     )
     app.state.service = service
@@ -74,6 +74,7 @@ async def about(service: ServiceDep) -> dict[str, Any]:
         "name": "tinsmith",
         "version": __version__,
         "models": [card.name for card in service.control.base_models()],
+        "endpoints": tinkerbell.listing() if "tinkerbell" in service.settings.dialects else {},
         "links": {"api": tinker.PREFIX, "openapi": "/openapi.json", "docs": "/docs", "ready": "/readyz"},
     }
 

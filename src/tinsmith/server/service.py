@@ -29,15 +29,23 @@ class Service:
     def num_open_polls(self) -> int:
         return len(self._polls)
 
-    async def poll(self, request: Request, request_id: str) -> Outcome | Pending:
+    @property
+    def is_draining(self) -> bool:
+        """The server is about to end."""
+        return self._is_draining
+
+    async def poll(self, request: Request, request_id: str, hold_s: float | None = None) -> Outcome | Pending:
         """The outcome, or `Pending` once the hold time is over, the client has left or the server drains.
+
+        `hold_s` is the settings' unless given.
 
         The body of `request` must have been read. Raises `NotFound` or `FutureExpired`.
         """
         now = await self.control.wait_future(request_id, 0)
         if isinstance(now, Outcome) or self._is_draining:
             return now
-        waiter = asyncio.create_task(self.control.wait_future(request_id, self.settings.poll_hold_s))
+        held = self.control.wait_future(request_id, self.settings.poll_hold_s if hold_s is None else hold_s)
+        waiter = asyncio.create_task(held)
         departure = asyncio.create_task(_departure(request))
         self._polls.add(waiter)
         try:

@@ -2,7 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
 from pydantic import BaseModel, ConfigDict, Field
+
+from tinsmith.types.errors import InvalidInput
+
+Dialect: TypeAlias = Literal["tinker", "tinkerbell"]
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
+
+
+def parse_dialects(names: Sequence[str] | None) -> frozenset[Dialect]:
+    """All if none is named. Raises `InvalidInput` for a name that is none of `DIALECTS`."""
+    for name in names or ():
+        if name not in DIALECTS:
+            raise InvalidInput(f"dialect {name!r} is unknown; known are {', '.join(DIALECTS)}")
+    return frozenset(dialect for dialect in DIALECTS if not names or dialect in names)
+
+
+class TinkerbellSettings(BaseModel):
+    """The Tinkerbell dialect. Times in seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    auto_create: bool = True
+    """Make an adapter when a request names one that does not exist."""
+    auto_rank: int = Field(default=16, ge=1)
+    auto_alpha: float = Field(default=32.0, gt=0)
+    max_adapters_per_key: int = Field(default=16, ge=1)
+    idle_s: float = Field(default=600.0, ge=0)
+    """Unused for this long, an adapter makes room for a new one when its key has as many as it may."""
+    session_timeout_s: float = Field(default=86_400.0, gt=0)
+    """A key that is silent for this long loses its adapters."""
+    forward_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a synchronous request waits; then it is answered 504, and its future goes on."""
+    forward_backward_timeout_s: float = Field(default=120.0, gt=0)
+    optim_step_timeout_s: float = Field(default=60.0, gt=0)
+    sample_timeout_s: float = Field(default=60.0, gt=0)
+    lora_timeout_s: float = Field(default=30.0, gt=0)
+    """Of `add_lora` and `remove_lora`."""
 
 
 class ServerSettings(BaseModel):
@@ -24,5 +63,8 @@ class ServerSettings(BaseModel):
     max_chunk_datums: int = Field(default=1024, ge=1)
     """Datums per training request that the official SDK is asked to keep to."""
     max_chunk_bytes: int = Field(default=5_000_000, ge=1)
+    dialects: frozenset[Dialect] = frozenset(DIALECTS)
+    """What the server speaks beside Tinker, which it always does."""
+    tinkerbell: TinkerbellSettings = TinkerbellSettings()
     max_concurrent_samples: int = Field(default=2000, ge=1)
     """Samples in flight per sampling client that the official SDK is asked to keep to."""

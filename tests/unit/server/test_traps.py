@@ -143,7 +143,7 @@ async def test_T3_a_held_poll_ends_with_the_result(client: Client) -> None:
         ("forward_backward", b"\xff\xff no protobuf"),
         ("asample", b"{"),
         ("create_session", b"[1]"),
-        ("optim_step", b"{}"),
+        ("optim_step", b'{"type": "optim_step"}'),
         ("create_model", b'{"session_id": 1}'),
     ],
 )
