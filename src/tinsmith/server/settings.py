@@ -30,8 +30,8 @@ class TinkerbellSettings(BaseModel):
     """Make an adapter when a request names one that does not exist."""
     auto_rank: int = Field(default=16, ge=1)
     auto_alpha: float = Field(default=32.0, gt=0)
-    max_adapters_per_key: int = Field(default=16, ge=1)
-    idle_s: float = Field(default=600.0, ge=0)
+    max_adapters_per_key: int = Field(default=32, ge=1)
+    idle_s: float = Field(default=120.0, ge=0)
     """Unused for this long, an adapter makes room for a new one when its key has as many as it may."""
     session_timeout_s: float = Field(default=86_400.0, gt=0)
     """A key that is silent for this long loses its adapters."""

@@ -18,7 +18,7 @@ from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
 from tinsmith.server.tinkerbell import OPERATIONS
 from tinsmith.types import AdamParams
 from tinsmith.types.errors import InvalidInput, ServerError
-from tinsmith.types.operations import CreateAdapter, OptimStep, PublishSnapshot, TrainBatch, TrainItem
+from tinsmith.types.operations import CreateAdapter, OptimStep, PublishSnapshot, TrainItem
 
 pytestmark = pytest.mark.anyio
 
@@ -68,8 +68,7 @@ class Bell:
 
     @property
     def trained(self) -> list[TrainItem]:
-        batches = [operation for operation in self.engine.operations if isinstance(operation, TrainBatch)]
-        return [item for batch in batches for item in batch.items]
+        return [operation for operation in self.engine.operations if isinstance(operation, TrainItem)]
 
 
 OpenBell = Callable[..., AbstractAsyncContextManager[Bell]]
@@ -386,7 +385,7 @@ async def test_TB_10_jobs_of_one_model_keep_their_order(bell: Bell) -> None:
         receipts.append(await bell.ok(path, **body))
     losses = [(await bell.result(receipt)).get("loss") for receipt in receipts]
     kinds = [type(operation).__name__ for operation in bell.engine.operations]
-    assert kinds == ["TrainBatch", "OptimStep"] * 3
+    assert kinds == ["TrainItem", "OptimStep"] * 3
     assert losses[0] > losses[2] > losses[4]
 
 
