@@ -28,6 +28,7 @@ from tinsmith.engine.model_check import (
     reference_of,
     refuse_unknown_layers,
 )
+from tinsmith.engine.packed_weights import PackingBudget
 from tinsmith.engine.precision import multiply_float32_in_bfloat16
 from tinsmith.engine.recomputation import Recomputation
 from tinsmith.engine.self_attention import plan_blocks
@@ -62,7 +63,7 @@ class BaseModel:
         self._model = _load(source, config, self.dtype).to(self.device)
         self._shape = _shape(self._model.config, self._model.num_parameters())
         self._hidden_scale = _logit_scale(self._model.config.get_text_config())
-        self._router = LoraRouter()
+        self._router = LoraRouter(PackingBudget(is_open=not options.deterministic))
         self._pass = CurrentPass()
         self._pass.attach(self._model)
         self.kernels = FusedKernels()

@@ -7,17 +7,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from tinsmith.engine.lora import Segment
 from tinsmith.engine.lora_groups import Part, SegmentPlanner
+from tinsmith.engine.packed_weights import FrozenLinear, PackingBudget
 
 
 @dataclass(slots=True)
 class LoraRouter:
     """The segments of the batch that is passing through the base model now. One per base model."""
 
+    packing: PackingBudget = field(default_factory=PackingBudget)
     _planner: SegmentPlanner = field(default_factory=SegmentPlanner)
     _parts: Sequence[Part] = field(default_factory=tuple)
 
@@ -39,9 +42,16 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self._site = site
         self._router = router
+        self._frozen = FrozenLinear(self.weight, self.bias, router.packing)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self._router.active(self._site)
+        if not torch.is_grad_enabled():
+            x_TI = x.reshape(-1, x.shape[-1])
+            frozen_TO = self._frozen(x_TI)
+            for part in parts:
+                part.add_update(frozen_TO, x_TI, self._site)
+            return frozen_TO.view(*x.shape[:-1], -1)
         if not parts:
             return nn.functional.linear(x, self.weight, self.bias)
         y_TO: Tensor = _SegmentedLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, self._site, parts)
