@@ -39,7 +39,13 @@ def serve(
     ] = False,
     dialect: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="API to speak beside Tinker: tinkerbell; repeatable. Default: all."),
+        typer.Option(
+            metavar="NAME", help="API to speak beside Tinker: tinkerbell, openai, anthropic; repeatable. Default: all."
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keep what the OpenAI and Anthropic routes sample, token for token."),
     ] = None,
     auto_create: Annotated[
         bool, typer.Option(help="Tinkerbell: make an adapter when a request names one that does not exist.")
@@ -60,6 +66,7 @@ def serve(
             loopback_hosts_only=True,
             dialects=parse_dialects(dialect),
             tinkerbell=TinkerbellSettings(auto_create=auto_create),
+            record_folder=record,
         )
         listener = bind(host, port)
         allow_many_connections()

@@ -21,7 +21,7 @@ from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
 from tinsmith.control.janitor import Janitor
 from tinsmith.control.jobs import Jobs
-from tinsmith.control.records import SessionRow
+from tinsmith.control.records import CheckpointRow, SessionRow
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.requests import (
     CreateCustomLoss,
@@ -387,6 +387,10 @@ class Control:
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:
         return await self._catalogue.weights_info(path)
+
+    async def find_checkpoint(self, path: str) -> CheckpointRow:
+        """The current version behind a path. Raises `InvalidInput` for no path, `NotFound` for no checkpoint."""
+        return await self._checkpoints.find(path)
 
     async def delete_checkpoint(self, run_id: str, checkpoint_id: str) -> None:
         """With all its versions. `checkpoint_id` is `<kind>/<name>`. Raises `NotFound`, `InvalidInput`."""

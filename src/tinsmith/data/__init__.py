@@ -9,6 +9,7 @@ from tinsmith.data.errors import DataError, RenderError
 from tinsmith.data.jsonl import ConversationFile, conversation_from_record, read_conversations
 from tinsmith.data.renderer import ChatTemplateRenderer, RenderedConversation, TrainOn
 from tinsmith.data.tokenizers import ChatTokenizer, load_tokenizer
+from tinsmith.data.trajectories import Trajectory, read_trajectories
 
 __all__ = [
     "DEMO_CONVERSATIONS",
@@ -25,11 +26,13 @@ __all__ = [
     "Role",
     "TooLong",
     "TrainOn",
+    "Trajectory",
     "build_dataset",
     "conversation_from_record",
     "epoch_order",
     "hold_out",
     "load_tokenizer",
     "read_conversations",
+    "read_trajectories",
     "to_datum",
 ]

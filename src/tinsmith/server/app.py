@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from tinsmith import __version__
 from tinsmith.control.service import Control
-from tinsmith.server import tinker, tinkerbell
+from tinsmith.server import anthropic, openai, tinker, tinkerbell
 from tinsmith.server.errors import (
     Guard,
     handle_http_exception,
@@ -22,6 +22,8 @@ from tinsmith.server.errors import (
     handle_validation_error,
     json_response,
 )
+from tinsmith.server.hub import routes as hub
+from tinsmith.server.openai import models
 from tinsmith.server.openapi import build_openapi
 from tinsmith.server.service import Service, ServiceDep
 from tinsmith.server.settings import ServerSettings
@@ -57,6 +59,14 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
     app.include_router(_about)
     for router in tinker.routers():
         app.include_router(router, prefix=tinker.PREFIX)
+    if "openai" in settings.dialects:
+        for router in openai.routers():
+            app.include_router(router, prefix=openai.PREFIX)
+    if "anthropic" in settings.dialects:
+        app.include_router(anthropic.router, prefix=anthropic.PREFIX)
+    if {"openai", "anthropic"} & settings.dialects:
+        app.include_router(models.router, prefix=openai.PREFIX)
+    app.include_router(hub.router, prefix=hub.PREFIX)
     app.add_exception_handler(TinsmithError, handle_tinsmith_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)

@@ -34,6 +34,10 @@ class Codecs:
         """`work()`, in a thread if it is about more than a few kilobytes."""
         if size <= self._offload_bytes:
             return work()
+        return await self.offload(work)
+
+    async def offload(self, work: Callable[[], T]) -> T:
+        """`work()`, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def decode(self, request: Request, body: bytes, work: Callable[[], T]) -> T:

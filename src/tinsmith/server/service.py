@@ -1,4 +1,4 @@
-"""What every route needs: control, the settings, the codec threads, and the polls that are open."""
+"""What every route needs: control, settings, codec threads, the desk of the chat dialects, the polls that are open."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from starlette.requests import Request
 from tinsmith.control.futures import Outcome, Pending
 from tinsmith.control.service import Control
 from tinsmith.server.bodies import Codecs
+from tinsmith.server.chat.desk import ChatDesk
+from tinsmith.server.chat.recorder import Recorder
+from tinsmith.server.hub.repositories import Repositories
 from tinsmith.server.settings import ServerSettings
 
 
@@ -21,6 +24,9 @@ class Service:
         self.control = control
         self.settings = settings
         self.codecs = Codecs(threads=settings.codec_threads, offload_bytes=settings.offload_bytes)
+        recorder = None if settings.record_folder is None else Recorder(settings.record_folder)
+        self.chat = ChatDesk(control, self.codecs, recorder)
+        self.repositories = Repositories()
         self._polls: set[asyncio.Task[Any]] = set()
         self._client_numbers = itertools.count(1)
         self._is_draining = False
@@ -65,13 +71,15 @@ class Service:
         return next(self._client_numbers)
 
     def drain(self) -> None:
-        """Answer every open poll with "still pending" and hold no more of them: the server is about to end."""
+        """The server is about to end: answer every open poll with "still pending" and hold no more, end chats."""
         self._is_draining = True
         for waiter in self._polls:
             waiter.cancel()
+        self.chat.drain()
 
     def close(self) -> None:
         self.drain()
+        self.chat.close()
         self.codecs.close()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tinsmith.types.errors import InvalidInput
 
-Dialect: TypeAlias = Literal["tinker", "tinkerbell"]
+Dialect: TypeAlias = Literal["tinker", "tinkerbell", "openai", "anthropic"]
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 
@@ -68,3 +69,5 @@ class ServerSettings(BaseModel):
     tinkerbell: TinkerbellSettings = TinkerbellSettings()
     max_concurrent_samples: int = Field(default=2000, ge=1)
     """Samples in flight per sampling client that the official SDK is asked to keep to."""
+    record_folder: Path | None = None
+    """Where every sample of the chat dialects is recorded, token for token; `None` records nothing."""

@@ -1,0 +1,41 @@
+"""Errors as Anthropic's clients read them: `{"type": "error", "error": {"type", "message"}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import Response
+
+from tinsmith.server.chat.fields import BadField
+from tinsmith.server.chat.routing import DialectRoute
+from tinsmith.server.errors import json_response, status_of
+from tinsmith.types.errors import TinsmithError
+
+OVERLOADED = 529
+_TYPES = {400: "invalid_request_error", 404: "not_found_error", 410: "invalid_request_error", 500: "api_error"}
+
+
+def error_body(error: TinsmithError) -> dict[str, Any]:
+    """With `param`, beyond what Anthropic's own errors tell."""
+    status = error_status(error)
+    kind = "overloaded_error" if status == OVERLOADED else _TYPES[status]
+    fields: dict[str, Any] = {"type": kind, "message": error.message}
+    if isinstance(error, BadField):
+        fields["param"] = error.param
+    return {"type": "error", "error": fields}
+
+
+def error_status(error: TinsmithError) -> int:
+    if isinstance(error, BadField) and error.code == "model_not_found":
+        return 404
+    status = status_of(error)
+    return OVERLOADED if status == 429 else status
+
+
+class AnthropicRoute(DialectRoute):
+    def error_response(self, error: TinsmithError) -> Response:
+        status = error_status(error)
+        headers = {"retry-after": "1"} if status == OVERLOADED else {}
+        if status == 500:
+            headers = {"x-should-retry": "false"}
+        return json_response(error_body(error), status, headers)

@@ -1,0 +1,40 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import Response
+
+from tinsmith.server.chat.fields import BadField
+from tinsmith.server.chat.routing import DialectRoute
+from tinsmith.server.errors import json_response, status_of
+from tinsmith.types.errors import TinsmithError
+
+_TYPES = {429: "rate_limit_error", 500: "server_error"}
+_CODES = {429: "rate_limit_exceeded"}
+
+
+def error_body(error: TinsmithError) -> dict[str, Any]:
+    status = error_status(error)
+    param, code = (error.param, error.code) if isinstance(error, BadField) else (None, None)
+    fields = {
+        "message": error.message,
+        "type": _TYPES.get(status, "invalid_request_error"),
+        "param": param,
+        "code": code or _CODES.get(status),
+    }
+    return {"error": fields}
+
+
+def error_status(error: TinsmithError) -> int:
+    if isinstance(error, BadField) and error.code == "model_not_found":
+        return 404
+    return status_of(error)
+
+
+class OpenAIRoute(DialectRoute):
+    def error_response(self, error: TinsmithError) -> Response:
+        status = error_status(error)
+        headers = {"retry-after": "1"} if status == 429 else {"x-should-retry": "false"} if status == 500 else {}
+        return json_response(error_body(error), status, headers)
