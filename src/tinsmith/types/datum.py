@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
+from tinsmith.types.image_size import image_size
 from tinsmith.types.tensor import TensorData, TensorDtype
 
 
@@ -37,7 +38,32 @@ class ImageChunk(StrictModel):
     format: Literal["png", "jpeg"]
     expected_tokens: int | None = None
     """What the sender believes the picture expands to; advisory."""
+    width: int | None = Field(default=None, exclude=True)
+    """In pixels, like `height`: taken from the picture's own head where that can be read. Neither travels."""
+    height: int | None = Field(default=None, exclude=True)
+    tokens: int | None = Field(default=None, exclude=True)
+    """An older name of `expected_tokens`."""
     type: Literal["image"] = "image"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("format") not in ("png", "jpeg"):
+            return value
+        data = cls._from_base64(value.get("data"))
+        found = image_size(data, value["format"]) if isinstance(data, bytes) else None
+        if found is None:
+            return value
+        for name, true in zip(("width", "height"), found, strict=True):
+            if value.get(name) not in (None, true):
+                raise ValueError(f"{name} is {value[name]!r}, but the picture's own {name} is {true}")
+        return value | {"width": found[0], "height": found[1]}
+
+    @model_validator(mode="after")
+    def _one_count(self) -> ImageChunk:
+        if None not in (self.tokens, self.expected_tokens) and self.tokens != self.expected_tokens:
+            raise ValueError(f"tokens is {self.tokens!r}, but expected_tokens is {self.expected_tokens!r}")
+        return self
 
     @field_validator("data", mode="before")
     @classmethod
@@ -50,9 +76,10 @@ class ImageChunk(StrictModel):
 
     @property
     def length(self) -> int:
-        if self.expected_tokens is None:
+        count = self.tokens if self.expected_tokens is None else self.expected_tokens
+        if count is None:
             raise ValueError("the length of an ImageChunk is known only if expected_tokens is set")
-        return self.expected_tokens
+        return count
 
 
 class ImageAssetPointerChunk(StrictModel):

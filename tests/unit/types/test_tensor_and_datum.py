@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,29 @@ def test_lists_take_the_dtype_of_their_key_and_unknown_keys_are_refused() -> Non
     }
     with pytest.raises(KeyError, match="'mystery'"):
         Datum(ModelInput.empty(), {"mystery": [1]})
+
+
+PNG_3x2 = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x03\0\0\0\x02\x08\x02\0\0\0"
+JPEG_3x2 = b"\xff\xd8\xff\xe0\0\x04\0\0\xff\xff\xc0\0\x0b\x08\0\x02\0\x03\x01\x01\x11\0"
+
+
+@pytest.mark.parametrize(("data", "kind"), [(PNG_3x2, "png"), (JPEG_3x2, "jpeg")])
+def test_row_8_a_pictures_size_is_read_from_its_head_and_does_not_travel(data: bytes, kind: Any) -> None:
+    """The older constructor, with all three, works too."""
+    picture = ImageChunk(data=data, format=kind)
+    assert (picture.width, picture.height, picture.tokens) == (3, 2, None)
+    older = ImageChunk(data=data, format=kind, height=2, width=3, tokens=16)
+    assert older.length == 16
+    assert set(older.model_dump()) == {"data", "format", "expected_tokens", "type"}
+    assert ImageChunk.model_validate_json(picture.model_dump_json()) == picture
+    with pytest.raises(ValueError, match="width is 4, but the picture's own width is 3"):
+        ImageChunk(data=data, format=kind, width=4)
+    with pytest.raises(ValueError, match="tokens is 3, but expected_tokens is 4"):
+        ImageChunk(data=data, format=kind, tokens=3, expected_tokens=4)
+    unread = ImageChunk(data=b"no picture", format=kind, width=7, height=8)
+    assert (unread.width, unread.height) == (7, 8)
+    for length in range(len(data)):
+        ImageChunk(data=data[:length], format=kind)
 
 
 def test_model_input_is_a_value() -> None:

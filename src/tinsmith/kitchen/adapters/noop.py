@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from tinsmith.data import ChatTokenizer, load_tokenizer
-from tinsmith.kitchen.ports import CheckpointPaths, SessionSpec
+from tinsmith.kitchen.ports import CheckpointPaths, SessionSpec, adam_params
 from tinsmith.models import TINY
 from tinsmith.types import (
     AdamParams,
@@ -64,6 +64,12 @@ class NoopPending(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         self.on_read()
         return self.value
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        return self.result(timeout)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.result_async().__await__()
 
 
 @dataclass(slots=True)
@@ -134,7 +140,8 @@ class NoopSession:
     def forward(self, data: Sequence[Datum], loss_fn: str) -> NoopPending[ForwardBackwardOutput]:
         return self._submit("forward", self._output(data, loss_fn))
 
-    def optim_step(self, params: AdamParams) -> NoopPending[OptimStepResponse]:
+    def optim_step(self, params: AdamParams | float) -> NoopPending[OptimStepResponse]:
+        params = adam_params(params)
         self.backend.adam_params.append(params)
         moved = self.weights.after(*self.gradients, params.model_dump_json())
         pending = self._submit("optim_step", OptimStepResponse(metrics={"grad_norm:mean": moved.loss}))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 from tinsmith.data import ChatTokenizer
-from tinsmith.kitchen.ports import CheckpointPaths, Pending, Sampler, SessionSpec, TrainingSession
+from tinsmith.kitchen.ports import CheckpointPaths, Pending, Sampler, SessionSpec, TrainingSession, adam_params
 from tinsmith.types import (
     AdamParams,
     Datum,
@@ -119,8 +120,8 @@ class TinkerSession:
     def forward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]:
         return self.client.forward(list(data), loss_fn)
 
-    def optim_step(self, params: AdamParams) -> Pending[OptimStepResponse]:
-        return self.client.optim_step(params)
+    def optim_step(self, params: AdamParams | float) -> Pending[OptimStepResponse]:
+        return self.client.optim_step(adam_params(params))
 
     def save(self, name: str) -> Pending[CheckpointPaths]:
         return _BothSaved(state=self.client.save_state(name), sampler=self.client.save_weights_for_sampler(name))
@@ -136,6 +137,13 @@ class _BothSaved:
 
     def result(self, timeout: float | None = None) -> CheckpointPaths:
         return CheckpointPaths(state=self.state.result(timeout).path, sampler=self.sampler.result(timeout).path)
+
+    async def result_async(self, timeout: float | None = None) -> CheckpointPaths:
+        async with asyncio.timeout(timeout):
+            return CheckpointPaths(state=(await self.state).path, sampler=(await self.sampler).path)
+
+    def __await__(self) -> Generator[Any, None, CheckpointPaths]:
+        return self.result_async().__await__()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

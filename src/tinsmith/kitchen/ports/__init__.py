@@ -7,6 +7,15 @@ from tinsmith.kitchen.ports.training import (
     SessionSpec,
     TrainingBackend,
     TrainingSession,
+    adam_params,
 )
 
-__all__ = ["CheckpointPaths", "Pending", "Sampler", "SessionSpec", "TrainingBackend", "TrainingSession"]
+__all__ = [
+    "CheckpointPaths",
+    "Pending",
+    "Sampler",
+    "SessionSpec",
+    "TrainingBackend",
+    "TrainingSession",
+    "adam_params",
+]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tinsmith.data import ChatTokenizer
 from tinsmith.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse, SampleResponse, SamplingParams
@@ -13,10 +13,20 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Pending(Protocol[T_co]):
-    """A submitted operation."""
+    """A submitted operation. Wait for it from a thread, or await it in any event loop, as often as you like."""
 
     def result(self, timeout: float | None = None) -> T_co:
         """Wait for it. Raises what the operation failed with; `TimeoutError` after `timeout` seconds."""
+
+    async def result_async(self, timeout: float | None = None) -> T_co:
+        """As `result`, without blocking the running event loop."""
+
+    def __await__(self) -> Generator[Any, None, T_co]: ...
+
+
+def adam_params(params: AdamParams | float) -> AdamParams:
+    """A bare number is a learning rate; the rest are the defaults."""
+    return params if isinstance(params, AdamParams) else AdamParams(learning_rate=params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +75,8 @@ class TrainingSession(Protocol):
 
     def forward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]: ...
 
-    def optim_step(self, params: AdamParams) -> Pending[OptimStepResponse]: ...
+    def optim_step(self, params: AdamParams | float) -> Pending[OptimStepResponse]:
+        """A bare number is a learning rate."""
 
     def save(self, name: str) -> Pending[CheckpointPaths]:
         """Store weights and optimizer as of this point in the order of operations."""
