@@ -170,7 +170,7 @@ def test_prompts_are_short_slices_while_training_waits(qwen_folder: Path, monkey
 # ---- reuse ----
 
 
-@pytest.mark.parametrize("length", [16, 17, 31, 32, 33, 100])
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 31, 32, 33, 100])
 def test_a_repeated_prompt_gives_the_same_and_counts_what_was_reused(qwen_folder: Path, length: int) -> None:
     driver = Driver(qwen_folder)
     operation = sample_operation(prompt_of(length), num_samples=3, max_tokens=20, seed=4)
@@ -179,8 +179,24 @@ def test_a_repeated_prompt_gives_the_same_and_counts_what_was_reused(qwen_folder
     prefilled = driver.engine._sampler.tokens_prefilled
     warm = driver(operation)
     assert_same(cold, warm)
-    assert warm.prompt_cache_hit_tokens == (length - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-    assert driver.engine._sampler.tokens_prefilled - prefilled == length - warm.prompt_cache_hit_tokens
+    assert warm.prompt_cache_hit_tokens == length
+    assert driver.engine._sampler.tokens_prefilled == prefilled
+    other = replace(operation, seed=9, num_samples=5, max_tokens=40)
+    assert_same(Driver(qwen_folder)(other), driver(other))
+    scored = replace(operation, prompt_logprobs=True)
+    assert_same(Driver(qwen_folder)(scored), driver(scored))
+
+
+def test_a_prompt_that_ends_inside_anothers_block_is_kept_by_itself(driver: Driver) -> None:
+    prompt = prompt_of(60)
+    driver.sample(prompt, max_tokens=30)
+    shorter = driver.sample(prompt[:55], max_tokens=30, seed=1)
+    assert shorter.prompt_cache_hit_tokens == 48
+    for seed, length in ((2, 60), (3, 55)):
+        operation = sample_operation(prompt[:length], seed=seed, max_tokens=30, num_samples=2)
+        again = driver(operation)
+        assert again.prompt_cache_hit_tokens == length
+        assert_same(Driver(Path(driver.engine.card.source))(operation), again)
 
 
 def test_a_longer_prompt_reuses_its_beginning_and_what_was_drawn_after_it(driver: Driver) -> None:
@@ -195,12 +211,13 @@ def test_a_longer_prompt_reuses_its_beginning_and_what_was_drawn_after_it(driver
     assert other.prompt_cache_hit_tokens == 16
 
 
-def test_requests_of_one_prompt_at_once_compute_it_once(driver: Driver) -> None:
-    prompt = prompt_of(80)
+@pytest.mark.parametrize("length", [7, 80, 90])
+def test_requests_of_one_prompt_at_once_compute_it_once(driver: Driver, length: int) -> None:
+    prompt = prompt_of(length)
     operations = [sample_operation(prompt, seed=n, max_tokens=6) for n in range(8)]
     responses = driver.all(operations)
-    assert [r.prompt_cache_hit_tokens for r in responses] == [0] + [64] * 7
-    assert driver.engine._sampler.tokens_prefilled == 80 + 7 * 16
+    assert [r.prompt_cache_hit_tokens for r in responses] == [0] + [length] * 7
+    assert driver.engine._sampler.tokens_prefilled == length
     for operation, response in zip(operations, responses, strict=True):
         assert_same(Driver(Path(driver.engine.card.source))(operation), response)
 
@@ -228,7 +245,7 @@ def test_two_adapters_and_the_base_never_share_a_prompt(two_adapters: Driver) ->
     together = two_adapters.all(operations)
     assert [r.prompt_cache_hit_tokens for r in together] == [0, 0, 0]
     again = [two_adapters(operation) for operation in operations]
-    assert [r.prompt_cache_hit_tokens for r in again] == [48, 48, 48]
+    assert [r.prompt_cache_hit_tokens for r in again] == [60, 60, 60]
     for cold, warm in zip(together, again, strict=True):
         assert_same(cold, warm)
     logprobs = [r.sequences[0].logprobs_np[0] for r in together]
@@ -239,7 +256,7 @@ def test_snapshots_of_equal_weights_share_and_dropping_the_last_frees_the_blocks
     driver, prompt = two_adapters, prompt_of(60)
     driver(PublishSnapshot(model_id="a", snapshot_id="a2"))
     driver.sample(prompt, snapshot_id="a")
-    assert driver.sample(prompt, snapshot_id="a2").prompt_cache_hit_tokens == 48
+    assert driver.sample(prompt, snapshot_id="a2").prompt_cache_hit_tokens == 60
     kept = pool(driver).num_kept
     driver(DropSnapshot(snapshot_id="a"))
     assert pool(driver).num_kept == kept
@@ -271,6 +288,23 @@ def test_eviction_and_preemption_change_nothing_but_time(qwen_folder: Path, num_
     assert not tight.engine.has_work
 
 
+@pytest.mark.parametrize("num_blocks", [11, 17, 40])
+def test_repeated_prompts_in_a_tiny_cache_keep_their_results(qwen_folder: Path, num_blocks: int) -> None:
+    operations = [
+        sample_operation(prompt_of(n % 70 + 2, seed=n % 5), seed=n, max_tokens=60, num_samples=n % 4 + 1)
+        for n in (0, 15, 30, 45, 60, 30, 45, 14, 15, 0, 3, 60)
+    ]
+    expected = Driver(qwen_folder).all(operations)
+    tight = Driver(qwen_folder, max_decode_batch=6)
+    shrink(tight, num_blocks)
+    for _ in range(3):
+        for one, other in zip(expected, tight.all(operations), strict=True):
+            assert_same(one, other)
+    assert pool(tight).num_free == num_blocks
+    assert sum(pool(tight)._users) == 0
+    assert set(pool(tight)._ends_in) <= set(pool(tight)._idle)
+
+
 def test_adapters_interleaved_in_a_tiny_cache_keep_their_results(two_adapters: Driver, qwen_folder: Path) -> None:
     operations = [
         sample_operation(prompt_of(30, seed=n % 3), snapshot_id=("a", "b", None)[n % 3], seed=n, max_tokens=40)
@@ -285,10 +319,10 @@ def test_adapters_interleaved_in_a_tiny_cache_keep_their_results(two_adapters: D
 
 def test_the_longest_unused_prompt_goes_first(qwen_folder: Path) -> None:
     driver = Driver(qwen_folder)
-    shrink(driver, 6)
+    shrink(driver, 8)
     prompts = [prompt_of(33, seed=n) for n in range(3)]
     hits = [driver.sample(prompts[n], max_tokens=1).prompt_cache_hit_tokens for n in (0, 1, 0, 2, 0, 1)]
-    assert hits == [0, 0, 32, 0, 32, 16], "the first block of a prompt outlives its second"
+    assert hits == [0, 0, 33, 0, 33, 16], "the first block of a prompt outlives its second"
 
 
 def test_what_fits_exactly_is_done_and_one_token_more_is_refused(qwen_folder: Path) -> None:

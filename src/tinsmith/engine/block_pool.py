@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 BLOCK_TOKENS = 16
 BASE_OWNER = b"base"
@@ -37,6 +39,24 @@ def block_keys(owner: bytes, tokens: np.ndarray, known: Sequence[bytes] = ()) ->
     return keys
 
 
+def end_key(owner: bytes, tokens: np.ndarray, keys: Sequence[bytes]) -> bytes:
+    """Names where `tokens` end; `keys` are those of their full blocks."""
+    num_before = (len(tokens) - 1) // BLOCK_TOKENS
+    tail = np.ascontiguousarray(tokens[num_before * BLOCK_TOKENS :], dtype="<i8").tobytes()
+    parent = keys[num_before - 1] if num_before else owner
+    return hashlib.blake2b(tail, key=parent, digest_size=_KEY_BYTES, person=b"end").digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptEnd:
+    """What is kept of a prompt's last token, so that the same prompt need not be computed at all."""
+
+    block: int
+    """Holds the last token, and may hold others after it."""
+    hidden_H: Tensor
+    """What the unembedding takes."""
+
+
 class BlockPool:
     """Counts users per block. Block 0 is never lent: tables are padded with it, and it stays zero."""
 
@@ -50,6 +70,9 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._of_owner: dict[bytes, set[int]] = {}
         self._to_zero: list[int] = []
+        self._ends: dict[bytes, PromptEnd] = {}
+        self._ends_in: dict[int, list[bytes]] = {}
+        """Keys of the ends that lie in a block."""
 
     @property
     def num_free(self) -> int:
@@ -99,7 +122,7 @@ class BlockPool:
                 self._writers[block] = _TAINTED
             self._users[block] -= 1
             if self._users[block] == 0:
-                if self._keys[block] is None:
+                if self._keys[block] is None and block not in self._ends_in:
                     self._free.append(block)
                 else:
                     self._idle[block] = None
@@ -140,17 +163,30 @@ class BlockPool:
         self._keys[block] = key
         of_owner.add(block)
 
+    def find_end(self, key: bytes) -> PromptEnd | None:
+        return self._ends.get(key)
+
+    def register_end(self, block: int, key: bytes, owner: bytes, hidden_H: Tensor) -> None:
+        """A prompt of this key ends in this block, which is in use. Ignored if it is known already."""
+        of_owner = self._of_owner.get(owner)
+        if of_owner is None or key in self._ends:
+            return
+        self._ends[key] = PromptEnd(block, hidden_H)
+        self._ends_in.setdefault(block, []).append(key)
+        of_owner.add(block)
+
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
         self._unregister(block)
         return block
 
     def _unregister(self, block: int) -> None:
+        for end in self._ends_in.pop(block, ()):
+            del self._ends[end]
         key = self._keys[block]
-        if key is None:
-            return
-        self._keys[block] = None
-        del self._holders[key]
+        if key is not None:
+            self._keys[block] = None
+            del self._holders[key]
         of_owner = self._of_owner.get(self._writers[block])
         if of_owner is not None:
             of_owner.discard(block)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.base_model import BaseModel
-from tinsmith.engine.block_pool import BASE_OWNER, BLOCK_TOKENS, block_keys, blocks_for
+from tinsmith.engine.block_pool import BASE_OWNER, BLOCK_TOKENS, PromptEnd, block_keys, blocks_for
 from tinsmith.engine.decode_batch import DecodeBatch
 from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.lora import LoraWeights
@@ -72,7 +72,9 @@ class Sampler:
         self._waiting: deque[Pending] = deque()
         self._prefills: list[Prefill] = []
         self._computing: dict[bytes, Prefill] = {}
-        """Keys of blocks that a prefill will have computed soon."""
+        """Keys of blocks, and of prompts' ends, that a prefill will have computed soon."""
+        self._resumed: list[tuple[int, Tensor]] = []
+        """Slots that joined without a prefill, and the hidden state their first token is drawn from."""
         self.tokens_sampled = 0
         self.tokens_prefilled = 0
 
@@ -130,19 +132,21 @@ class Sampler:
     def step(self, *, shared: bool = False) -> None:
         """One pass. `shared`: training waits for the device, so let it be short."""
         self._make_room()
+        slots_B = self._batch.rows()
         budget = self._max_prefill_tokens
         if shared or self._batch.num_running:
             budget = min(budget, _PREFILL_BESIDE_TRAINING if shared else _PREFILL_BESIDE_RUNNING)
         self._admit(budget)
         chunks = self._next_chunks(budget)
-        slots_B = self._batch.rows()
-        if not chunks and not len(slots_B):
+        resumed, self._resumed = self._resumed, []
+        if not chunks and not len(slots_B) and not resumed:
             return
         try:
             with torch.inference_mode():
-                self._compute(chunks, slots_B)
+                self._compute(chunks, slots_B, resumed)
         except (RuntimeError, MemoryError) as error:  # a device fault fails the requests of this pass, not the engine
-            running = (self._batch.sequences[slot] for slot in slots_B.tolist())
+            slots = [*slots_B.tolist(), *(slot for slot, _ in resumed)]
+            running = (self._batch.sequences[slot] for slot in slots)
             requests = [c.prefill.request for c in chunks] + [s.request for s in running if s is not None]
             for request in requests:
                 self._fail(request, ServerError(f"sampling failed on the device: {error}"), tainted=True)
@@ -191,10 +195,14 @@ class Sampler:
             if self._is_on_its_way(pending, len(reused)):
                 passed_over.append(pending)
                 continue
-            count = self._num_that_fit(pending, reused)
+            end = self._known_end(pending, len(reused))
+            count = self._num_that_fit(pending, reused, end)
             if count == 0:
                 self._waiting.appendleft(pending)
                 break
+            if end is not None:
+                self._resume(pending, reused, end, count)
+                continue
             queued += self._begin(pending, reused, count).num_left
         self._waiting.extendleft(reversed(passed_over))
 
@@ -202,20 +210,28 @@ class Sampler:
         """Someone is computing what this one could reuse in a moment."""
         if pending.request.scored_by is not None:
             return True
-        return num_reused < pending.blocks_reusable and pending.keys[num_reused] in self._computing
+        if num_reused < pending.blocks_reusable:
+            return pending.keys[num_reused] in self._computing
+        return pending.is_scored and pending.end_key in self._computing
 
-    def _num_that_fit(self, pending: Pending, reused: list[int]) -> int:
+    def _known_end(self, pending: Pending, num_reused: int) -> PromptEnd | None:
+        """Set if all of the prompt was computed before and is kept."""
+        if not pending.is_scored or num_reused < pending.blocks_reusable:
+            return None
+        return self._pool.find_end(pending.end_key)
+
+    def _num_that_fit(self, pending: Pending, reused: list[int], end: PromptEnd | None) -> int:
         """How many of the sequences can begin now. All running ones may soon want a block, so that many stay free."""
         num_busy = self._batch.num_running + sum(len(p.sequences) for p in self._prefills)
         count = min(len(pending.sequences), self._batch.capacity - num_busy)
-        kept = sum(self._pool.num_users(block) == 0 for block in reused)
+        read = reused if end is None else [*reused, end.block]
+        kept = sum(self._pool.num_users(block) == 0 for block in read)
         spare = self._pool.num_free - kept - num_busy - (blocks_for(len(pending.tokens)) - len(reused))
         return max(0, min(count, spare + 1))
 
     def _begin(self, pending: Pending, reused: list[int], count: int) -> Prefill:
         request, num_tokens = pending.request, len(pending.tokens)
-        if count < len(pending.sequences):
-            self._waiting.appendleft(_pending(pending.sequences[count:]))
+        self._wait_again(pending.sequences[count:])
         self._pool.share(reused)
         num_tails = count - 1 if num_tokens % BLOCK_TOKENS else 0
         fresh = self._pool.take(blocks_for(num_tokens) - len(reused) + num_tails, request.owner)
@@ -232,10 +248,32 @@ class Sampler:
             request.cache_hit_tokens = prefill.num_done
         if request.scores is not None and not request.scores.is_complete:
             request.scored_by = prefill
-        for key in pending.keys[len(reused) :]:
+        for key in [*pending.keys[len(reused) :], *([pending.end_key] if self._pool.is_open(request.owner) else [])]:
             self._computing.setdefault(key, prefill)
         self._prefills.append(prefill)
         return prefill
+
+    def _resume(self, pending: Pending, reused: list[int], end: PromptEnd, count: int) -> None:
+        """Let sequences join whose prompt is in the cache to its last token: nothing of it is computed."""
+        request, num_tokens = pending.request, len(pending.tokens)
+        self._wait_again(pending.sequences[count:])
+        if request.cache_hit_tokens is None:
+            request.cache_hit_tokens = num_tokens
+        self._pool.share([*reused, end.block])
+        tails = self._pool.take(count, request.owner) if num_tokens % BLOCK_TOKENS else []
+        if tails:
+            self._cache.zero_stale()
+            self._cache.copy([end.block] * count, tails)
+        for index, sequence in enumerate(pending.sequences[:count]):
+            shared = reused if tails else [*reused, end.block]
+            self._pool.share(shared)
+            slot = self._batch.join(sequence, shared + tails[index : index + 1], num_tokens)
+            self._resumed.append((slot, end.hidden_H))
+        self._pool.release([*reused, end.block])
+
+    def _wait_again(self, sequences: list[Sequence]) -> None:
+        if sequences:
+            self._waiting.appendleft(_pending(sequences))
 
     def _next_chunks(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -249,18 +287,30 @@ class Sampler:
 
     # ---- the pass ----
 
-    def _compute(self, chunks: list[Chunk], slots_B: np.ndarray) -> None:
-        packed = pack_pass(chunks, self._batch, slots_B, self._cache, self._base.device)
-        self._cache.zero_stale()
-        hidden_TH = self._base.hidden(packed.ids_T, packed.positions_T, packed.segments, packed.layout)
-        self._batch.cached_S[slots_B] += 1
-        self.tokens_prefilled += packed.num_chunk_rows
-        if chunks:
-            self._fail_broken_prompts(packed, hidden_TH)
-            self._score_prompts(packed, hidden_TH)
-        joined, rows = self._end_prefills(packed)
-        slots = np.concatenate([np.array(joined, np.int64), slots_B]) if joined else slots_B
-        rows_B = np.concatenate([np.array(rows, np.int64), packed.num_chunk_rows + np.arange(len(slots_B))])
+    def _compute(self, chunks: list[Chunk], slots_B: np.ndarray, resumed: list[tuple[int, Tensor]]) -> None:
+        joined: list[int] = []
+        rows: list[int] = []
+        hidden = [hidden_H[None] for _, hidden_H in resumed]
+        num_rows = num_chunk_rows = 0
+        if chunks or len(slots_B):
+            packed = pack_pass(chunks, self._batch, slots_B, self._cache, self._base.device)
+            self._cache.zero_stale()
+            hidden_TH = self._base.hidden(packed.ids_T, packed.positions_T, packed.segments, packed.layout)
+            self._batch.cached_S[slots_B] += 1
+            num_rows, num_chunk_rows = len(hidden_TH), packed.num_chunk_rows
+            self.tokens_prefilled += num_chunk_rows
+            if chunks:
+                self._fail_broken_prompts(packed, hidden_TH)
+                self._score_prompts(packed, hidden_TH)
+            joined, rows = self._end_prefills(packed, hidden_TH)
+            hidden.insert(0, hidden_TH)
+        new = np.array([*joined, *(slot for slot, _ in resumed)], np.int64)
+        new_rows = np.array([*rows, *range(num_rows, num_rows + len(resumed))], np.int64)
+        slots = np.concatenate([new, slots_B]) if len(new) else slots_B
+        rows_B = np.concatenate([new_rows, num_chunk_rows + np.arange(len(slots_B))])
+        self._draw_all(slots, rows_B, torch.cat(hidden) if resumed else hidden[0])
+
+    def _draw_all(self, slots: np.ndarray, rows_B: np.ndarray, hidden_TH: Tensor) -> None:
         size = max(1, _LOGITS_AT_ONCE // self._base.head.vocab_size)
         for start in range(0, len(slots), size):
             some = slots[start : start + size] if len(slots) > size else slots
@@ -320,7 +370,7 @@ class Sampler:
         for (_, scores, _, start, end), part in zip(asking, parts, strict=True):
             scores.put_pairs(start, end, part)
 
-    def _end_prefills(self, packed: PackedPass) -> tuple[list[int], list[int]]:
+    def _end_prefills(self, packed: PackedPass, hidden_TH: Tensor) -> tuple[list[int], list[int]]:
         """Note what is computed. Sequences whose prompt is done join the batch: their slots and packed rows."""
         slots: list[int] = []
         rows: list[int] = []
@@ -335,10 +385,12 @@ class Sampler:
             if prefill.num_left:
                 continue
             self._remove_prefill(prefill)
+            last_row = first + chunk.length - 1
+            self._register_end(prefill, hidden_TH[last_row])
             sources.extend([prefill.blocks[-1]] * len(prefill.tails))
             targets.extend(prefill.tails)
             slots.extend(self._join(prefill))
-            rows.extend([first + chunk.length - 1] * len(prefill.sequences))
+            rows.extend([last_row] * len(prefill.sequences))
         if targets:
             self._cache.copy(sources, targets)
         return slots, rows
@@ -359,6 +411,11 @@ class Sampler:
         for index in range(prefill.num_registered, min(prefill.num_done // BLOCK_TOKENS, len(keys))):
             self._pool.register(prefill.blocks[index], keys[index], prefill.request.owner)
         prefill.num_registered = prefill.num_done // BLOCK_TOKENS
+
+    def _register_end(self, prefill: Prefill, hidden_H: Tensor) -> None:
+        owner = prefill.request.owner
+        if self._pool.is_open(owner):
+            self._pool.register_end(prefill.blocks[-1], prefill.pending.end_key, owner, hidden_H.clone())
 
     # ---- drawing and ending ----
 
@@ -457,7 +514,7 @@ class Sampler:
 
     def _remove_prefill(self, prefill: Prefill) -> None:
         self._prefills.remove(prefill)
-        for key in prefill.pending.keys:
+        for key in [*prefill.pending.keys, prefill.pending.end_key]:
             if self._computing.get(key) is prefill:
                 del self._computing[key]
         if prefill.request.scored_by is prefill:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tinsmith.engine.block_pool import BLOCK_TOKENS
+from tinsmith.engine.block_pool import BLOCK_TOKENS, end_key
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.stopping import StopStrings
@@ -86,11 +86,21 @@ class Pending:
     """Of the full blocks of `tokens`."""
 
     @property
+    def end_key(self) -> bytes:
+        return end_key(self.request.owner, self.tokens, self.keys)
+
+    @property
+    def is_scored(self) -> bool:
+        """Nothing is left to be known of the prompt's rows."""
+        scores = self.request.scores
+        return scores is None or scores.is_complete
+
+    @property
     def blocks_reusable(self) -> int:
         """Full blocks that need not be computed if the cache has them: the last row must be, and rows to be scored."""
         scores = self.request.scores
         last = len(self.tokens) - 1
-        if scores is not None and not scores.is_complete:
+        if scores is not None and not self.is_scored:
             last = min(last, scores.next_row)
         return last // BLOCK_TOKENS
 
