@@ -33,8 +33,10 @@ format: $(VENV)/.dev ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## Measure speed and memory; figures go to bench/results/
+bench: $(VENV)/.dev $(TINKER_VENV)/.installed ## Measure speed and memory; figures go to bench/results/
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.compare
+	$(BIN)/python -m bench.wire
 
 docs: $(VENV)/.docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

@@ -90,9 +90,15 @@ class Bench:
     def create(self, model_id: str, rank: int) -> None:
         self.run(CreateAdapter(model_id=model_id, lora=LoraSpec(rank=rank, seed=1)))
 
+    def pass_through(self, work: dict[str, list[Datum]]) -> None:
+        self.run(*_requests(work))
+
     def train(self, work: dict[str, list[Datum]]) -> None:
-        items = [TrainItem(model_id=m, data=tuple(d), loss_fn="cross_entropy") for m, d in work.items()]
-        self.run(*items, *(OptimStep(model_id=m, params=AdamParams()) for m in work))
+        self.run(*_requests(work), *(OptimStep(model_id=m, params=AdamParams()) for m in work))
+
+
+def _requests(work: dict[str, list[Datum]]) -> list[TrainItem]:
+    return [TrainItem(model_id=m, data=tuple(d), loss_fn="cross_entropy") for m, d in work.items()]
 
 
 def training(bench: Bench) -> dict[str, float]:
@@ -261,17 +267,23 @@ def main() -> None:
         make_model(Path(folder), arguments.width)
         bench = Bench(Path(folder), 1 if arguments.quick else 3)
         figures = training(bench) | tenants(bench) | sampling(bench)
+    model = f"Qwen3, {arguments.width} wide, {LAYERS} layers, {VOCAB} vocabulary, random"
+    write_record(f"compare-{arguments.width}", model, figures)
+
+
+def write_record(name: str, model: str, figures: dict[str, float]) -> None:
+    """Keep the figures with the machine described, and print them."""
     rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "model": f"Qwen3, {arguments.width} wide, {LAYERS} layers, {VOCAB} vocabulary, random",
+        "model": model,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[1],
         "figures": rounded,
     }
     slug = re.sub(r"[^a-z0-9]+", "-", str(record["cpu"]).lower()).strip("-")
-    path = RESULTS / f"{record['date']}-compare-{arguments.width}-{slug}.json"
+    path = RESULTS / f"{record['date']}-{name}-{slug}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     width = max(map(len, rounded))
     print("\n".join(f"{name:<{width}}  {value:>10,.4g}" for name, value in rounded.items()))

@@ -136,7 +136,7 @@ def median_s(work: Callable[[], None], repeat: int) -> float:
 
 
 @contextmanager
-def serving(data_dir: Path, dtype: str) -> Iterator[Server]:
+def serving(data_dir: Path, dtype: str, *options: str) -> Iterator[Server]:
     """`tinsmith serve` on a free port of the loopback interface; ended by its own process id."""
     command = [
         sys.executable,
@@ -149,6 +149,7 @@ def serving(data_dir: Path, dtype: str) -> Iterator[Server]:
         dtype,
         "--data-dir",
         str(data_dir),
+        *options,
     ]
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
