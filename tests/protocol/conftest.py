@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.server.chat_server import hermes_folder
+from tinsmith.data import Trajectory, read_trajectories
+
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 20
@@ -89,6 +92,29 @@ def _first_line(process: subprocess.Popen[str], log: Path) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running_server(tmp_path_factory.mktemp("server"), "--dtype", "float32") as running:
         yield running
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatServer:
+    """A recording server with the shipped model, and with the same under a template that knows tools."""
+
+    url: str
+    records: Path
+    plain: str
+    with_tools: str
+
+    def recorded(self, conversation_id: str) -> list[Trajectory]:
+        return [one for one in read_trajectories(self.records) if one.conversation_id == conversation_id]
+
+
+@pytest.fixture(scope="session")
+def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
+    folder = tmp_path_factory.mktemp("chat")
+    plain, with_tools = "tinsmith/tiny", "acme/private"
+    model = f"{with_tools}={hermes_folder(folder / 'hermes')}"
+    options = ["--dtype", "float32", "--base-model", plain, "--base-model", model]
+    with running_server(folder, *options, "--record", str(folder / "records")) as running:
+        yield ChatServer(url=running.url, records=folder / "records", plain=plain, with_tools=with_tools)
 
 
 @pytest.fixture(scope="session")
