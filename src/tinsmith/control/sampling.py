@@ -145,7 +145,7 @@ class Sampling:
                 sampler_id=sampler_id,
                 base_model=card.name,
                 model_path=sampler.model_path,
-                tokenizer_id=card.source,
+                tokenizer_id=card.tokenizer_id,
             )
         row = self._registry.read_now(lambda c: records.sampler(c, sampler_id))
         if row is None:

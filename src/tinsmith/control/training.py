@@ -345,7 +345,7 @@ class Training:
         card = model.slot.card
         return GetInfoResponse(
             model_id=model_id,
-            model_data=ModelData(arch=card.architecture, model_name=card.name, tokenizer_id=card.source),
+            model_data=ModelData(arch=card.architecture, model_name=card.name, tokenizer_id=card.tokenizer_id),
             is_lora=True,
             lora_rank=None if model.lora is None else model.lora.rank,
             model_name=card.name,

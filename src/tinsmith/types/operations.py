@@ -62,6 +62,12 @@ class BaseModelCard:
     eos_token_ids: tuple[int, ...]
     max_rank: int
 
+    @property
+    def tokenizer_id(self) -> str:
+        """What a client gives `from_pretrained`: `source`, unless it has a colon, at which the Tinker SDK would cut it;
+        then the name, which the server's hub route knows."""
+        return self.name if ":" in self.source else self.source
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateAdapter:

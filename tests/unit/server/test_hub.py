@@ -116,6 +116,11 @@ async def test_a_changed_file_is_another_commit(hub: Client, folder: Path) -> No
     assert after.headers["etag"] != before.headers["etag"]
 
 
+def test_a_client_is_given_a_name_that_it_can_load(folder: Path) -> None:
+    assert tiny_card(folder, name=NAME).tokenizer_id == str(folder)
+    assert tiny_card(Path("/models/a:b"), name=NAME).tokenizer_id == NAME, "the SDK cuts at a colon"
+
+
 def test_a_link_out_of_the_folder_is_followed_only_where_the_operator_put_it(folder: Path, tmp_path: Path) -> None:
     """The hub's own cache is made of such links."""
     (tmp_path / "blob").write_text("{}")

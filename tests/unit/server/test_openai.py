@@ -384,3 +384,12 @@ async def test_a_session_that_ended_for_want_of_use_is_made_anew(chat: Client) -
     await chat.app.state.service.control.finish_session(first, "interrupted", None)
     await answer(chat.http, CHAT, {"messages": HELLO, "max_tokens": 1})
     assert desk._session_id != first
+
+
+async def test_a_dialect_can_be_left_out(open_server: OpenServer) -> None:
+    async with open_server(card=tiny_card(), dialects=frozenset({"anthropic"})) as chat:
+        assert (await post(chat.http, CHAT, {"messages": HELLO})).status_code == 404
+        assert (await post(chat.http, "messages", {"messages": HELLO, "max_tokens": 1})).status_code == 200
+        assert (await chat.http.get("/v1/models")).status_code == 200
+    async with open_server(card=tiny_card(), dialects=frozenset({"tinkerbell"})) as chat:
+        assert (await chat.http.get("/v1/models")).status_code == 404

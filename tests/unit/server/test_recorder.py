@@ -22,8 +22,8 @@ async def test_every_sample_of_every_dialect_is_kept_token_for_token(open_server
     async with open_server(card=tiny_card(), record_folder=folder) as chat:
         body = {"messages": HELLO, "max_tokens": 3, "seed": 5, "n": 2, "return_token_ids": True, "temperature": 0.5}
         whole = await answer(chat.http, "chat/completions", body, **{"x-conversation-id": "episode-7"})
-        await events(chat.http, "completions", {"prompt": [5, 7], "max_tokens": 2})
-        await answer(chat.http, "messages", {"messages": HELLO, "max_tokens": 4})
+        await events(chat.http, "completions", {"prompt": [5, 7], "max_tokens": 2, "seed": 1})
+        await answer(chat.http, "messages", {"messages": HELLO, "max_tokens": 4, "seed": 1})
         await answer(chat.http, "completions", {"prompt": "only scored", "max_tokens": 0, "echo": True, "logprobs": 1})
         kept = list(read_trajectories(folder))
     assert [len(one.tokens) for one in kept] == [3, 3, 2, 4]
