@@ -23,7 +23,7 @@ from tinsmith.types.errors import InvalidInput
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_OPTIONS = ("base_model", "data_dir", "dtype", "device", "threads")
+_OPTIONS = ("base_model", "data_dir", "deterministic", "device", "dtype", "threads")
 _MAX_DEFAULT_FOLDERS = 64
 
 _log = logging.getLogger(__name__)
