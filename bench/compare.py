@@ -34,6 +34,7 @@ from tinsmith.types import AdamParams, Datum, ModelInput
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
 from tinsmith.types.operations import (
+    CancelSample,
     CreateAdapter,
     LoraSpec,
     OptimStep,
@@ -45,6 +46,8 @@ from tinsmith.types.operations import (
 VOCAB = 8192
 LAYERS = 8
 RANK = 16
+_APART = 10**6
+"""Tickets of what runs in the background begin here."""
 PEFT_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
 
@@ -227,6 +230,32 @@ def repeated_prompt(bench: Bench) -> dict[str, float]:
     }
 
 
+def beside_samples(bench: Bench) -> dict[str, float]:
+    """A training step of 64 tokens, alone and while 256 sequences are drawn."""
+    bench.create("small", RANK)
+    work = {"small": [bench.datum(64)]}
+    idle_s = statistics.median(bench.median_s(lambda: bench.train(work)) for _ in range(3))
+    drawing = [
+        Sample(prompt=bench.rng.integers(0, VOCAB, 40), num_samples=4, snapshot_id=None, seed=i, max_tokens=200)
+        for i in range(64)
+    ]
+    for ticket, operation in enumerate(drawing, start=_APART):
+        bench.engine.accept(ticket, operation)
+    while bench.engine.status().num_running < len(drawing):
+        bench.engine.work()
+    beside_s = statistics.median(bench.median_s(lambda: bench.train(work)) for _ in range(3))
+    assert bench.engine.status().num_running == len(drawing), "the samples ended too early to be company"
+    for ticket in range(_APART, _APART + len(drawing)):
+        bench.engine.accept(0, CancelSample(ticket=ticket))
+    while bench.engine.has_work:
+        bench.engine.work()
+    return {
+        "small_step_ms": 1e3 * idle_s,
+        "small_step_beside_256_samples_ms": 1e3 * beside_s,
+        "small_step_beside_over_idle": beside_s / idle_s,
+    }
+
+
 def gemm_flops_per_s() -> float:
     """The best rate of a large bfloat16 product on this machine."""
     a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
@@ -266,7 +295,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), arguments.width)
         bench = Bench(Path(folder), 1 if arguments.quick else 3)
-        figures = training(bench) | tenants(bench) | sampling(bench)
+        figures = training(bench) | tenants(bench) | sampling(bench) | beside_samples(bench)
     model = f"Qwen3, {arguments.width} wide, {LAYERS} layers, {VOCAB} vocabulary, random"
     write_record(f"compare-{arguments.width}", model, figures)
 
