@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs serve clean
+.PHONY: help demo test fuzz check format bench docs serve clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ serve: $(VENV)/.installed ## Serve the model that ships on http://127.0.0.1:8000
 
 test: $(VENV)/.dev $(TINKER_VENV)/.installed ## Run all tests
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.dev ## Send generated requests to every operation of the OpenAPI document
+	$(BIN)/python scripts/fuzz_api.py
 
 check: $(VENV)/.dev ## Lint, types, import contracts, generated code
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinsmith.control.errors import FutureExpired, SessionEnded
@@ -109,12 +110,24 @@ async def handle_validation_error(request: Request, error: Exception) -> Respons
 
 async def handle_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    detail = error.detail
+    detail, headers = error.detail, error.headers
     if error.status_code == 404:
         detail = f"there is no {request.method} {request.url.path} on this server"
     elif error.status_code == 405:
         detail = f"{request.url.path} does not take {request.method}"
-    return json_response({"detail": detail}, error.status_code, error.headers)
+        headers = {"allow": ", ".join(_allowed_methods(request))}
+    return json_response({"detail": detail}, error.status_code, headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Of all routes at this path; the router itself tells those of the first."""
+    scope = {key: request.scope[key] for key in ("type", "path", "headers") if key in request.scope}
+    routes = request.app.routes
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 def refuse_foreign_host(headers: Headers) -> Response | None:

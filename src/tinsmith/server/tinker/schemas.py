@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from tinsmith.server.errors import brief
 
@@ -28,6 +29,18 @@ class Body(BaseModel):
         if isinstance(value, dict):
             return {key: item for key, item in value.items() if item is not None}
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """In the words of JSON Schema: a null counts as absent, and what is not listed may only be off."""
+        schema = handler.resolve_ref_schema(handler(core))
+        required = schema.get("required", ())
+        for name, field in schema.get("properties", {}).items():
+            if name not in required and {"type": "null"} not in field.get("anyOf", ()):
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        schema["properties"] = {"type": {}} | schema.get("properties", {})
+        schema["additionalProperties"] = {"enum": [*OFF, 0.0]}
+        return schema
 
     @model_validator(mode="after")
     def _unknown_fields_are_off(self) -> Body:

@@ -75,7 +75,7 @@ class Operations:
         )
         return Receipt(request_id=receipt.request_id, model=adapter.name, created=created)
 
-    async def optim_step(self, owner: Owner, body: schemas.OptimStepBody) -> Receipt:
+    async def optim_step(self, owner: Owner, body: schemas.StepBody) -> Receipt:
         adapter, created = await self.book.find_or_create(owner, body.model_id)
         params = AdamParams(**{name: getattr(body.adam_params, name) for name in AdamParams.model_fields})
         adapter.version += 1
@@ -104,7 +104,7 @@ class Operations:
 
     # ---- sampling ----
 
-    async def sample(self, owner: Owner, body: schemas.SampleBody) -> Receipt:
+    async def sample(self, owner: Owner, body: schemas.PromptsBody) -> Receipt:
         if (body.model_id is None) == (body.base_model is None):
             raise InvalidInput("give either model_id (an adapter, a base model or a tinker:// path) or base_model")
         name = body.model_id or body.base_model or ""
@@ -126,7 +126,7 @@ class Operations:
         )
         return Receipt(request_id=request_id, model=adapter.name, created=created)
 
-    def _draw(self, owner: Owner, body: schemas.SampleBody, name: str, sampler_id: str) -> Receipt:
+    def _draw(self, owner: Owner, body: schemas.PromptsBody, name: str, sampler_id: str) -> Receipt:
         request_id = self._control.start_job(
             "Sample",
             self._drawing.draw(sampler_id, body),

@@ -67,7 +67,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         name="optim_step",
-        body=schemas.OptimStepBody,
+        body=schemas.StepBody,
         start=Operations.optim_step,
         sync=f"{PREFIX}/optim_step",
         async_=f"{PREFIX}/optim_step_async",
@@ -97,7 +97,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         name="sample",
-        body=schemas.SampleBody,
+        body=schemas.PromptsBody,
         start=Operations.sample,
         sync=f"{PREFIX}/sample",
         async_=f"{PREFIX}/asample",

@@ -17,7 +17,7 @@ from tinsmith.server.bodies import fingerprint
 from tinsmith.server.tinkerbell.adapters import Adapter, Owner
 from tinsmith.server.tinkerbell.rendering import ModelTexts
 from tinsmith.server.tinkerbell.results import PromptsSampled
-from tinsmith.server.tinkerbell.schemas import SampleBody
+from tinsmith.server.tinkerbell.schemas import PromptsBody
 from tinsmith.types import ModelInput, SamplingParams
 from tinsmith.types.errors import InvalidInput
 from tinsmith.types.results import SampleResponse
@@ -66,7 +66,7 @@ class Drawing:
     # ---- drawing ----
 
     async def from_adapter(
-        self, owner: Owner, adapter: Adapter, body: SampleBody, publication: asyncio.Task[str], version: int
+        self, owner: Owner, adapter: Adapter, body: PromptsBody, publication: asyncio.Task[str], version: int
     ) -> PromptsSampled:
         """`publication` is of `version`. The server keeps a number of unnamed samplers; where this one was pushed out
         and the weights are still the same, they are published again."""
@@ -79,7 +79,7 @@ class Drawing:
         adapter.published = None
         return await self.draw(await asyncio.shield(self.publish(owner, adapter)), body)
 
-    async def draw(self, sampler_id: str, body: SampleBody) -> PromptsSampled:
+    async def draw(self, sampler_id: str, body: PromptsBody) -> PromptsSampled:
         """Raises what any of the prompts meets."""
         text = await self._texts.of(self._control.get_sampler(sampler_id).base_model)
         prompts = await text.run(lambda: [text.encode(prompt) for prompt in body.prompts])

@@ -61,7 +61,7 @@ class ForwardBody(Body):
     loss_fn_inputs: RewardsBody | None = None
 
 
-class OptimStepBody(Body):
+class StepBody(Body):
     model_id: Name
     adam_params: AdamBody
 
@@ -80,7 +80,7 @@ class LoadBody(Body):
     optimizer: bool = True
 
 
-class SamplingParamsBody(Body):
+class PromptParamsBody(Body):
     max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
@@ -89,12 +89,12 @@ class SamplingParamsBody(Body):
     stop: str | list[str] | list[int] | None = None
 
 
-class SampleBody(Body):
+class PromptsBody(Body):
     model_id: str | None = None
     """An adapter, a base model, or the `tinker://` path of a checkpoint."""
     base_model: str | None = None
     prompts: Annotated[list[str], Field(min_length=1, max_length=1024)]
-    sampling_params: SamplingParamsBody = SamplingParamsBody()
+    sampling_params: PromptParamsBody = PromptParamsBody()
     num_samples: int = 1
     """Per prompt."""
     prompt_logprobs: bool = False
