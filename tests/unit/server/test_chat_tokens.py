@@ -63,9 +63,19 @@ def test_a_template_that_knows_tools_gets_them(tmp_path: Path) -> None:
     assert not TEXT.takes_tool_calls([TOOL])
 
 
-def test_template_options_cannot_change_what_is_rendered() -> None:
-    with pytest.raises(BadField, match=r"chat_template_kwargs\.tokenize"):
-        TEXT.render(HELLO, options={"tokenize": True})
+@pytest.mark.parametrize("name", ["tokenize", "chat_template", "messages", "return_dict", "enable_thinking"])
+def test_template_options_are_variables_of_the_template_and_nothing_else(name: str) -> None:
+    with pytest.raises(BadField, match="no such variable") as refused:
+        TEXT.render(HELLO, options={name: True})
+    assert refused.value.param == f"chat_template_kwargs.{name}"
+
+
+def test_half_a_character_is_refused() -> None:
+    """JSON can spell it."""
+    with pytest.raises(BadField, match="prompt holds"):
+        TEXT.encode("a\ud800")
+    with pytest.raises(BadField, match="messages holds"):
+        TEXT.render([{"role": "user", "content": "\ud800"}])
 
 
 def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:

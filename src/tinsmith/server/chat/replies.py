@@ -53,6 +53,7 @@ class EventStream(Response):
                 work.result()
         finally:
             await _end(work, departure)
+            await close(self.events)
 
     async def _send(self, send: Send) -> None:
         async for event in self.events:

@@ -47,8 +47,10 @@ class DialectRoute(APIRoute):
         async def handle_in_dialect(request: Request) -> Response:
             try:
                 return await handle(request)
-            except HTTPException:
-                raise
+            except HTTPException as error:
+                if error.status_code != 400:
+                    raise
+                return self.error_response(InvalidInput(str(error.detail)))
             except CallerLeft:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             except Exception as error:  # noqa: BLE001 - the boundary of a request: nobody else knows its dialect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 import secrets
@@ -17,9 +18,6 @@ from tinsmith.types.errors import InvalidInput, Unsupported
 from tinsmith.types.operations import BaseModelCard
 
 Message = Mapping[str, Any]
-_RESERVED = frozenset(
-    {"conversation", "messages", "tokenize", "tools", "add_generation_prompt", "continue_final_message"}
-)
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -44,6 +42,7 @@ class ModelText:
         self._encoder = tokenizer
         self._lock = threading.Lock()
         self._decoder = copy.deepcopy(tokenizer)  # encoding changes a tokenizer's inner switches for a moment
+        self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
         self._special_ids = {
             str(token.content): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -56,9 +55,10 @@ class ModelText:
     # ---- prompts ----
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Special tokens in the text are taken as such: a raw prompt is the caller's own."""
+        """Special tokens in the text are taken as such: a raw prompt is the caller's own. Raises `BadField`."""
+        _check_characters(text, "prompt")
         with self._lock:
-            return list(self._encoder(text, add_special_tokens=add_special_tokens)["input_ids"])
+            return list(self._encoder(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def render(
         self,
@@ -84,6 +84,7 @@ class ModelText:
             text = self._template(
                 harmless, tools, options or {}, continue_final_message=continue_final, add_generation_prompt=add_prompt
             )
+            _check_characters(text, "messages")
             if not any(sentinel in text for sentinel in marked):
                 return self._encode_text(text)
             return self._encode_forged(text, marked)
@@ -99,14 +100,21 @@ class ModelText:
 
         if not self._encoder.chat_template:
             raise BadField("model", f"{self._card.name!r} has no chat template; use /v1/completions")
-        if reserved := _RESERVED & options.keys():
-            raise BadField("chat_template_kwargs", f"chat_template_kwargs.{min(reserved)} cannot be set there")
+        self._check_options(options)
         try:
             return str(
                 self._encoder.apply_chat_template(list(messages), tools=tools, tokenize=False, **switches, **options)
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise BadField("messages", f"the chat template of {self._card.name!r} refuses this: {error}") from error
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises `BadField` for what is no variable of the template, or not the caller's to set."""
+        template = str(self._encoder.chat_template)
+        for name in options:
+            if name in self._reserved or name not in template:
+                where = f"chat_template_kwargs.{name}"
+                raise BadField(where, f"{where}: the chat template of {self._card.name!r} has no such variable to set")
 
     def _check_tools(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, options: Mapping[str, Any]
@@ -128,7 +136,7 @@ class ModelText:
                 )
 
     def _encode_text(self, text: str, **options: bool) -> list[int]:
-        return list(self._encoder(text, add_special_tokens=False, **options)["input_ids"])
+        return list(self._encoder(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
 
     def _encode_forged(self, text: str, marked: Mapping[str, str]) -> list[int]:
         """Raises `BadField` if this tokenizer cannot write a special token's text as plain text."""
@@ -190,6 +198,14 @@ class ModelText:
 
     def _token_text(self, token: int) -> str:
         return self.decode([token], skip_special=False)
+
+
+def _check_characters(text: str, field: str) -> None:
+    """JSON can spell half a character (`\\ud800`); tokenizers cannot. Raises `BadField`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadField(field, f"{field} holds {error.object[error.start]!r}, half of a surrogate pair") from error
 
 
 def _map_text(value: Any, change: Callable[[str], str]) -> Any:
