@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,7 +15,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.protocol.conftest import ChatServer
+from tests.protocol.conftest import ChatServer, running_server
 from tests.protocol.taught import CALL, TOOL, teach_to_call
 from tinsmith import ServiceClient
 from tinsmith.client import SamplingClient
@@ -243,3 +245,15 @@ def test_many_streams_at_once(chat_server: ChatServer) -> None:
     texts = asyncio.run(all_of_them())
     assert texts[:8] == texts[8:16] == texts[16:], "company changes nothing"
     assert len(set(texts)) > 1
+
+
+def test_a_signal_ends_a_server_in_the_middle_of_a_stream(tmp_path: Path) -> None:
+    body = {"model": "tinsmith/tiny", "messages": WHO, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with running_server(tmp_path, "--dtype", "float32") as server, httpx2.Client(timeout=30) as http:
+        with http.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            last = list(lines)[-1]
+        assert "the server is stopping" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert server.process.wait(15) == 0
