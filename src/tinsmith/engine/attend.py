@@ -64,24 +64,24 @@ def attend(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, rule: ScoreRule) -> T
     return out_BHLD if rule.sinks_H is None else out_BHLD[:, :, 1:, :head_size]
 
 
-def attend_grouped(q_BHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask_BS: Tensor, rule: ScoreRule) -> Tensor:
-    """One query per sequence over S keys of which `mask` tells the visible -> `[B, H, D]`.
+def attend_grouped(q_BHD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, hidden_BS: Tensor, rule: ScoreRule) -> Tensor:
+    """One query per sequence over S keys, of which `hidden` is -inf for those not visible, else 0 -> `[B, H, D]`.
 
     The query heads of one key head stand in for query positions, so that keys need not be repeated.
     """
     num_sequences, num_heads, head_size = q_BHD.shape
     num_key_heads, value_size = k_BKSD.shape[1], v_BKSD.shape[3]
     q_BKGD = q_BHD.reshape(num_sequences, num_key_heads, -1, head_size)
-    mask = mask_BS[:, None, None, :]
+    hidden = hidden_BS[:, None, None, :]
     scale = _scale(rule, q_BHD)
     if rule.softcap is not None:
-        out_BKGD = _eager(q_BKGD, k_BKSD, v_BKSD, mask, scale, rule.softcap)
+        out_BKGD = _eager(q_BKGD, k_BKSD, v_BKSD, hidden == 0, scale, rule.softcap)
     else:
         if rule.sinks_H is not None:
             sinks_KG = rule.sinks_H.view(num_key_heads, -1)
             q_BKGD, k_BKSD, v_BKSD = _with_sinks(q_BKGD, k_BKSD, v_BKSD, sinks_KG, scale)
-            mask = _see_sinks(mask)
-        out_BKGD = nn.functional.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=mask, scale=scale)
+            hidden = nn.functional.pad(hidden, (1, 0))  # visible to all
+        out_BKGD = nn.functional.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, attn_mask=hidden, scale=scale)
     return out_BKGD[..., :value_size].reshape(num_sequences, num_heads, -1)
 
 

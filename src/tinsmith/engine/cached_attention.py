@@ -43,14 +43,15 @@ class CachedTile:
     ages_BQL: Tensor
     """How many positions before its query each cached token lies; negative: after it, or not there."""
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
-    _hidden: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    _hidden: dict[tuple[torch.dtype, int | None], Tensor] = field(default_factory=dict)
 
-    def hidden(self, dtype: torch.dtype) -> Tensor:
-        """What to add to scores `[B, 1, Q, L]` so that only visible tokens count."""
-        if dtype not in self._hidden:
+    def hidden(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """What to add to scores so that only visible tokens count, `[B, Q, L]`: attention kernels take it as it is."""
+        key = (dtype, window)
+        if key not in self._hidden:
             zeros = torch.zeros(self.ages_BQL.shape, dtype=dtype, device=self.ages_BQL.device)
-            self._hidden[dtype] = zeros.masked_fill_(~self.visible(None), float("-inf"))[:, None]
-        return self._hidden[dtype]
+            self._hidden[key] = zeros.masked_fill_(~self.visible(window), float("-inf"))
+        return self._hidden[key]
 
     def visible(self, window: int | None) -> Tensor:
         """Which cached tokens each query sees, bool `[B, Q, L]`."""
@@ -80,7 +81,7 @@ class CachedChunk:
 def decode_attention(layer: int, q_BHD: Tensor, cache: KVCache, tile: CachedTile, rule: ScoreRule) -> Tensor:
     """A pass of nothing but one query per sequence, all in one tile and in its order -> `[B, H, D]`."""
     k_BKLD, v_BKLD = cache.read(layer, tile.table_BM)
-    return attend_grouped(q_BHD, k_BKLD, v_BKLD, tile.visible(rule.window)[:, 0], rule)
+    return attend_grouped(q_BHD, k_BKLD, v_BKLD, tile.hidden(q_BHD.dtype, rule.window)[:, 0], rule)
 
 
 def cached_attention(
@@ -91,12 +92,14 @@ def cached_attention(
         k_BKLD, v_BKLD = cache.read(layer, tile.table_BM)
         q_CHD = q_THD.index_select(0, tile.rows_C)
         num_sequences, num_queries = tile.ages_BQL.shape[:2]
-        mask_BQL = tile.visible(rule.window)
         if num_queries == 1:
-            out_CHD = attend_grouped(q_CHD, k_BKLD, v_BKLD, mask_BQL[:, 0], rule)
+            hidden_BL = tile.hidden(q_CHD.dtype, rule.window)[:, 0]
+            out_CHD = attend_grouped(q_CHD, k_BKLD, v_BKLD, hidden_BL, rule)
         else:
             q_BHQD = q_CHD.view(num_sequences, num_queries, *q_CHD.shape[1:]).transpose(1, 2)
-            out_CHD = attend_chunk(q_BHQD, k_BKLD, v_BKLD, mask_BQL, rule).transpose(1, 2).flatten(0, 1)
+            out_CHD = (
+                attend_chunk(q_BHQD, k_BKLD, v_BKLD, tile.visible(rule.window), rule).transpose(1, 2).flatten(0, 1)
+            )
         rows = tile.rows_C
         if tile.real_N is not None:
             rows, out_CHD = rows.index_select(0, tile.real_N), out_CHD.index_select(0, tile.real_N)

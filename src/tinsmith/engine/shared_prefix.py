@@ -161,7 +161,7 @@ def shared_attention(
         k_BKLD, v_BKLD = cache.read(layer, own.table_BM)
         q_BHD = q_THD.index_select(0, own.rows_C)
         q_BKGD = q_BHD.view(len(q_BHD), k_BKLD.shape[1], -1, q_BHD.shape[2])
-        out_BKGD, lse_BKG = attend_part(q_BKGD, k_BKLD, v_BKLD, own.hidden(q_THD.dtype), rule)
+        out_BKGD, lse_BKG = attend_part(q_BKGD, k_BKLD, v_BKLD, own.hidden(q_THD.dtype)[:, None], rule)
         out_THD.index_copy_(0, own.rows_C, out_BKGD.reshape(len(q_BHD), -1, out_BKGD.shape[-1]))
         lse_TH.index_copy_(0, own.rows_C, lse_BKG.flatten(1))
     for prefix in plan.prefixes:
