@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 TINKER_VENV := .venv-tinker
+COOKBOOK_VENV := .venv-cookbook
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check format bench docs serve clean
+.PHONY: help demo test fuzz cookbook check format bench docs serve clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,6 +37,9 @@ format: $(VENV)/.dev ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+cookbook: $(VENV)/.dev $(COOKBOOK_VENV)/.installed ## Run the newest tinker-cookbook's recipes against a server
+	$(BIN)/python -m tests.cookbook
+
 bench: $(VENV)/.dev $(TINKER_VENV)/.installed ## Measure speed and memory; figures go to bench/results/
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.compare
@@ -45,7 +49,7 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove environments and everything generated
-	rm -rf $(VENV) $(TINKER_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TINKER_VENV) $(COOKBOOK_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,4 +70,14 @@ $(TINKER_VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(TINKER_VENV)
 	$(TINKER_VENV)/bin/python -m pip --quiet install --upgrade pip
 	$(TINKER_VENV)/bin/python -m pip --quiet install --constraint constraints.txt 'tinker==0.38.0' 'transformers>=5,<6' torch
+	@touch $@
+
+# everything tinker-cookbook needs but tml-renderers, which only its newest chat format uses
+$(COOKBOOK_VENV)/.installed: constraints.txt
+	$(PYTHON) -m venv $(COOKBOOK_VENV)
+	$(COOKBOOK_VENV)/bin/python -m pip --quiet install --upgrade pip
+	$(COOKBOOK_VENV)/bin/python -m pip --quiet install --constraint constraints.txt tinker torch transformers datasets \
+		huggingface-hub aiohttp anyio blobfile chz cloudpickle numpy pillow pydantic pyrage rich safetensors termcolor \
+		tiktoken tqdm
+	$(COOKBOOK_VENV)/bin/python -m pip --quiet install --no-deps tinker-cookbook
 	@touch $@

@@ -13,6 +13,7 @@ import torch
 from tests.numerics.driver import Driver, item, random_datum, rl_datum
 from tinsmith.engine.losses import LOSSES, LossInputs, evaluate
 from tinsmith.types import Datum, ForwardBackwardOutput, TensorData
+from tinsmith.types.errors import AdapterCorrupted
 from tinsmith.types.metrics import reduction_of
 from tinsmith.types.operations import TrainItem
 
@@ -293,6 +294,26 @@ def test_rows_of_weight_zero_contribute_nothing(driver: Driver) -> None:
     one = grads_of(driver, with_inputs(datum, weights=weights))
     other = grads_of(driver, with_inputs(datum, weights=weights, target_tokens=other_targets))
     assert np.array_equal(one, other)
+
+
+def test_a_pass_without_any_gradient_skips_the_backward_pass_and_still_counts(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(21)
+    driver.create("m")
+    backwards: list[object] = []
+    real = driver.engine._base.backward
+    monkeypatch.setattr(driver.engine._base, "backward", lambda *args: (backwards.append(args), real(*args)))
+    nothing = rl_datum(rng, 9)
+    nothing.loss_fn_inputs["advantages"].to_numpy()[:] = 0
+    driver.train(item("m", nothing, loss_fn="importance_sampling"))
+    assert backwards == []
+    assert driver.step("m")["step_applied"] == 1
+    nothing.loss_fn_inputs["advantages"].to_numpy()[3] = np.nan
+    driver.train(item("m", nothing, loss_fn="importance_sampling"))
+    assert len(backwards) == 1
+    with pytest.raises(AdapterCorrupted):
+        driver.step("m")
 
 
 def test_forward_leaves_no_gradient_even_beside_a_backward_pass(driver: Driver) -> None:

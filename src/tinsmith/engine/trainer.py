@@ -171,8 +171,9 @@ class Trainer:
             grads.append(torch.zeros_like(grad) if item.forward_only else grad)
             figures = {"loss:sum": float(value), "tokens:sum": float(piece.num_tokens), **metrics}
             computed.append((_outputs(piece, piece_logprobs.cpu().numpy()), figures))
-        if any_backward:
-            self._base.backward(logprobs_M, torch.cat(grads), segments)
+        # groups whose rewards are all equal have no advantage anywhere: nothing to carry back
+        if any_backward and (grad_M := torch.cat(grads)).any():
+            self._base.backward(logprobs_M, grad_M, segments)
         self.tokens_trained += len(rows.input_ids_T)
         return computed
 
