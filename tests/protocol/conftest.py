@@ -47,12 +47,13 @@ def serve_environment(data_dir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def running_server(folder: Path, *options: str) -> Iterator[Server]:
-    """`tinsmith serve` on a free port, ready; ended by SIGTERM, which it must obey cleanly."""
+def running_server(folder: Path, *options: str, command: list[str] | None = None) -> Iterator[Server]:
+    """`tinsmith serve`, or another `command` of its manners, on a free port, ready; ended by SIGTERM, which it must
+    obey cleanly."""
     log = folder / "serve.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            serve_command("--port", "0", *options),
+            command or serve_command("--port", "0", *options),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

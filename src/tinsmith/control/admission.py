@@ -8,6 +8,7 @@ from tinsmith.control.requests import (
     LoadState,
     ModelRequest,
     Rejected,
+    SaveExternal,
     SaveForSampler,
     SaveState,
     UnloadModel,
@@ -33,7 +34,7 @@ def check_request(request: ModelRequest, card: BaseModelCard) -> None:
             check_training(request.data, request.loss_fn, request.loss_fn_config, card, request.custom_loss)
         case ApplyOptimizer():
             check_adam(request.params)
-        case SaveState():
+        case SaveState() | SaveExternal():
             check_checkpoint_name(request.name)
             check_ttl(request.ttl_seconds)
         case SaveForSampler():
@@ -57,8 +58,8 @@ def check_load(path: str, *, optimizer: bool) -> None:
 
 
 def _check_save_for_sampler(request: SaveForSampler) -> None:
-    if request.kind != "snapshot":
-        raise Unsupported(f"kind {request.kind!r} of save_weights_for_sampler is not supported; use 'snapshot'")
+    if request.kind != "snapshot" and request.name is not None:
+        raise InvalidInput(f"kind {request.kind!r} is for samplers without a name; a checkpoint is a 'snapshot'")
     if request.name is None and request.sampling_session_seq_id is None:
         raise InvalidInput("save_weights_for_sampler needs a path (a name) or a sampling_session_seq_id")
     if request.name is not None:

@@ -56,11 +56,13 @@ class Catalogue:
 
         return await self._registry.read(work)
 
-    async def training_runs(self, limit: int, offset: int) -> tuple[list[TrainingRun], int]:
+    async def training_runs(
+        self, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[TrainingRun], int]:
         _check_page(limit, offset)
 
         def work(connection: sa.Connection) -> tuple[list[TrainingRun], int]:
-            rows, total = records.runs(connection, limit, offset)
+            rows, total = records.runs(connection, limit, offset, project_id)
             return [self._describe(connection, row) for row in rows], total
 
         return await self._registry.read(work)

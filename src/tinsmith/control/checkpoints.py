@@ -17,7 +17,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tinsmith.control import records
+from tinsmith.control import audit, records
+from tinsmith.control.audit import AuditEvent
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow
@@ -85,7 +86,7 @@ class CheckpointStore:
                 model_id=order.model_id,
                 folder=self.folder(draft),
                 optimizer=order.optimizer,
-                record=_record(draft),
+                record=describe(draft),
             )
         )
         row = replace(draft, step=saved.step, digest=saved.digest, size_bytes=saved.size_bytes)
@@ -121,6 +122,7 @@ class CheckpointStore:
 
         def work(connection: sa.Connection) -> list[str]:
             records.register_checkpoint(connection, row, overwrite=overwrite)
+            audit.note_checkpoint(connection, "checkpoint_create", row, row.created_at, size_bytes=row.size_bytes)
             return records.delete_superseded(connection, row, row.created_at, keep=keep)
 
         try:
@@ -130,25 +132,52 @@ class CheckpointStore:
             raise
         await self._remove_folders(doomed)
 
-    async def delete(self, row: CheckpointRow) -> None:
+    async def delete(self, row: CheckpointRow, event: AuditEvent = "checkpoint_delete") -> None:
         """All versions of the name. Raises `StorageError` if the registry refuses; then nothing changed."""
         at = self._clock.time()
-        await self._remove_folders(await self._registry.write(lambda c: records.delete_versions(c, row, at)))
+
+        def work(connection: sa.Connection) -> list[str]:
+            audit.note_checkpoint(connection, event, row, at)
+            return records.delete_versions(connection, row, at)
+
+        await self._remove_folders(await self._registry.write(work))
 
     async def set_ttl(self, row: CheckpointRow, ttl_seconds: int | None) -> None:
         check_ttl(ttl_seconds)
-        expires_at = None if ttl_seconds is None else self._clock.time() + ttl_seconds
-        await self._registry.write(lambda c: records.update_checkpoint(c, row.checkpoint_id, expires_at=expires_at))
+        at = self._clock.time()
+        expires_at = None if ttl_seconds is None else at + ttl_seconds
+
+        def work(connection: sa.Connection) -> None:
+            audit.note_checkpoint(connection, "checkpoint_ttl_set", row, at, ttl_seconds=ttl_seconds)
+            records.update_checkpoint(connection, row.checkpoint_id, expires_at=expires_at)
+
+        await self._registry.write(work)
 
     async def set_public(self, row: CheckpointRow, public: bool) -> None:
-        await self._registry.write(lambda c: records.update_checkpoint(c, row.checkpoint_id, public=public))
+        """Idempotent; what changes nothing is not noted."""
+        event: AuditEvent = "checkpoint_publish" if public else "checkpoint_unpublish"
+        at = self._clock.time()
+
+        def work(connection: sa.Connection) -> None:
+            if row.public != public:
+                audit.note_checkpoint(connection, event, row, at)
+            records.update_checkpoint(connection, row.checkpoint_id, public=public)
+
+        await self._registry.write(work)
+
+    def note_read(self, path: str, purpose: str) -> None:
+        """In the audit log; without waiting for it."""
+        run_id = ParsedCheckpointTinkerPath.from_tinker_path(path).training_run_id
+        details = {"tinker_path": path, "training_run_id": run_id, "purpose": purpose}
+        at = self._clock.time()
+        self._registry.post(lambda c: audit.note(c, "checkpoint_read", at, **details))
 
     async def delete_expired(self) -> int:
         """The number of checkpoints deleted."""
         now = self._clock.time()
         expired = await self._registry.read(lambda c: records.expired_checkpoints(c, now))
         for row in expired:
-            await self.delete(row)
+            await self.delete(row, "checkpoint_expire")
         return len(expired)
 
     async def sweep_orphans(self) -> int:
@@ -182,7 +211,7 @@ def check_loadable(row: CheckpointRow, *, optimizer: bool) -> None:
         )
 
 
-def _record(row: CheckpointRow) -> dict[str, Any]:
+def describe(row: CheckpointRow) -> dict[str, Any]:
     """What `checkpoint.json` says beside what the engine adds."""
     return {
         "id": row.checkpoint_id,
@@ -208,7 +237,11 @@ def _next_version(connection: sa.Connection, order: SaveOrder, now: float) -> in
 
 
 def _relative_folder(order: SaveOrder, version: int) -> Path:
-    return Path("checkpoints", _file_safe(order.model_id), order.kind, _file_safe(order.name), f"v{version}")
+    return relative_folder(order.model_id, order.kind, order.name, version)
+
+
+def relative_folder(run_id: str, kind: str, name: str, version: int) -> Path:
+    return Path("checkpoints", _file_safe(run_id), kind, _file_safe(name), f"v{version}")
 
 
 def _file_safe(name: str) -> str:

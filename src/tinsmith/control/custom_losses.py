@@ -41,7 +41,9 @@ class CustomLosses:
         loss_id = f"{session_id}:loss:{seq_id}"
         session.custom_losses[loss_id] = request.loss
         self._sessions.touch(session_id, self._clock.monotonic())
-        request_id = self._futures.open("CreateCustomLoss", key=key, fingerprint=fingerprint, session_id=session_id)
+        request_id = self._futures.open(
+            "CreateCustomLoss", key=key, fingerprint=fingerprint, session_id=session_id, subject=loss_id
+        )
         self._futures.resolve(request_id, loss_id)
         return Submission(request_id=request_id)
 

@@ -12,7 +12,7 @@ from tinsmith.control import records
 from tinsmith.control.checkpoints import CheckpointStore, SaveOrder, check_loadable
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.errors import ModelEnded
-from tinsmith.control.futures import FutureStore, SamplerSaved
+from tinsmith.control.futures import ExternalSaved, FutureStore, SamplerSaved
 from tinsmith.control.identity import Clock
 from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus, Work
 from tinsmith.control.records import CheckpointRow, RunRow
@@ -23,6 +23,7 @@ from tinsmith.control.requests import (
     ForwardBackward,
     LoadState,
     Rejected,
+    SaveExternal,
     SaveForSampler,
     SaveState,
     UnloadModel,
@@ -109,6 +110,9 @@ class Executor:
                 return await self._save_state(model, operation)
             case SaveForSampler():
                 return await self._save_for_sampler(model, operation)
+            case SaveExternal():
+                row = await self._save(model, operation, kind="external_weights", name=operation.name)
+                return ExternalSaved(path=row.path, size_bytes=row.size_bytes)
             case LoadState():
                 return await self._load_state(model, operation)
             case UnloadModel():
@@ -169,11 +173,19 @@ class Executor:
         if operation.name is not None:
             path = (await self._save(model, operation, kind="sampler_weights", name=operation.name)).path
         if operation.sampling_session_seq_id is not None:
-            sampler_id = await self._publish(model, operation.sampling_session_seq_id, path)
+            sampler_id = await self._publish(
+                model, operation.sampling_session_seq_id, path, is_inflight=operation.kind == "inflight"
+            )
         return SamplerSaved(path=path, sampling_session_id=sampler_id)
 
     async def _save(
-        self, model: Model, operation: SaveState | SaveForSampler, *, kind: str, name: str, overwrite: bool = False
+        self,
+        model: Model,
+        operation: SaveState | SaveForSampler | SaveExternal,
+        *,
+        kind: str,
+        name: str,
+        overwrite: bool = False,
     ) -> CheckpointRow:
         order = SaveOrder(
             model_id=model.model_id,
@@ -191,8 +203,8 @@ class Executor:
         model.parent = row.checkpoint_id
         return row
 
-    async def _publish(self, model: Model, sampling_session_seq_id: int, path: str | None) -> str:
-        """Bind the present weights to a new unnamed sampler."""
+    async def _publish(self, model: Model, sampling_session_seq_id: int, path: str | None, *, is_inflight: bool) -> str:
+        """Bind the present weights to a new unnamed sampler; an inflight one takes the model's older ones with it."""
         slot = _slot(model)
         session = self.sessions.get_live(model.session_id)
         sampler_id = sampler_name(model.session_id, sampling_session_seq_id)
@@ -208,6 +220,7 @@ class Executor:
             snapshot_id=sampler_id,
             model_path=path,
             digest=digest,
+            inflight_of=model.model_id if is_inflight else None,
         )
         self.samplers.add(sampler)
         session.sampler_ids.append(sampler_id)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from tinsmith.control.completions import Completion, Completions, Group
 from tinsmith.control.errors import FutureExpired
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.types.errors import NotFound, PayloadConflict, TinsmithError
@@ -22,6 +23,7 @@ RequestType: TypeAlias = Literal[
     "OptimStep",
     "SaveWeights",
     "SaveWeightsForSampler",
+    "SaveWeightsExternal",
     "LoadWeights",
     "Sample",
     "UnloadModel",
@@ -58,6 +60,30 @@ class SamplerSaved:
     sampling_session_id: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExternalSaved:
+    """Result of `SaveExternal`."""
+
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSpan:
+    """When one request came, began and ended; seconds since 1970."""
+
+    request_id: str
+    request_type: RequestType
+    session_id: str
+    subject: str
+    """The model or sampler it was asked of."""
+    opened_at: float
+    started_at: float | None
+    finished_at: float | None
+    """`None` while it is open."""
+    error: str | None = None
+
+
 @dataclass(slots=True)
 class _Promise:
     request_type: RequestType
@@ -67,9 +93,14 @@ class _Promise:
     session_id: str | None
     subject: str | None = None
     context: Any = None
+    group: Group | None = None
+    opened_at: float = 0.0
+    started_at: float | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
     outcome: Outcome | None = None
     num_bytes: int = 0
+    is_released: bool = False
+    """Its client has the result; what was kept of it is gone."""
 
 
 class FutureStore:
@@ -90,6 +121,9 @@ class FutureStore:
         self._by_key: dict[Hashable, str] = {}
         self._finished: deque[tuple[float, str]] = deque()
         self._retained_bytes = 0
+        self.completions = Completions()
+        self.on_finish: Callable[[RequestSpan], None] = lambda span: None
+        """Told of every request of a session that ends."""
 
     def __len__(self) -> int:
         return len(self._promises)
@@ -122,10 +156,14 @@ class FutureStore:
         session_id: str | None = None,
         subject: str | None = None,
         context: Any = None,
+        group: Group | None = None,
     ) -> str:
-        """A new request id. `on_poll` is asked what an unfinished request waits for."""
+        """A new request id. `on_poll` is asked what an unfinished request waits for; `group` is where its end is
+        announced among others (`Completions`)."""
         request_id = self._ids.request_id()
-        self._promises[request_id] = _Promise(request_type, key, fingerprint, on_poll, session_id, subject, context)
+        self._promises[request_id] = _Promise(
+            request_type, key, fingerprint, on_poll, session_id, subject, context, group, self._clock.time()
+        )
         if key is not None:
             self._by_key[key] = request_id
         return request_id
@@ -138,9 +176,38 @@ class FutureStore:
         """As `resolve`, with an error."""
         return self._finish(request_id, None, error)
 
-    def failed(self, request_type: RequestType, error: TinsmithError, context: Any = None) -> str:
+    def start(self, request_id: str) -> None:
+        """Note that its turn has come."""
+        if (promise := self._promises.get(request_id)) is not None:
+            promise.started_at = self._clock.time()
+
+    def has_succeeded(self, request_id: str) -> bool:
+        promise = self._promises.get(request_id)
+        return promise is not None and promise.outcome is not None and promise.outcome.error is None
+
+    def release(self, request_id: str, group: Group) -> None:
+        """Let go of a finished result of `group` that its client has fetched; asked for again, it has expired."""
+        promise = self._promises.get(request_id)
+        if promise is None or promise.outcome is None or promise.group != group:
+            return
+        promise.outcome = Outcome(request_type=promise.request_type)
+        promise.is_released = True
+        self._retained_bytes -= promise.num_bytes
+        promise.num_bytes = 0
+
+    def open_spans(self, session_id: str) -> list[RequestSpan]:
+        """Of the session's requests that have not ended."""
+        return [
+            _span(request_id, promise, None)
+            for request_id, promise in self._promises.items()
+            if promise.session_id == session_id and promise.outcome is None
+        ]
+
+    def failed(
+        self, request_type: RequestType, error: TinsmithError, context: Any = None, group: Group | None = None
+    ) -> str:
         """The id of a request that fails at once."""
-        request_id = self.open(request_type, context=context)
+        request_id = self.open(request_type, context=context, group=group)
         self.fail(request_id, error)
         return request_id
 
@@ -155,7 +222,7 @@ class FutureStore:
         Raises `FutureExpired` if the result is no longer kept, `NotFound` if the id was never given out.
         """
         promise = self._promises.get(request_id)
-        if promise is None:
+        if promise is None or promise.is_released:
             if self._ids.issued(request_id):
                 raise FutureExpired(f"the result of request {request_id!r} is no longer kept; submit it again")
             raise NotFound(f"no request {request_id!r}")
@@ -190,7 +257,7 @@ class FutureStore:
             request_type=promise.request_type,
             result=result,
             error=error,
-            subject=promise.subject,
+            subject=promise.subject or "",
             context=promise.context,
         )
         promise.num_bytes = result_bytes(result)
@@ -198,6 +265,10 @@ class FutureStore:
         promise.done.set()
         self._retained_bytes += promise.num_bytes
         self._finished.append((self._clock.monotonic(), request_id))
+        if promise.group is not None:
+            self.completions.add(promise.group, Completion(request_id, promise.num_bytes // 2, error is not None))
+        if promise.session_id is not None:
+            self.on_finish(_span(request_id, promise, self._clock.time()))
         while len(self._finished) > self._max_retained or (
             self._retained_bytes > self._max_retained_bytes and len(self._finished) > 1
         ):
@@ -210,6 +281,22 @@ class FutureStore:
         self._retained_bytes -= promise.num_bytes
         if promise.key is not None and self._by_key.get(promise.key) == request_id:
             del self._by_key[promise.key]
+        if promise.group is not None:
+            self.completions.drop(promise.group, request_id)
+
+
+def _span(request_id: str, promise: _Promise, finished_at: float | None) -> RequestSpan:
+    error = None if promise.outcome is None else promise.outcome.error
+    return RequestSpan(
+        request_id=request_id,
+        request_type=promise.request_type,
+        session_id=promise.session_id or "",
+        subject=promise.subject or "",
+        opened_at=promise.opened_at,
+        started_at=promise.started_at,
+        finished_at=finished_at,
+        error=None if error is None else error.message,
+    )
 
 
 def result_bytes(result: Any) -> int:

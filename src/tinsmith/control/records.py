@@ -15,6 +15,8 @@ from tinsmith.types.errors import AlreadyExists
 
 LOCAL_OWNER = "local"
 """The one owner while there are no accounts."""
+LOST = "lost"
+"""How a session ended that its client did not finish."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class CheckpointRow:
     run_id: str
     owner: str = LOCAL_OWNER
     kind: str
-    """Middle segment of its path: `weights` or `sampler_weights`."""
+    """Middle segment of its path: `weights`, `sampler_weights` or `external_weights`."""
     name: str
     version: int
     """Counts the saves under this name in this run, from 1."""
@@ -136,6 +138,16 @@ def session(connection: sa.Connection, session_id: str) -> SessionRow | None:
     return rows[0] if rows else None
 
 
+def fetch_sessions(connection: sa.Connection, query: sa.Select[Any]) -> list[SessionRow]:
+    return _fetch(connection, query, SessionRow)
+
+
+def assign_project(connection: sa.Connection, session_id: str, project_id: str) -> bool:
+    """Whether there is such a session."""
+    mine = sa.update(SESSIONS).where(SESSIONS.c.session_id == session_id)
+    return connection.execute(mine.values(project_id=project_id)).rowcount > 0
+
+
 def sessions(connection: sa.Connection, limit: int, offset: int) -> tuple[list[str], int]:
     """Ids, newest first, and how many there are."""
     newest = sa.select(SESSIONS.c.session_id).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.session_id)
@@ -155,7 +167,7 @@ def end_session(connection: sa.Connection, session_id: str, at: float, reason: s
 
 def end_everything(connection: sa.Connection, at: float, detail: str) -> None:
     """What a stopped server left open."""
-    values = {"ended_at": at, "end_reason": "interrupted", "end_detail": detail}
+    values = {"ended_at": at, "end_reason": LOST, "end_detail": detail}
     connection.execute(sa.update(SESSIONS).where(SESSIONS.c.ended_at.is_(None)).values(**values))
     connection.execute(sa.update(RUNS).where(RUNS.c.ended_at.is_(None)).values(ended_at=at))
 
@@ -165,9 +177,14 @@ def run(connection: sa.Connection, run_id: str) -> RunRow | None:
     return rows[0] if rows else None
 
 
-def runs(connection: sa.Connection, limit: int, offset: int) -> tuple[list[RunRow], int]:
-    newest = sa.select(RUNS).order_by(RUNS.c.created_at.desc(), RUNS.c.run_id)
-    return _fetch(connection, newest.limit(limit).offset(offset), RunRow), _count(connection, RUNS)
+def runs(connection: sa.Connection, limit: int, offset: int, project_id: str | None = None) -> tuple[list[RunRow], int]:
+    """Newest first, and how many there are; of one project, or of all."""
+    mine: sa.ColumnElement[bool] = sa.true()
+    if project_id is not None:
+        sessions_of_project = sa.select(SESSIONS.c.session_id).where(SESSIONS.c.project_id == project_id)
+        mine = RUNS.c.session_id.in_(sessions_of_project)
+    newest = sa.select(RUNS).where(mine).order_by(RUNS.c.created_at.desc(), RUNS.c.run_id)
+    return _fetch(connection, newest.limit(limit).offset(offset), RunRow), _count(connection, RUNS, mine)
 
 
 def run_ids(connection: sa.Connection) -> list[str]:

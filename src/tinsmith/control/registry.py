@@ -111,6 +111,26 @@ SAMPLERS = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
 )
 
+AUDIT = sa.Table(
+    "audit",
+    METADATA,
+    sa.Column("entry_id", sa.Integer, primary_key=True),
+    sa.Column("at", sa.Float, nullable=False, index=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("event", sa.Text, nullable=False),
+    sa.Column("details", sa.JSON, nullable=False),
+)
+
+USAGE = sa.Table(
+    "usage",
+    METADATA,
+    sa.Column("hour", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("session_id", sa.Text, primary_key=True),
+    sa.Column("base_model", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("tokens", sa.Integer, nullable=False),
+)
+
 
 class Registry:
     """Raises `StorageError` from every call if the disk refuses; `fault` then says why until a write succeeds."""

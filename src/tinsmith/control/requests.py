@@ -103,6 +103,17 @@ class SaveForSampler:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaveExternal:
+    """A checkpoint to be downloaded: weights in PEFT's layout, no optimizer state. It cannot be loaded again."""
+
+    model_id: str
+    seq_id: int
+    name: str
+    ttl_seconds: int | None = None
+    user_metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadState:
     """Overwrite a live model's weights (and optimizer) with a checkpoint's."""
 
@@ -137,7 +148,7 @@ class Rejected:
 
 
 ModelRequest: TypeAlias = (
-    ForwardBackward | ApplyOptimizer | SaveState | SaveForSampler | LoadState | UnloadModel | Rejected
+    ForwardBackward | ApplyOptimizer | SaveState | SaveForSampler | SaveExternal | LoadState | UnloadModel | Rejected
 )
 """Requests that wait in the queue of one model, in the order of their `seq_id`."""
 

@@ -15,7 +15,8 @@ from tinsmith.types.operations import DropSnapshot, LoadSnapshot
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sampler:
-    """What it samples never changes: the base model, a checkpoint version, or a snapshot of a model."""
+    """What it samples: the base model, a checkpoint version, or a snapshot of a model. It never changes, but for
+    inflight samplers, which follow the newest of their model."""
 
     sampler_id: str
     session_id: str
@@ -28,10 +29,12 @@ class Sampler:
     digest: str | None = None
     """Of the weights that every one of its samples comes from."""
     gone: SamplerGone | None = None
+    inflight_of: str | None = None
+    """The model whose inflight samplers all sample one snapshot, the newest that any of them was made of."""
 
     @property
     def is_ephemeral(self) -> bool:
-        return self.snapshot_id is not None and self.checkpoint is None
+        return self.snapshot_id is not None and self.checkpoint is None and self.inflight_of is None
 
     def row(self, at: float) -> SamplerRow:
         return SamplerRow(
@@ -52,6 +55,7 @@ class SamplerBook:
         self._max_loaded = max_loaded
         self._samplers: dict[str, Sampler] = {}
         self._ephemeral: dict[str, deque[Sampler]] = {}
+        self._inflight: dict[str, list[Sampler]] = {}
         self._pools: dict[str, SnapshotPool] = {}
 
     def get(self, sampler_id: str) -> Sampler | None:
@@ -65,11 +69,21 @@ class SamplerBook:
         self._samplers[sampler.sampler_id] = sampler
         if sampler.checkpoint is not None:
             self.pool(sampler.slot).use(sampler.checkpoint, sampler.sampler_id)
+        elif sampler.inflight_of is not None:
+            self._follow(sampler, self._inflight.setdefault(sampler.inflight_of, []))
         elif sampler.is_ephemeral:
             newest = self._ephemeral.setdefault(sampler.session_id, deque())
             newest.append(sampler)
             while len(newest) > self._ephemeral_per_session:
                 self._drop_oldest(newest)
+
+    def _follow(self, newest: Sampler, others: list[Sampler]) -> None:
+        """Samples that are being drawn end with the weights they began with; the next ones have the new."""
+        if others:
+            _drop(others[-1])
+        for sampler in others:
+            sampler.snapshot_id, sampler.digest = newest.snapshot_id, newest.digest
+        others.append(newest)
 
     def _drop_oldest(self, newest: deque[Sampler]) -> None:
         oldest = newest.popleft()
@@ -85,8 +99,20 @@ class SamplerBook:
             self._ephemeral.pop(sampler.session_id, None)
             if sampler.checkpoint is not None:
                 self.pool(sampler.slot).leave(sampler.checkpoint, sampler.sampler_id)
+            elif sampler.inflight_of is not None:
+                self._leave(sampler, sampler.inflight_of)
             elif sampler.is_ephemeral and sampler.gone is None:
                 _drop(sampler)
+
+    def _leave(self, sampler: Sampler, model_id: str) -> None:
+        """The last inflight sampler of a model takes the snapshot with it."""
+        others = self._inflight.get(model_id, [])
+        if sampler not in others:
+            return
+        others.remove(sampler)
+        if not others:
+            _drop(sampler)
+            del self._inflight[model_id]
 
     def forget(self, sampler_ids: list[str]) -> None:
         for sampler_id in sampler_ids:

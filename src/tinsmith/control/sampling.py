@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 
 from tinsmith.control import records
 from tinsmith.control.checkpoints import CheckpointStore
+from tinsmith.control.completions import Completion, Group
 from tinsmith.control.engines import EngineBook, EngineSlot, discard
-from tinsmith.control.errors import SamplerGone
+from tinsmith.control.errors import SamplerGone, SessionEnded
 from tinsmith.control.execution import sampler_name
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock, Ids
@@ -22,6 +23,7 @@ from tinsmith.control.registry import SAMPLERS, Registry
 from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
 from tinsmith.control.sessions import SessionBook
+from tinsmith.control.usage import Meter
 from tinsmith.control.validation import MAX_SAMPLES, sampling_operation
 from tinsmith.types.errors import (
     EngineDied,
@@ -39,12 +41,17 @@ from tinsmith.types.results import DrawnToken, SampleResponse
 
 logger = logging.getLogger(__name__)
 
+CLIENT_BLOCK = 10**9
+"""Sequence numbers of one client of a sampling session."""
+
 
 @dataclass(slots=True)
 class _Open:
     """A sample without an answer."""
 
     slot: EngineSlot
+    session_id: str
+    prompt_tokens: int
     ticket: int | None = None
     """`None` while its snapshot is being loaded."""
 
@@ -61,8 +68,10 @@ class Sampling:
         checkpoints: CheckpointStore,
         clock: Clock,
         ids: Ids,
+        meter: Meter,
         max_pending: int,
     ) -> None:
+        self._meter = meter
         self._engines = engines
         self._sessions = sessions
         self._samplers = samplers
@@ -122,6 +131,7 @@ class Sampling:
         row = await self._checkpoints.find(model_path)
         slot = self._engines.resolve(row.base_model)
         digest = await self._samplers.pool(slot).load(row, self._checkpoints.folder(row))
+        self._checkpoints.note_read(row.path, "sampling")
         return Sampler(
             sampler_id=sampler_id,
             session_id=session_id,
@@ -166,18 +176,21 @@ class Sampling:
     def submit(self, request: SampleRequest, fingerprint: bytes) -> Submission:
         """Idempotent on `(sampling_session_id, seq_id)`. Raises `Overloaded` if too many samples wait."""
         sampler_id, key = request.sampling_session_id, ("sample", request.sampling_session_id, request.seq_id)
-        what = f"seq {request.seq_id} of sampling session {sampler_id!r}"
+        what, group = (
+            f"seq {request.seq_id} of sampling session {sampler_id!r}",
+            client_group(sampler_id, request.seq_id),
+        )
         try:
             known = self._futures.claim(key, fingerprint, what)
         except PayloadConflict as error:
-            return _receipt(self._futures.failed("Sample", error), request)
+            return _receipt(self._futures.failed("Sample", error, group=group), request)
         if known is not None:
             return _receipt(known, request)
         self._check_room()
         sampler = self._samplers.get(sampler_id)
         session_id = None if sampler is None else sampler.session_id
         request_id = self._futures.open(
-            "Sample", key=key, fingerprint=fingerprint, session_id=session_id, subject=sampler_id
+            "Sample", key=key, fingerprint=fingerprint, session_id=session_id, subject=sampler_id, group=group
         )
         try:
             self._begin(request_id, request)
@@ -203,9 +216,11 @@ class Sampling:
         try:
             if sampler.checkpoint is not None:
                 await self._load(sampler, sampler.checkpoint)
-            return await self._attend(sampler.slot, replace(operation, stream=on_token is not None), on_token)
+            response = await self._attend(sampler.slot, replace(operation, stream=on_token is not None), on_token)
         finally:
             self._num_attended -= 1
+        self._count(sampler.session_id, sampler.slot.card.name, len(operation.prompt), response)
+        return response
 
     async def _attend(
         self, slot: EngineSlot, operation: Sample, on_token: Callable[[DrawnToken], None] | None
@@ -230,11 +245,10 @@ class Sampling:
             raise request.error
         operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
         row = sampler.checkpoint
+        self._open[request_id] = _Open(sampler.slot, sampler.session_id, len(operation.prompt))
         if row is None or self._samplers.pool(sampler.slot).touch_if_ready(row):
-            self._open[request_id] = _Open(sampler.slot)
             self._send(request_id, operation)
             return
-        self._open[request_id] = _Open(sampler.slot)
         task = asyncio.create_task(self._load_and_send(request_id, operation, sampler, row))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
@@ -273,6 +287,7 @@ class Sampling:
             self._open.pop(request_id, None)
             raise
         self._open[request_id].ticket = call.ticket
+        self._futures.start(request_id)
         call.answer.add_done_callback(partial(self._answered, request_id))
 
     def _answered(self, request_id: str, answer: asyncio.Future[Any]) -> None:
@@ -282,7 +297,15 @@ class Sampling:
             self._note_death(request_id, error)
             self._finish(request_id, error)
         else:
+            if (sample := self._open.get(request_id)) is not None:
+                self._count(sample.session_id, sample.slot.card.name, sample.prompt_tokens, answer.result())
             self._finish(request_id, _complete(answer.result(), request_id))
+
+    def _count(self, session_id: str, base_model: str, prompt_tokens: int, response: SampleResponse) -> None:
+        cached = response.prompt_cache_hit_tokens
+        self._meter.count("cached_prefill", session_id, base_model, cached)
+        self._meter.count("prefill", session_id, base_model, prompt_tokens - cached)
+        self._meter.count("sampled", session_id, base_model, _num_drawn(response))
 
     def _note_death(self, request_id: str, error: BaseException) -> None:
         sample = self._open.get(request_id)
@@ -298,6 +321,25 @@ class Sampling:
             self._futures.fail(request_id, ServerError(f"internal error: {answer!r}; the server's log has the details"))
         else:
             self._futures.resolve(request_id, answer)
+
+    async def completions(
+        self, sampler_id: str, client: int, cursor: int, timeout_s: float
+    ) -> tuple[list[Completion], int]:
+        """Samples of one client of a sampler that ended after `cursor`, and the next cursor.
+
+        Raises `NotFound` for no sampler, `SessionEnded` for one of an earlier server process.
+        """
+        sampler = self._samplers.get(sampler_id)
+        if sampler is None:
+            self.describe(sampler_id)
+            raise SessionEnded(f"sampling session {sampler_id!r} ended with its session; create a new one")
+        self._sessions.touch(sampler.session_id, self._clock.monotonic())
+        return await self._futures.completions.read((sampler_id, client), cursor, timeout_s)
+
+    def release(self, sampler_id: str, client: int, request_ids: Sequence[str]) -> None:
+        """Their results were fetched."""
+        for request_id in request_ids:
+            self._futures.release(request_id, (sampler_id, client))
 
     def cancel(self, request_id: str) -> None:
         """Stop drawing. A finished or unknown request is left alone; training requests cannot be cancelled."""
@@ -315,6 +357,7 @@ class Sampling:
 
     def forget(self, sampler_ids: list[str]) -> None:
         self._samplers.forget(sampler_ids)
+        self._futures.completions.forget(sampler_ids)
         for sampler_id in sampler_ids:
             self._bindings.pop(sampler_id, None)
 
@@ -322,6 +365,15 @@ class Sampling:
         for task in tuple(self._loads):
             task.cancel()
         await asyncio.gather(*self._loads, return_exceptions=True)
+
+
+def client_group(sampler_id: str, seq_id: int) -> Group:
+    """Who waits for a sample: every client of a sampler numbers its requests in a block of its own."""
+    return sampler_id, seq_id // CLIENT_BLOCK
+
+
+def _num_drawn(response: SampleResponse) -> int:
+    return sum(0 if s.tokens_np is None else len(s.tokens_np) for s in response.sequences)
 
 
 def _receipt(request_id: str, request: SampleRequest) -> Submission:

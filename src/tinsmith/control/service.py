@@ -8,13 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from datetime import date
+from pathlib import Path
 from typing import Any
 
-from tinsmith.control import records
+import sqlalchemy as sa
+
+from tinsmith.control import audit, records
+from tinsmith.control.audit import AuditEntry, EventType
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
+from tinsmith.control.completions import Completion
+from tinsmith.control.copies import Copies, CopyOrder, check_destination
 from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
+from tinsmith.control.downloads import StoredFile, stored_files
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
@@ -36,9 +44,13 @@ from tinsmith.control.requests import (
 )
 from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.sampling import Sampling
-from tinsmith.control.sessions import FinishReason, Session, SessionBook
+from tinsmith.control.session_search import FoundSession, SessionQuery, search
+from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
 from tinsmith.control.settings import ControlSettings
+from tinsmith.control.signing import Signer
+from tinsmith.control.traces import TraceLog, trace_document
 from tinsmith.control.training import Training
+from tinsmith.control.usage import Meter, StoredShare, UsageReport
 from tinsmith.runtime.handle import EngineHandle
 from tinsmith.types.checkpoint import Checkpoint
 from tinsmith.types.errors import EngineDied, NotFound, ServerError
@@ -93,6 +105,7 @@ class Control:
             self._lock.release()
             raise
         self._assemble(self._make_ids(secret))
+        self.signer = Signer(secret, self._clock)
         await self._checkpoints.sweep_orphans()
         self._janitor.start()
         self._state = "ready"
@@ -107,12 +120,22 @@ class Control:
             max_retained=settings.max_retained_futures,
             max_retained_bytes=settings.max_retained_bytes,
         )
+        self._traces = TraceLog()
+        self._futures.on_finish = self._traces.add
+        self._meter = Meter(self._registry, clock)
         self._checkpoints = CheckpointStore(
             registry=self._registry,
             data_dir=settings.data_dir,
             ids=ids,
             clock=clock,
             superseded_versions_kept=settings.superseded_versions_kept,
+        )
+        self._copies = Copies(
+            registry=self._registry,
+            checkpoints=self._checkpoints,
+            data_dir=settings.data_dir,
+            ids=ids,
+            clock=clock,
         )
         self._samplers = SamplerBook(
             ephemeral_per_session=settings.ephemeral_samplers_per_session, max_loaded=settings.max_loaded_checkpoints
@@ -134,6 +157,7 @@ class Control:
             checkpoints=self._checkpoints,
             clock=clock,
             ids=ids,
+            meter=self._meter,
         )
         self._sampling = Sampling(
             engines=self._engines,
@@ -144,6 +168,7 @@ class Control:
             checkpoints=self._checkpoints,
             clock=clock,
             ids=ids,
+            meter=self._meter,
             max_pending=settings.max_pending_samples,
         )
         self._jobs = Jobs(self._futures)
@@ -159,7 +184,7 @@ class Control:
                 self._futures.expire,
                 self._registry.probe,
             ),
-            slow=(self._checkpoints.delete_expired, self._training.flush_activity),
+            slow=(self._checkpoints.delete_expired, self._training.flush_activity, self._meter.flush),
             interval_s=settings.sweep_interval_s,
         )
         for slot in self._engines:
@@ -173,7 +198,7 @@ class Control:
         self._state = "closed"
         await self._janitor.close()
         for session in self._sessions.live:
-            self._end(session, "interrupted", "the server was stopped", drop=True)
+            self._end(session, "lost", "the server was stopped", drop=True)
         with contextlib.suppress(TimeoutError):  # the engines' close fails what is left
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._training.drain()
@@ -184,6 +209,7 @@ class Control:
         self._training.close()
         self._futures.fail_all(ServerError("the server was stopped"))
         await self._training.flush_activity()
+        await self._meter.flush()
         await asyncio.to_thread(self._registry.close)
         self._lock.release()
 
@@ -263,9 +289,9 @@ class Control:
 
     def _end_silent_sessions(self) -> None:
         for session, timeout_s in self._sessions.silent(self._clock.monotonic(), self._settings.session_timeout_s):
-            self._end(session, "interrupted", f"no heartbeat for {timeout_s:g} s", drop=True)
+            self._end(session, "lost", f"no heartbeat for {timeout_s:g} s", drop=True)
 
-    def _end(self, session: Session, reason: FinishReason, detail: str | None, *, drop: bool) -> None:
+    def _end(self, session: Session, reason: EndReason, detail: str | None, *, drop: bool) -> None:
         """`drop`: fail what waits instead of doing it."""
         because = reason if detail is None else f"{reason}: {detail}"
         ended = SessionEnded(f"session {session.session_id!r} has ended ({because}); create a new one")
@@ -371,13 +397,25 @@ class Control:
             self._sessions.touch(session_id, self._clock.monotonic())
         return await self._futures.wait(request_id, timeout_s)
 
+    async def completions(
+        self, sampler_id: str, client: int, cursor: int, timeout_s: float
+    ) -> tuple[list[Completion], int]:
+        """Samples of one client of a sampler that ended after `cursor`, and the next cursor."""
+        return await self._sampling.completions(sampler_id, client, cursor, timeout_s)
+
+    def release_samples(self, sampler_id: str, client: int, request_ids: Sequence[str]) -> None:
+        """The client has fetched these results; they are no longer kept."""
+        self._sampling.release(sampler_id, client, request_ids)
+
     # ---- records ----
 
     async def get_training_run(self, run_id: str) -> TrainingRun:
         return await self._catalogue.training_run(run_id)
 
-    async def list_training_runs(self, limit: int, offset: int) -> tuple[list[TrainingRun], int]:
-        return await self._catalogue.training_runs(limit, offset)
+    async def list_training_runs(
+        self, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[TrainingRun], int]:
+        return await self._catalogue.training_runs(limit, offset, project_id)
 
     async def list_checkpoints(self, run_id: str) -> list[Checkpoint]:
         return await self._catalogue.checkpoints_of_run(run_id)
@@ -404,3 +442,57 @@ class Control:
     async def set_published(self, run_id: str, checkpoint_id: str, public: bool) -> None:
         """Idempotent."""
         await self._checkpoints.set_public(await self._checkpoints.find_in_run(run_id, checkpoint_id), public)
+
+    async def copy_weights(self, order: CopyOrder, idempotency_key: str | None) -> str:
+        """The path of the copy. Raises `NotFound`, `InvalidInput`, `AlreadyExists`, `SessionEnded`."""
+        check_destination(order)
+        if order.session_id is not None:
+            self._sessions.get_live(order.session_id)
+        return await self._copies.copy(order, idempotency_key)
+
+    async def checkpoint_files(self, run_id: str, checkpoint_id: str) -> tuple[CheckpointRow, list[StoredFile]]:
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+        return row, await asyncio.to_thread(stored_files, Path(self._checkpoints.folder(row)))
+
+    async def checkpoint_folder(self, path: str, purpose: str) -> Path:
+        """Where a checkpoint's files are; noted as read. Raises `NotFound`."""
+        row = await self._checkpoints.find(path)
+        self._checkpoints.note_read(row.path, purpose)
+        return Path(self._checkpoints.folder(row))
+
+    async def search_sessions(self, query: SessionQuery) -> list[FoundSession]:
+        """Newest first."""
+        now = self._clock.time()
+        return await self._registry.read(lambda c: search(c, query, now))
+
+    async def assign_project(self, session_id: str, project_id: str) -> None:
+        """Raises `NotFound`."""
+        at = self._clock.time()
+
+        def work(connection: sa.Connection) -> bool:
+            audit.note(connection, "project_session_assign", at, session_id=session_id, project_id=project_id)
+            return records.assign_project(connection, session_id, project_id)
+
+        if await self._registry.read(lambda c: records.session(c, session_id)) is None:
+            raise NotFound(f"no session {session_id!r}")
+        await self._registry.write(work)
+
+    async def trace(self, session_id: str) -> dict[str, Any]:
+        """What the session's requests did when, in Chrome's trace format. Raises `NotFound`, also for a session of an
+        earlier server process: traces are not kept over a restart."""
+        if self._find_session(session_id) is None:
+            raise NotFound(f"session {session_id!r} ended when the server was restarted; its trace is not kept")
+        spans = self._traces.spans(session_id) + self._futures.open_spans(session_id)
+        return await asyncio.to_thread(trace_document, session_id, spans, self._clock.time())
+
+    async def audit_log(self, event_type: EventType, day: date | None) -> list[AuditEntry]:
+        """Of one day (UTC), today by default; oldest first."""
+        chosen = day or records.moment(self._clock.time()).date()
+        await self._registry.flush()  # reads are noted without waiting
+        return await self._registry.read(lambda c: audit.entries(c, event_type, chosen))
+
+    async def usage(self, start: float, end: float) -> UsageReport:
+        return await self._meter.report(start, end)
+
+    async def stored_checkpoints(self, project_id: str | None) -> list[StoredShare]:
+        return await self._meter.stored(project_id)

@@ -11,6 +11,10 @@ from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.errors import NotFound
 
 FinishReason: TypeAlias = Literal["success", "errored", "interrupted"]
+"""As the client says."""
+FINISH_REASONS: tuple[FinishReason, ...] = ("success", "errored", "interrupted")
+EndReason: TypeAlias = FinishReason | Literal["lost"]
+"""`lost`: the client stopped sending heartbeats, or the server was stopped."""
 
 MAX_ENDED = 1000
 """Ended sessions remembered in memory, so that late requests get a reason."""

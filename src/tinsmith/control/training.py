@@ -28,14 +28,16 @@ from tinsmith.control.requests import (
     CreateModelFromCheckpoint,
     Deferred,
     ForwardBackward,
+    LoadState,
     ModelRequest,
     Rejected,
     Submission,
 )
 from tinsmith.control.samplers import SamplerBook
-from tinsmith.control.scheduler import Scheduler
+from tinsmith.control.scheduler import OnAnswered, Scheduler, Turn
 from tinsmith.control.sessions import Session, SessionBook
 from tinsmith.control.settings import ControlSettings
+from tinsmith.control.usage import Meter
 from tinsmith.control.validation import check_optimizer_type, lora_spec
 from tinsmith.types.errors import (
     AlreadyExists,
@@ -73,8 +75,10 @@ class Training:
         checkpoints: CheckpointStore,
         clock: Clock,
         ids: Ids,
+        meter: Meter,
     ) -> None:
         self._settings = settings
+        self._meter = meter
         self._engines = engines
         self._sessions = sessions
         self._custom_losses = custom_losses
@@ -86,7 +90,7 @@ class Training:
         self._models: dict[str, Model] = {}
         self._checks: set[asyncio.Task[None]] = set()
         self._validator = ThreadPoolExecutor(max_workers=1, thread_name_prefix="validator")
-        executor = Executor(
+        self._executor = Executor(
             futures=futures,
             registry=registry,
             checkpoints=checkpoints,
@@ -96,9 +100,29 @@ class Training:
             end_model=self.end_model,
         )
         self._schedulers = {
-            slot: Scheduler(slot, executor.execute, clock=clock, max_batch_tokens=settings.max_batch_tokens)
+            slot: Scheduler(slot, self._execute, clock=clock, max_batch_tokens=settings.max_batch_tokens)
             for slot in engines
         }
+
+    async def _execute(self, turn: Turn, on_answered: OnAnswered) -> None:
+        """Do a turn, and note what it used."""
+        for _, work in turn:
+            self._futures.start(work.request_id)
+
+        def answered(model: Model, work: Work) -> None:
+            if self._futures.has_succeeded(work.request_id):
+                self._note_use(model, work)
+            on_answered(model, work)
+
+        await self._executor.execute(turn, answered)
+
+    def _note_use(self, model: Model, work: Work) -> None:
+        self._meter.count("training", model.session_id, _slot(model).card.name, work.num_tokens)
+        match work.operation:
+            case Creation(checkpoint=CheckpointRow() as row):
+                self._checkpoints.note_read(row.path, "load_weights")
+            case LoadState(path=path):
+                self._checkpoints.note_read(path, "load_weights")
 
     # ---- creation ----
 

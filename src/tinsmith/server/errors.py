@@ -24,6 +24,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinsmith.control.errors import FutureExpired, SessionEnded
+from tinsmith.control.signing import LinkRefused
 from tinsmith.types.errors import NotFound, Overloaded, ServerError, TinsmithError, UserError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ def status_of(error: TinsmithError) -> int:
     match error:
         case NotFound():
             return 404
+        case LinkRefused():
+            return 403
         case SessionEnded() | FutureExpired():
             return 410
         case Overloaded():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from typing import Annotated, Any
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from starlette.requests import Request
 
+from tinsmith.control.completions import Completion
 from tinsmith.control.futures import Outcome, Pending
 from tinsmith.control.service import Control
 from tinsmith.server.bodies import Codecs
@@ -17,6 +19,8 @@ from tinsmith.server.chat.desk import ChatDesk
 from tinsmith.server.chat.recorder import Recorder
 from tinsmith.server.hub.repositories import Repositories
 from tinsmith.server.settings import ServerSettings
+
+T = TypeVar("T")
 
 
 class Service:
@@ -48,10 +52,26 @@ class Service:
         The body of `request` must have been read. Raises `NotFound` or `FutureExpired`.
         """
         now = await self.control.wait_future(request_id, 0)
-        if isinstance(now, Outcome) or self._is_draining:
+        if isinstance(now, Outcome):
             return now
-        held = self.control.wait_future(request_id, self.settings.poll_hold_s if hold_s is None else hold_s)
-        waiter = asyncio.create_task(held)
+        held_s = self.settings.poll_hold_s if hold_s is None else hold_s
+        return await self._hold(request, self.control.wait_future(request_id, held_s), now)
+
+    async def poll_completions(
+        self, request: Request, sampler_id: str, client: int, cursor: int, hold_s: float
+    ) -> tuple[list[Completion], int]:
+        """What `Control.completions` says, held as in `poll`."""
+        now = await self.control.completions(sampler_id, client, cursor, 0)
+        if now[0] or hold_s <= 0:
+            return now
+        return await self._hold(request, self.control.completions(sampler_id, client, cursor, hold_s), now)
+
+    async def _hold(self, request: Request, wait: Coroutine[Any, Any, T], now: T) -> T:
+        """What `wait` comes to; `now` if the client leaves or the server drains before."""
+        if self._is_draining:
+            wait.close()
+            return now
+        waiter = asyncio.create_task(wait)
         departure = asyncio.create_task(_departure(request))
         self._polls.add(waiter)
         try:

@@ -67,6 +67,10 @@ class ServerSettings(BaseModel):
     dialects: frozenset[Dialect] = frozenset(DIALECTS)
     """What the server speaks beside Tinker, which it always does."""
     tinkerbell: TinkerbellSettings = TinkerbellSettings()
+    link_ttl_s: float = Field(default=3600.0, gt=0)
+    """How long a link to a checkpoint's files or a trace works."""
+    sample_poller: bool = False
+    """Ask official SDKs to wait for all samples of a client in one poll (`retrieve_futures`) instead of one each."""
     max_concurrent_samples: int = Field(default=2000, ge=1)
     """Samples in flight per sampling client that the official SDK is asked to keep to."""
     record_folder: Path | None = None

@@ -8,23 +8,27 @@ session. Names of checks as arguments run only those.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
 
 import bad_input
+import recipes
 import records
 import sampling
 import tinker
 import training
+import traps
 from kit import CHECKS, Shared
 
-ORDER = (training, sampling, records, bad_input)
+ORDER = (training, sampling, records, recipes, traps, bad_input)
 
 
 def main() -> None:
     Shared.service = tinker.ServiceClient()
     Shared.rest = tinker.RestClient()
+    Shared.base_url = os.environ["TINKER_BASE_URL"]
     wanted = set(sys.argv[1:])
     ranks = {module.__name__: rank for rank, module in enumerate(ORDER)}
     for function in sorted(CHECKS, key=lambda check: ranks[check.__module__]):

@@ -180,8 +180,8 @@ def draw_later(**params: Any) -> Any:
 
 @check
 def what_is_not_supported_says_so() -> None:
-    failure_of(lambda: Shared.trainer.save_weights_external("e1").result(), "save_weights_external", "not supported")
-    failure_of(lambda: Shared.rest.copy_weights(Shared.state_path, "p1").result(), "copy_weights", "not supported")
+    encrypted = Shared.trainer.save_weights_external("e2", age_encryption_recipients=["age1x"])
+    failure_of(lambda: encrypted.result(), "age_encryption_recipients", "not supported")
     _trains(Shared.trainer)
 
 

@@ -23,6 +23,7 @@ class Shared:
 
     service: tinker.ServiceClient
     rest: tinker.RestClient
+    base_url: str
     trainer: tinker.TrainingClient
     sampler: tinker.SamplingClient
     state_path: str

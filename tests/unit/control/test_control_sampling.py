@@ -120,14 +120,36 @@ async def test_only_the_newest_unnamed_samplers_of_a_session_are_kept(open_contr
         assert [operation.snapshot_id for operation in h.asked(DropSnapshot)] == [samplers[0]]
 
 
-async def test_inflight_samplers_are_refused(h: Harness) -> None:
-    model_id = await h.model()
-    save = SaveForSampler(model_id=model_id, seq_id=1, sampling_session_seq_id=0, kind="inflight")
-    error = await h.error(h.submit(save))
-    assert isinstance(error, Unsupported)
-    assert "kind 'inflight' of save_weights_for_sampler is not supported; use 'snapshot'" in str(error)
-    neither = await h.error(h.submit(SaveForSampler(model_id=model_id, seq_id=2)))
+async def test_inflight_samplers_follow_the_newest_of_their_model(h: Harness) -> None:
+    session_id = await h.session()
+    model_id, other_id = await h.model(session_id), await h.model(session_id, 1)
+
+    async def saved(model_id: str, seq: int, number: int, kind: str = "inflight") -> str:
+        save = SaveForSampler(model_id=model_id, seq_id=seq, sampling_session_seq_id=number, kind=kind)
+        return (await h.result(h.submit(save))).sampling_session_id
+
+    async def prompt_logprob(sampler_id: str, seq: int) -> float:
+        request = draw(sampler_id, seq, prompt_logprobs=True)
+        return float((await h.result(h.sample(request))).prompt_logprobs_np[1])
+
+    first, fixed, other = (
+        await saved(model_id, 1, 0),
+        await saved(model_id, 2, 1, "snapshot"),
+        await saved(other_id, 1, 2),
+    )
+    before = [await prompt_logprob(sampler, 0) for sampler in (first, fixed, other)]
+    h.submit(forward_backward(model_id, 3))
+    h.submit(optim(model_id, 4))
+    second = await saved(model_id, 5, 3)
+    after = [await prompt_logprob(sampler, 1) for sampler in (first, fixed, other, second)]
+    assert after[0] == after[3] != before[0]
+    assert after[1:3] == before[1:3]
+    assert h.control.sampler_digest(first) == h.control.sampler_digest(second)
+    assert [drop.snapshot_id for drop in h.asked(DropSnapshot)] == [first]
+    neither = await h.error(h.submit(SaveForSampler(model_id=model_id, seq_id=6)))
     assert "needs a path (a name) or a sampling_session_seq_id" in str(neither)
+    await h.control.finish_session(session_id, "success", None)
+    assert {drop.snapshot_id for drop in h.asked(DropSnapshot)} == {first, fixed, other, second}
 
 
 async def test_samplers_of_one_checkpoint_share_a_snapshot_until_their_sessions_end(h: Harness) -> None:

@@ -347,13 +347,12 @@ async def test_a_json_training_body_without_data_says_where_it_belongs(client: C
         ("save_weights", {"path": "a", "overwrite": "no"}, "overwrite"),
         ("save_weights_for_sampler", {}, "sampling_session_seq_id"),
         ("save_weights_for_sampler", {"path": "a", "kind": "live"}, "'live'"),
-        ("save_weights_external", {"path": "a"}, "save_weights_external"),
+        ("save_weights_for_sampler", {"path": "a", "kind": "inflight"}, "'inflight'"),
+        ("save_weights_external", {}, "path is missing"),
+        ("save_weights_external", {"path": "a b"}, "'a b'"),
+        ("save_weights_external", {"path": "a", "age_encryption_recipients": ["age1x"]}, "age_encryption_recipients"),
         ("load_weights", {"path": "/etc/passwd", "optimizer": False}, "/etc/passwd"),
-        (
-            "load_weights",
-            {"path": "tinker://x/weights/y", "weights_access_token": "tml-secret"},
-            "weights_access_token",
-        ),
+        ("load_weights", {"path": "tinker://x/weights/y", "weights_access_token": "tml-secret"}, "weights/y"),
     ],
 )
 async def test_bad_operations_fail_their_future_and_harm_nobody(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import time
 from dataclasses import replace
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -39,7 +42,7 @@ def optim(model_id: str, seq_id: int, **changes: float) -> dict[str, object]:
     return {"model_id": model_id, "seq_id": seq_id, "adam_params": ADAM | changes, "type": "optim_step"}
 
 
-async def test_T1_bad_data_is_a_receipt_and_a_failed_future(client: Client) -> None:
+async def test_t01_bad_data_is_a_receipt_and_a_failed_future(client: Client) -> None:
     model_id = await client.model()
     message = pb.ForwardBackwardRequest.FromString(train_body(model_id, 1))
     message.data[0].loss_fn_inputs["weights"].dtype = 9
@@ -53,7 +56,7 @@ async def test_T1_bad_data_is_a_receipt_and_a_failed_future(client: Client) -> N
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
-async def test_T1_a_damaged_body_that_names_its_model_is_a_failed_future(client: Client, cut: int) -> None:
+async def test_t01_a_damaged_body_that_names_its_model_is_a_failed_future(client: Client, cut: int) -> None:
     model_id = await client.model()
     failed = await client.result(await client.send_train(train_body(model_id, 1)[:-cut]))
     assert failed["category"] == "user"
@@ -61,7 +64,7 @@ async def test_T1_a_damaged_body_that_names_its_model_is_a_failed_future(client:
     assert "error" not in await client.result(await client.train(model_id, 2))
 
 
-async def test_T1_a_zstd_bomb_is_a_failed_future(open_server: OpenServer) -> None:
+async def test_t01_a_zstd_bomb_is_a_failed_future(open_server: OpenServer) -> None:
     async with open_server(max_expanded_bytes=100_000) as client:
         model_id = await client.model()
         message = pb.ForwardBackwardRequest.FromString(train_body(model_id, 1))
@@ -74,7 +77,7 @@ async def test_T1_a_zstd_bomb_is_a_failed_future(open_server: OpenServer) -> Non
         assert "error" not in await client.result(await client.train(model_id, 2))
 
 
-async def test_T1_no_data_at_all_is_a_failed_future(client: Client) -> None:
+async def test_t01_no_data_at_all_is_a_failed_future(client: Client) -> None:
     model_id = await client.model()
     failed = await client.result(await client.train(model_id, 1, data=()))
     assert failed["category"] == "user"
@@ -92,13 +95,13 @@ async def test_a_full_disk_fails_the_save_and_nothing_else(client: Client) -> No
     assert "error" not in await client.result(await client.post("save_weights", save | {"seq_id": 3}))
 
 
-async def test_T1_an_unknown_model_is_a_failed_future(client: Client) -> None:
+async def test_t01_an_unknown_model_is_a_failed_future(client: Client) -> None:
     failed = await client.result(await client.train("sess-none:train:0", 1))
     assert failed["category"] == "user"
     assert "sess-none:train:0" in failed["error"]
 
 
-async def test_T2_later_chunks_are_answered_before_the_first_has_come(client: Client) -> None:
+async def test_t02_later_chunks_are_answered_before_the_first_has_come(client: Client) -> None:
     model_id = await client.model()
     late = [await client.train(model_id, seq, data=(datum([seq, seq]),)) for seq in (3, 2)]
     assert [r.status_code for r in late] == [200, 200]
@@ -113,7 +116,7 @@ async def test_T2_later_chunks_are_answered_before_the_first_has_come(client: Cl
     assert order == [1, 2, 3]
 
 
-async def test_T3_a_poll_without_result_is_held(open_server: OpenServer) -> None:
+async def test_t03_a_poll_without_result_is_held(open_server: OpenServer) -> None:
     async with open_server(poll_hold_s=0.3) as client:
         model_id = await client.model()
         receipt = await client.train(model_id, 2)
@@ -127,7 +130,7 @@ async def test_T3_a_poll_without_result_is_held(open_server: OpenServer) -> None
         assert int(answer.headers["content-length"]) == len(answer.content)
 
 
-async def test_T3_a_held_poll_ends_with_the_result(client: Client) -> None:
+async def test_t03_a_held_poll_ends_with_the_result(client: Client) -> None:
     model_id = await client.model()
     receipt = await client.train(model_id, 2)
     poll = asyncio.create_task(client.poll(receipt))
@@ -147,7 +150,7 @@ async def test_T3_a_held_poll_ends_with_the_result(client: Client) -> None:
         ("create_model", b'{"session_id": 1}'),
     ],
 )
-async def test_T4_a_400_has_a_content_length(client: Client, path: str, body: bytes) -> None:
+async def test_t04_a_400_has_a_content_length(client: Client, path: str, body: bytes) -> None:
     kind = CONTENT_TYPE if path == "forward_backward" else "application/json"
     answer = await client.http.post(f"/api/v1/{path}", content=body, headers={"content-type": kind})
     assert answer.status_code == 400
@@ -155,7 +158,7 @@ async def test_T4_a_400_has_a_content_length(client: Client, path: str, body: by
     assert answer.json()["detail"]
 
 
-async def test_T5_a_name_clash_is_a_failed_future_not_409(client: Client) -> None:
+async def test_t05_a_name_clash_is_a_failed_future_not_409(client: Client) -> None:
     model_id = await client.model()
     save = {"model_id": model_id, "path": "once", "overwrite": False, "type": "save_weights"}
     assert (await client.result(await client.post("save_weights", save | {"seq_id": 1})))["path"].endswith("/once")
@@ -165,7 +168,7 @@ async def test_T5_a_name_clash_is_a_failed_future_not_409(client: Client) -> Non
     assert "once" in failed["error"]
 
 
-async def test_T5_publishing_twice_is_not_409(client: Client) -> None:
+async def test_t05_publishing_twice_is_not_409(client: Client) -> None:
     model_id = await client.model()
     await client.result(await client.post("save_weights", {"model_id": model_id, "seq_id": 1, "path": "a"}))
     url = f"/api/v1/training_runs/{model_id}/checkpoints/weights/a/publish"
@@ -176,7 +179,7 @@ async def test_T5_publishing_twice_is_not_409(client: Client) -> None:
         assert (await client.http.delete(url)).status_code == 204
 
 
-async def test_T6_arrays_are_protobuf_for_those_who_ask(client: Client) -> None:
+async def test_t06_arrays_are_protobuf_for_those_who_ask(client: Client) -> None:
     model_id = await client.model()
     answer = await client.poll(await client.train(model_id, 1), accept=CONTENT_TYPE)
     assert CONTENT_TYPE in answer.headers["content-type"]
@@ -189,27 +192,27 @@ async def test_T6_arrays_are_protobuf_for_those_who_ask(client: Client) -> None:
     assert len(response.sequences[0].tokens) == len(response.sequences[0].logprobs or []) == 4
 
 
-async def test_T7_a_sample_receipt_names_its_sequences(client: Client) -> None:
+async def test_t07_a_sample_receipt_names_its_sequences(client: Client) -> None:
     receipt = await client.sample(await client.sampler(), num_samples=3)
     ids = receipt.json()["sample_sequence_ids"]
     assert len(set(ids)) == 3
     assert len((await client.result(receipt))["sequences"]) == 3
 
 
-async def test_T8_every_metric_name_has_one_colon(client: Client) -> None:
+async def test_t08_every_metric_name_has_one_colon(client: Client) -> None:
     model_id = await client.model()
     metrics = (await client.result(await client.train(model_id, 1)))["metrics"]
     assert "loss:sum" in metrics
     assert {name.count(":") for name in metrics} == {1}
 
 
-def test_T9_a_poll_is_held_for_less_than_the_sdk_waits() -> None:
+def test_t09_a_poll_is_held_for_less_than_the_sdk_waits() -> None:
     assert ServerSettings().poll_hold_s <= 30
     with pytest.raises(ValueError, match="poll_hold_s"):
         ServerSettings(poll_hold_s=45)
 
 
-async def test_T10_model_ids_are_what_the_sdk_assumes(client: Client) -> None:
+async def test_t10_model_ids_are_what_the_sdk_assumes(client: Client) -> None:
     session_id = await client.session()
     assert await client.model(session_id, 0) == f"{session_id}:train:0"
     saved = await client.result(
@@ -224,7 +227,7 @@ async def test_T10_model_ids_are_what_the_sdk_assumes(client: Client) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "publish", "ttl", "external_weights_urls", "v1.2:x@y"])
-async def test_T11_a_checkpoint_id_has_a_slash(client: Client, name: str) -> None:
+async def test_t11_a_checkpoint_id_has_a_slash(client: Client, name: str) -> None:
     model_id = await client.model()
     await client.result(await client.post("save_weights", {"model_id": model_id, "seq_id": 1, "path": name}))
     base = f"training_runs/{model_id}/checkpoints"
@@ -239,7 +242,7 @@ async def test_T11_a_checkpoint_id_has_a_slash(client: Client, name: str) -> Non
     assert (await client.http.delete(f"/api/v1/{base}/weights/{name}")).status_code == 404
 
 
-async def test_T12_the_same_request_again_is_the_same_future(client: Client) -> None:
+async def test_t12_the_same_request_again_is_the_same_future(client: Client) -> None:
     model_id = await client.model()
     body = train_body(model_id, 1)
     receipts = [await client.send_train(body, x_idempotency_key=key) for key in ("one", "two")]
@@ -252,7 +255,7 @@ async def test_T12_the_same_request_again_is_the_same_future(client: Client) -> 
     assert sum(isinstance(operation, OptimStep) for operation in client.engine.operations) == 1
 
 
-async def test_T12_another_payload_under_a_used_number_is_a_user_failure(client: Client) -> None:
+async def test_t12_another_payload_under_a_used_number_is_a_user_failure(client: Client) -> None:
     model_id = await client.model()
     first = await client.post("optim_step", optim(model_id, 1))
     other = await client.post("optim_step", optim(model_id, 1, learning_rate=0.5))
@@ -260,7 +263,7 @@ async def test_T12_another_payload_under_a_used_number_is_a_user_failure(client:
     assert (await client.result(other))["category"] == "user"
 
 
-async def test_T12_a_compressed_retry_is_the_same_payload(client: Client) -> None:
+async def test_t12_a_compressed_retry_is_the_same_payload(client: Client) -> None:
     model_id = await client.model()
     body = train_body(model_id, 1)
     plain = await client.send_train(body)
@@ -268,13 +271,13 @@ async def test_T12_a_compressed_retry_is_the_same_payload(client: Client) -> Non
     assert plain.json() == squeezed.json()
 
 
-async def test_T12_sampling_is_idempotent_on_its_number(client: Client) -> None:
+async def test_t12_sampling_is_idempotent_on_its_number(client: Client) -> None:
     sampler = await client.sampler()
     first, again = [await client.sample(sampler, 5) for _ in range(2)]
     assert first.json() == again.json()
 
 
-async def test_T13_client_config_is_there_and_complete(client: Client) -> None:
+async def test_t13_client_config_is_there_and_complete(client: Client) -> None:
     config = (await client.post("client/config", {"sdk_version": "0.38.0"})).json()
     assert config["proto_compress_fwdbwd"] is True
     assert None not in config.values()
@@ -283,7 +286,7 @@ async def test_T13_client_config_is_there_and_complete(client: Client) -> None:
     ] is True
 
 
-async def test_T14_expired_is_410_and_never_existed_is_404(open_server: OpenServer) -> None:
+async def test_t14_expired_is_410_and_never_existed_is_404(open_server: OpenServer) -> None:
     async with open_server(control={"future_ttl_s": 0.05, "sweep_interval_s": 0.02}) as client:
         receipt = await client.sample(await client.sampler())
         assert "error" not in await client.result(receipt)
@@ -293,7 +296,7 @@ async def test_T14_expired_is_410_and_never_existed_is_404(open_server: OpenServ
         assert "req-never" in (await client.poll_id("req-never")).json()["detail"]
 
 
-async def test_T14_a_result_can_be_fetched_again(client: Client) -> None:
+async def test_t14_a_result_can_be_fetched_again(client: Client) -> None:
     receipt = await client.sample(await client.sampler())
     assert await client.result(receipt) == await client.result(receipt)
 
@@ -301,11 +304,11 @@ async def test_T14_a_result_can_be_fetched_again(client: Client) -> None:
 @pytest.mark.parametrize(
     "path", ["get_server_capabilities", "billing/usage/events", "billing/usage/checkpoints/current"]
 )
-async def test_T15_nothing_is_402(client: Client, path: str) -> None:
+async def test_t15_nothing_is_402(client: Client, path: str) -> None:
     assert (await client.get(path)).status_code in (200, 400)
 
 
-async def test_T16_a_rejected_request_consumes_its_number(client: Client) -> None:
+async def test_t16_a_rejected_request_consumes_its_number(client: Client) -> None:
     model_id = await client.model()
     bad = await client.post("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {"learning_rate": "high"}})
     failed = await client.result(bad)
@@ -315,7 +318,7 @@ async def test_T16_a_rejected_request_consumes_its_number(client: Client) -> Non
     assert "error" not in await client.result(await client.train(model_id, 2))
 
 
-async def test_T16_a_number_that_never_comes_fails_the_later_ones(open_server: OpenServer) -> None:
+async def test_t16_a_number_that_never_comes_fails_the_later_ones(open_server: OpenServer) -> None:
     async with open_server(control={"seq_gap_timeout_s": 0.1, "sweep_interval_s": 0.02}) as client:
         model_id = await client.model()
         failed = await client.result(await client.train(model_id, 3))
@@ -324,7 +327,7 @@ async def test_T16_a_number_that_never_comes_fails_the_later_ones(open_server: O
         assert "error" not in await client.result(await client.train(model_id, 4))
 
 
-async def test_T17_length_is_said_explicitly(client: Client) -> None:
+async def test_t17_length_is_said_explicitly(client: Client) -> None:
     sampler = await client.sampler()
     params = {"max_tokens": 4, "stop": [], "seed": 1}
     answer = await client.poll(await client.sample(sampler, 0, sampling_params=params), accept=CONTENT_TYPE)
@@ -334,7 +337,7 @@ async def test_T17_length_is_said_explicitly(client: Client) -> None:
     assert pb.SampleResponse.FromString(answer.content).sequences[0].stop_reason == pb.STOP_REASON_STOP
 
 
-async def test_T18_get_info_says_where_the_tokenizer_is(client: Client) -> None:
+async def test_t18_get_info_says_where_the_tokenizer_is(client: Client) -> None:
     info = (await client.post("get_info", {"model_id": await client.model()})).json()
     assert info["model_data"]["tokenizer_id"] == FAKE_CARD.source
     assert info["model_data"]["model_name"] == info["model_name"] == FAKE_CARD.name
@@ -342,7 +345,7 @@ async def test_T18_get_info_says_where_the_tokenizer_is(client: Client) -> None:
     assert info["lora_rank"] == 4
 
 
-async def test_T18_a_model_with_a_name_of_its_own_says_where_its_tokenizer_is(open_server: OpenServer) -> None:
+async def test_t18_a_model_with_a_name_of_its_own_says_where_its_tokenizer_is(open_server: OpenServer) -> None:
     async with open_server(card=replace(FAKE_CARD, name="mine", source="/models/somewhere/mine")) as client:
         info = (await client.post("get_info", {"model_id": await client.model()})).json()
         assert info["model_data"]["model_name"] == "mine"
@@ -351,12 +354,28 @@ async def test_T18_a_model_with_a_name_of_its_own_says_where_its_tokenizer_is(op
         assert (sampler["base_model"], sampler["tokenizer_id"]) == ("mine", "/models/somewhere/mine")
 
 
-async def test_T19_no_token_exchange_is_announced(client: Client) -> None:
-    assert (await client.post("client/config", {})).json()["pjwt_auth_enabled"] is False
-    assert (await client.post("auth/token", {})).status_code == 400
+def claims_of(token: str) -> dict[str, Any]:
+    part = token.split(".")[1]
+    return json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
 
 
-async def test_T20_a_thousand_polls_wait_without_delaying_anyone(client: Client) -> None:
+async def test_t19_a_token_has_what_whoami_reads(client: Client) -> None:
+    assert (await client.post("client/config", {})).json()["pjwt_auth_enabled"] is True
+    token = (await client.post("auth/token", {}, headers={"x-api-key": "tml-any"})).json()["jwt"]
+    assert token.startswith("eyJ")
+    claims = claims_of(token)
+    assert claims["exp"] - claims["iat"] == 3600
+    assert abs(claims["iat"] - time.time()) < 60
+    assert (claims["sub"], claims["org_id"]) == ("tinsmith:user:local", "local")
+    assert (await client.get("sessions", headers={"x-api-key": token})).status_code == 200
+
+
+async def test_t19_our_own_client_is_not_sent_for_a_token(client: Client) -> None:
+    config = await client.post("client/config", {}, headers={"user-agent": "tinsmith/0.1.0 Python/3.11"})
+    assert config.json()["pjwt_auth_enabled"] is False
+
+
+async def test_t20_a_thousand_polls_wait_without_delaying_anyone(client: Client) -> None:
     session_id = await client.session()
     sampler = await client.sampler(session_id)
     client.engine.pause()
@@ -373,7 +392,7 @@ async def test_T20_a_thousand_polls_wait_without_delaying_anyone(client: Client)
     assert client.app.state.service.num_open_polls == 0
 
 
-async def test_T21_an_empty_body_may_call_itself_json(client: Client) -> None:
+async def test_t21_an_empty_body_may_call_itself_json(client: Client) -> None:
     model_id = await client.model()
     await client.result(await client.post("save_weights", {"model_id": model_id, "seq_id": 1, "path": "a"}))
     url = f"/api/v1/training_runs/{model_id}/checkpoints/weights/a"
@@ -382,7 +401,7 @@ async def test_T21_an_empty_body_may_call_itself_json(client: Client) -> None:
     assert (await client.http.request("DELETE", url, content=b"", headers=headers)).status_code == 204
 
 
-async def test_T22_two_sparse_tensors_may_have_different_patterns(client: Client) -> None:
+async def test_t22_two_sparse_tensors_may_have_different_patterns(client: Client) -> None:
     model_id = await client.model()
     targets = torch.zeros(3, 20, dtype=torch.int64)
     targets[0, 1], targets[2, 0] = 5, 9
@@ -400,7 +419,7 @@ async def test_T22_two_sparse_tensors_may_have_different_patterns(client: Client
     np.testing.assert_array_equal(seen["weights"].to_numpy(), weights.numpy())
 
 
-async def test_T23_zstd_bodies_are_read(client: Client) -> None:
+async def test_t23_zstd_bodies_are_read(client: Client) -> None:
     model_id = await client.model()
     data = tuple(datum([i % 500, 2, 3] * 50) for i in range(20))
     plain = await client.result(await client.train(model_id, 1, data=data))
@@ -408,7 +427,7 @@ async def test_T23_zstd_bodies_are_read(client: Client) -> None:
     assert plain == await client.result(await client.send_train(body, content_encoding="zstd"))
 
 
-async def test_T24_a_session_outlives_many_missed_heartbeats(client: Client) -> None:
+async def test_t24_a_session_outlives_many_missed_heartbeats(client: Client) -> None:
     assert ControlSettings(data_dir=".").session_timeout_s >= 300
     session_id = await client.session()
     finished = await client.post(f"sessions/{session_id}/finish", {"reason": {"type": "success"}, "detail": None})
@@ -417,7 +436,7 @@ async def test_T24_a_session_outlives_many_missed_heartbeats(client: Client) -> 
     assert (await client.post("session_heartbeat", {"session_id": "sess-none"})).status_code == 404
 
 
-async def test_T25_no_success_has_an_error_key(client: Client) -> None:
+async def test_t25_no_success_has_an_error_key(client: Client) -> None:
     session_id = await client.session()
     model_id = await client.model(session_id)
     receipts = [
@@ -442,7 +461,7 @@ async def test_T25_no_success_has_an_error_key(client: Client) -> None:
     assert results[4]["sampling_session_id"] == f"{session_id}:sample:3"
 
 
-async def test_T26_small_answers_are_not_delayed_by_nagle(client: Client) -> None:
+async def test_t26_small_answers_are_not_delayed_by_nagle(client: Client) -> None:
     server = uvicorn.Server(uvicorn.Config(client.app, lifespan="off", port=0, log_level="error"))
     running = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - uvicorn offers no event

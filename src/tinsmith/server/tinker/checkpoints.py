@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 
-from tinsmith.server.errors import brief
+from tinsmith.control.copies import CopyOrder
 from tinsmith.server.service import ServiceDep
-from tinsmith.server.tinker.schemas import TtlBody, WeightsInfoBody
+from tinsmith.server.tinker.schemas import CopyWeightsBody, TtlBody, WeightsInfoBody
 from tinsmith.server.tinker.sessions import Limit, Offset
-from tinsmith.types.errors import Unsupported
 from tinsmith.types.rest import (
     CheckpointsListResponse,
     Cursor,
@@ -19,6 +18,7 @@ from tinsmith.types.rest import (
     TrainingRunsResponse,
     WeightsInfoResponse,
 )
+from tinsmith.types.rest_admin import CopyWeightsResponse
 
 router = APIRouter(tags=["checkpoints"])
 
@@ -29,9 +29,7 @@ _CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 async def list_training_runs(
     service: ServiceDep, limit: Limit = 20, offset: Offset = 0, project_id: Annotated[str | None, Query()] = None
 ) -> TrainingRunsResponse:
-    if project_id:
-        raise Unsupported(f"project_id = {brief(project_id)}: this server has no projects yet")
-    runs, total = await service.control.list_training_runs(limit, offset)
+    runs, total = await service.control.list_training_runs(limit, offset, project_id)
     return TrainingRunsResponse(training_runs=runs, cursor=Cursor(offset=offset, limit=limit, total_count=total))
 
 
@@ -57,6 +55,21 @@ async def list_user_checkpoints(service: ServiceDep, limit: Limit = 100, offset:
 @router.post("/weights_info", response_model_exclude_none=True)
 async def weights_info(body: WeightsInfoBody, service: ServiceDep) -> WeightsInfoResponse:
     return await service.control.weights_info(body.tinker_path)
+
+
+@router.post("/copy_weights")
+async def copy_weights(
+    body: CopyWeightsBody, service: ServiceDep, x_idempotency_key: Annotated[str | None, Header()] = None
+) -> CopyWeightsResponse:
+    """The same request under the same key again is the same copy."""
+    order = CopyOrder(
+        source_path=body.source_path,
+        project_id=body.destination_project_id,
+        session_id=body.session_id,
+        model_seq_id=body.model_seq_id,
+        ttl_seconds=body.ttl_seconds,
+    )
+    return CopyWeightsResponse(tinker_path=await service.control.copy_weights(order, x_idempotency_key))
 
 
 @router.delete(_CHECKPOINT, status_code=204)

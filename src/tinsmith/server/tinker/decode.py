@@ -23,6 +23,7 @@ from tinsmith.server.tinker.schemas import (
     OptimStepBody,
     SampleBody,
     SaveWeightsBody,
+    SaveWeightsExternalBody,
     SaveWeightsForSamplerBody,
     TrainBody,
     UnloadBody,
@@ -128,21 +129,20 @@ def save_weights_for_sampler(payload: Mapping[str, Any]) -> ask.SaveForSampler:
     )
 
 
-def save_weights_external(payload: Mapping[str, Any]) -> ask.ModelRequest:
-    raise Unsupported(
-        "save_weights_external is not supported by this server; save_weights_for_sampler writes PEFT files"
-    )
+def save_weights_external(payload: Mapping[str, Any]) -> ask.SaveExternal:
+    body = read(SaveWeightsExternalBody, payload)
+    if body.age_encryption_recipients:
+        raise Unsupported("age_encryption_recipients is not supported by this server; files are exported unencrypted")
+    return ask.SaveExternal(model_id=body.model_id, seq_id=body.seq_id, name=body.path, ttl_seconds=body.ttl_seconds)
 
 
 def load_into_model(payload: Mapping[str, Any]) -> ask.LoadState:
     body = read(LoadIntoModelBody, payload)
-    _refuse_access_token(body.weights_access_token)
     return ask.LoadState(model_id=body.model_id, seq_id=body.seq_id, path=body.path, optimizer=body.optimizer)
 
 
 def load_new_model(payload: Mapping[str, Any]) -> ask.CreateModelFromCheckpoint:
     body = read(LoadNewModelBody, payload)
-    _refuse_access_token(body.weights_access_token)
     return ask.CreateModelFromCheckpoint(
         session_id=body.session_id,
         model_seq_id=body.model_seq_id,
@@ -152,11 +152,6 @@ def load_new_model(payload: Mapping[str, Any]) -> ask.CreateModelFromCheckpoint:
         optimizer_type=body.optimizer_config.type,
         user_metadata=body.user_metadata,
     )
-
-
-def _refuse_access_token(token: str | None) -> None:
-    if token:
-        raise Unsupported("weights_access_token is not supported by this server; it has no other accounts")
 
 
 def unload_model(payload: Mapping[str, Any]) -> ask.UnloadModel:
@@ -188,13 +183,18 @@ def create_model(body: CreateModelBody) -> ask.CreateModel:
 
 # ---- sampling ----
 
-_UNSUPPORTED_OF_SAMPLE = ("record_stability_info", "base_model", "model_path")
+_UNSUPPORTED_OF_SAMPLE = {
+    "record_stability_info": "it serves the loss 'stable_reinforce', whose objective is not published; "
+    "sample without it and train with 'importance_sampling'",
+    "base_model": "sample through a sampling session, which create_sampling_session makes",
+    "model_path": "sample through a sampling session, which create_sampling_session makes",
+}
 
 
 def sample(payload: Mapping[str, Any]) -> ask.DrawSamples:
-    for name in _UNSUPPORTED_OF_SAMPLE:
+    for name, instead in _UNSUPPORTED_OF_SAMPLE.items():
         if payload.get(name) not in OFF:
-            raise Unsupported(f"{name} = {brief(payload[name])} is not supported by this server")
+            raise Unsupported(f"{name} = {brief(payload[name])} is not supported by this server: {instead}")
     body = read(SampleBody, payload)
     params, targets = body.sampling_params, body.target_prompt_logprobs
     return ask.DrawSamples(

@@ -63,6 +63,8 @@ def _json(outcome: Outcome) -> dict[str, Any]:
             return {key: value for key, value in fields.items() if value is not None} | {
                 "type": "save_weights_for_sampler"
             }
+        case "SaveWeightsExternal":
+            return {"path": result.path, "size_bytes": result.size_bytes, "type": "save_weights_external"}
         case "LoadWeights":
             return {**result.model_dump(exclude_none=True), "type": "load_weights"}
         case "Sample":

@@ -10,8 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinsmith.server.tinker import checkpoints, decode, futures, schemas, sessions, submits
-from tinsmith.server.tinker.unsupported import unsupported_routes
+from tinsmith.server.tinker import (
+    admin,
+    checkpoints,
+    decode,
+    downloads,
+    futures,
+    identity,
+    schemas,
+    sessions,
+    submits,
+)
 
 PREFIX = "/api/v1"
 
@@ -34,6 +43,9 @@ RAW: tuple[RawRoute, ...] = (
     ),
     RawRoute("/forward", submits.forward, schemas.TrainBody, "Loss without gradients (older SDKs)"),
     RawRoute("/create_custom_loss", submits.create_custom_loss, schemas.CreateCustomLossBody, "Keep a traced loss"),
+    RawRoute(
+        "/retrieve_futures", futures.retrieve_futures, schemas.RetrieveFuturesBody, "Wait for any of a client's samples"
+    ),
     RawRoute("/cancel_future", futures.cancel_future, schemas.CancelFutureBody, "Give up a sample"),
     RawRoute("/save_weights", submits.model_operation(decode.save_weights), schemas.SaveWeightsBody, "Save the state"),
     RawRoute(
@@ -45,8 +57,8 @@ RAW: tuple[RawRoute, ...] = (
     RawRoute(
         "/save_weights_external",
         submits.model_operation(decode.save_weights_external),
-        schemas.ModelOperationBody,
-        "Not supported: the future fails",
+        schemas.SaveWeightsExternalBody,
+        "Export weights for download",
     ),
     RawRoute("/load_weights", submits.load_weights, schemas.LoadNewModelBody, "Load a checkpoint"),
     RawRoute("/unload_model", submits.model_operation(decode.unload_model), schemas.UnloadBody, "End a model"),
@@ -54,9 +66,9 @@ RAW: tuple[RawRoute, ...] = (
 
 
 def raw_routes() -> list[Route]:
-    routes = [Route(PREFIX + raw.path, raw.endpoint, methods=["POST"], name=raw.path[1:]) for raw in RAW]
-    return routes + unsupported_routes(PREFIX)
+    return [Route(PREFIX + raw.path, raw.endpoint, methods=["POST"], name=raw.path[1:]) for raw in RAW]
 
 
 def routers() -> list[APIRouter]:
-    return [sessions.router, checkpoints.router]
+    """In this order: `/sessions/search` and what ends in a fixed word come before what takes any."""
+    return [identity.router, admin.router, downloads.router, sessions.router, checkpoints.router]

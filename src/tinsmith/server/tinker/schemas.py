@@ -178,6 +178,7 @@ class LoadIntoModelBody(ModelOperationBody):
     path: str
     optimizer: bool = False
     weights_access_token: str | None = None
+    """Of another account. There are none here: whatever it would open is open."""
 
 
 class LoadNewModelBody(Body):
@@ -260,11 +261,68 @@ class CancelFutureBody(Body):
     request_id: str
 
 
+class FuturesTarget(Body):
+    sampling_session_id: str
+    cloned_sampler_id: Int64 = 0
+
+
+class RetrieveFuturesBody(Body):
+    target: FuturesTarget
+    prev_cursor: Int64 = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[str] = []
+
+
 # ---- checkpoints ----
 
 
 class WeightsInfoBody(Body):
     tinker_path: str
+
+
+class CopyWeightsBody(Body):
+    source_path: str
+    destination_project_id: str | None = None
+    session_id: str | None = None
+    model_seq_id: Int64 | None = None
+    ttl_seconds: int | None = None
+    weights_access_token: str | None = None
+
+
+class SaveWeightsExternalBody(ModelOperationBody):
+    path: str
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] = []
+
+
+class ProjectBody(Body):
+    project_id: str = Field(min_length=1)
+
+
+class OwnerBody(Body):
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[str] | None = None
+
+
+class StatusBody(Body):
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+
+
+class SearchCursorBody(Body):
+    last_created_at: str
+    last_session_id: str
+
+
+class SessionSearchBody(Body):
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = Field(default=None, min_length=1)
+    owner: OwnerBody = OwnerBody()
+    statuses: list[StatusBody] | None = Field(default=None, min_length=1)
+    limit: int = Field(default=50, ge=1, le=200)
+    cursor: SearchCursorBody | None = None
 
 
 class TtlBody(Body):

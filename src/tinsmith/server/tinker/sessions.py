@@ -13,6 +13,7 @@ from tinsmith.server.bodies import parse_json_object
 from tinsmith.server.errors import error_response, json_response
 from tinsmith.server.service import ServiceDep, service_of
 from tinsmith.server.tinker import decode
+from tinsmith.server.tinker.identity import wants_identity_token
 from tinsmith.server.tinker.schemas import (
     ClientBody,
     CreateModelBody,
@@ -42,13 +43,15 @@ Offset = Annotated[int, Query(ge=0)]
 
 
 @router.post("/client/config")
-async def client_config(body: ClientBody, service: ServiceDep) -> dict[str, Any]:
+async def client_config(body: ClientBody, request: Request, service: ServiceDep) -> dict[str, Any]:
     settings = service.settings
     return {
-        "pjwt_auth_enabled": False,
+        "pjwt_auth_enabled": wants_identity_token(request),
         "proto_compress_fwdbwd": True,
         "parallel_fwdbwd_chunks": True,
         "custom_loss_server_side": True,
+        "sample_join_sampling_session": True,
+        "sample_use_retrieve_futures": settings.sample_poller,
         "fwdbwd_max_chunk_len": settings.max_chunk_datums,
         "fwdbwd_max_chunk_bytes_count": settings.max_chunk_bytes,
         "sample_max_concurrent_requests": settings.max_concurrent_samples,

@@ -56,6 +56,8 @@ def result_of(outcome: Outcome, backend: str) -> dict[str, Any]:
             return {"status": "saved", "path": result} | named
         case "SaveWeightsForSampler":
             return {"status": "saved"} | _saved_sampler(result) | named
+        case "SaveWeightsExternal":
+            return {"status": "saved", "path": result.path, "size_bytes": result.size_bytes} | named
         case "LoadWeights":
             return {"status": "loaded", "path": result.path} | named
         case "UnloadModel":

@@ -1,0 +1,65 @@
+"""Who did what to which checkpoint and project. Written in the transaction of what it tells of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from typing import Any, Literal, TypeAlias
+
+import sqlalchemy as sa
+
+from tinsmith.control.records import LOCAL_OWNER, CheckpointRow, moment
+from tinsmith.control.registry import AUDIT
+
+AuditEvent: TypeAlias = Literal[
+    "checkpoint_create",
+    "checkpoint_copy",
+    "checkpoint_read",
+    "checkpoint_publish",
+    "checkpoint_unpublish",
+    "checkpoint_ttl_set",
+    "checkpoint_delete",
+    "checkpoint_expire",
+    "project_session_assign",
+]
+"""`<resource>_<action>`."""
+
+EventType: TypeAlias = Literal["all", "checkpoints", "projects", "teams", "organizations"]
+
+_PREFIX: dict[str, str] = {
+    "all": "",
+    "checkpoints": "checkpoint_",
+    "projects": "project_",
+    "teams": "team_",
+    "organizations": "organization_",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    at: datetime
+    event: str
+    details: dict[str, Any]
+
+
+def note(connection: sa.Connection, event: AuditEvent, at: float, **details: Any) -> None:
+    values = {"at": at, "owner": LOCAL_OWNER, "event": event, "details": details}
+    connection.execute(sa.insert(AUDIT).values(**values))
+
+
+def note_checkpoint(
+    connection: sa.Connection, event: AuditEvent, row: CheckpointRow, at: float, **details: Any
+) -> None:
+    note(connection, event, at, tinker_path=row.path, training_run_id=row.run_id, **details)
+
+
+def entries(connection: sa.Connection, event_type: EventType, day: date) -> list[AuditEntry]:
+    """Of one day, midnight to midnight UTC, in the order they happened."""
+    start = datetime.combine(day, time(), tzinfo=moment(0).tzinfo)
+    query = sa.select(AUDIT).where(
+        AUDIT.c.at >= start.timestamp(),
+        AUDIT.c.at < (start + timedelta(days=1)).timestamp(),
+        AUDIT.c.event.startswith(_PREFIX[event_type], autoescape=True),
+    )
+    rows = connection.execute(query.order_by(AUDIT.c.at, AUDIT.c.entry_id)).mappings()
+    return [AuditEntry(at=moment(row["at"]), event=row["event"], details=dict(row["details"])) for row in rows]

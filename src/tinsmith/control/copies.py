@@ -1,0 +1,168 @@
+"""Copies of checkpoints: in a run of their own, in another project or session, with a life of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from tinsmith.control import audit, records
+from tinsmith.control.checkpoints import CheckpointStore, describe, relative_folder
+from tinsmith.control.identity import Clock, Ids
+from tinsmith.control.records import CheckpointRow, RunRow, SessionRow
+from tinsmith.control.registry import RUNS, SESSIONS, Registry
+from tinsmith.control.validation import check_ttl
+from tinsmith.types.errors import AlreadyExists, InvalidInput, PayloadConflict, StorageError
+
+MAX_REMEMBERED = 1000
+"""Copies that a repeated request finds again."""
+RECORD = "checkpoint.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyOrder:
+    source_path: str
+    project_id: str | None = None
+    session_id: str | None = None
+    """Of a live session that will own the copy; `None` makes a session for it."""
+    model_seq_id: int | None = None
+    """The number of the run in that session."""
+    ttl_seconds: int | None = None
+
+
+class Copies:
+    def __init__(
+        self, *, registry: Registry, checkpoints: CheckpointStore, data_dir: Path, ids: Ids, clock: Clock
+    ) -> None:
+        self._registry = registry
+        self._checkpoints = checkpoints
+        self._data_dir = data_dir
+        self._ids = ids
+        self._clock = clock
+        self._known: OrderedDict[str, tuple[CopyOrder, asyncio.Task[str]]] = OrderedDict()
+
+    async def copy(self, order: CopyOrder, idempotency_key: str | None) -> str:
+        """The path of the copy. The same order under the same key again is the same copy; a failure is not kept.
+
+        Raises `NotFound`, `InvalidInput`, `AlreadyExists` (the run's number is taken), `PayloadConflict` or
+        `StorageError`.
+        """
+        if idempotency_key is None:
+            return await self._copy(order)
+        if idempotency_key in self._known:
+            known, task = self._known[idempotency_key]
+            if known != order:
+                raise PayloadConflict(f"idempotency key {idempotency_key!r} was already used for another copy")
+        else:
+            task = asyncio.create_task(self._copy(order))
+            self._known[idempotency_key] = (order, task)
+            while len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+        try:
+            return await asyncio.shield(task)
+        except Exception:
+            self._known.pop(idempotency_key, None)
+            raise
+
+    async def _copy(self, order: CopyOrder) -> str:
+        check_ttl(order.ttl_seconds)
+        source = await self._checkpoints.find(order.source_path)
+        now = self._clock.time()
+        session_id = order.session_id or self._ids.session_id()
+        row = self._row(source, f"{session_id}:train:{order.model_seq_id or 0}", order.ttl_seconds, now)
+        run = RunRow(
+            run_id=row.run_id,
+            session_id=session_id,
+            base_model=row.base_model,
+            lora=row.lora,
+            parent=source.path,
+            created_at=now,
+            last_request_at=now,
+            ended_at=now,
+        )
+        if await self._registry.read(lambda c: records.run(c, row.run_id)) is not None:
+            raise AlreadyExists(f"training run {row.run_id!r} exists; take the next model_seq_id")
+        await asyncio.to_thread(_copy_folder, self._data_dir / source.folder, self._data_dir / row.folder, row)
+
+        def work(connection: sa.Connection) -> None:
+            if order.session_id is None:
+                records.insert(connection, SESSIONS, _session_for_copy(session_id, order, now))
+            records.insert(connection, RUNS, run)
+            records.register_checkpoint(connection, row, overwrite=False)
+            audit.note_checkpoint(connection, "checkpoint_copy", row, now, source_path=source.path)
+
+        try:
+            await self._registry.write(work)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, self._data_dir / row.folder, ignore_errors=True)
+            raise
+        return row.path
+
+    def _row(self, source: CheckpointRow, run_id: str, ttl_seconds: int | None, now: float) -> CheckpointRow:
+        return replace(
+            source,
+            checkpoint_id=self._ids.checkpoint_id(),
+            run_id=run_id,
+            version=1,
+            folder=relative_folder(run_id, source.kind, source.name, 1).as_posix(),
+            parent=source.checkpoint_id,
+            public=False,
+            created_at=now,
+            expires_at=None if ttl_seconds is None else now + ttl_seconds,
+        )
+
+
+def check_destination(order: CopyOrder) -> None:
+    """Raises `InvalidInput` unless the copy has one place to go."""
+    if (order.session_id is None) != (order.model_seq_id is None):
+        raise InvalidInput("session_id and model_seq_id of a copy belong together; give both or neither")
+    if order.session_id is not None and order.project_id is not None:
+        raise InvalidInput("give either destination_project_id or session_id and model_seq_id, not both")
+
+
+def _session_for_copy(session_id: str, order: CopyOrder, now: float) -> SessionRow:
+    return SessionRow(
+        session_id=session_id,
+        created_at=now,
+        ended_at=now,
+        end_reason="success",
+        end_detail=f"copy of {order.source_path}",
+        tags=["copy_weights"],
+        project_id=order.project_id,
+    )
+
+
+def _copy_folder(source: Path, target: Path, row: CheckpointRow) -> None:
+    """Hard links where the file system has them: files of checkpoints never change. Whole or not at all."""
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        if target.exists():
+            raise FileExistsError(f"{target} exists")
+        shutil.copytree(source, temporary, copy_function=_link_or_copy, ignore=shutil.ignore_patterns(RECORD))
+        described = json.loads((source / RECORD).read_bytes()) | describe(row)
+        _write_durably(temporary / RECORD, json.dumps(described, indent=2, sort_keys=True).encode())
+        temporary.rename(target)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"checkpoint {row.path!r} could not be copied: {error}") from error
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,175 @@
+"""How much was computed and stored: tokens per hour, session and base model; checkpoints and the space they take.
+
+Tokens are counted in memory and written by the janitor; what a crash loses is less than a minute's worth. Checkpoints
+and their space follow from their records.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from tinsmith.control.identity import Clock
+from tinsmith.control.registry import CHECKPOINTS, RUNS, SESSIONS, USAGE, Registry
+
+HOUR_S = 3600
+GIGABYTE = 1e9
+
+TokenKind: TypeAlias = Literal["training", "prefill", "cached_prefill", "sampled"]
+_Bucket: TypeAlias = tuple[int, str, str, TokenKind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageEvent:
+    """What one session used of one kind in one hour."""
+
+    hour: int
+    """Its first second, since 1970."""
+    session_id: str
+    project_id: str | None
+    base_model: str
+    kind: TokenKind | Literal["checkpoint", "storage"]
+    amount: float
+    """Tokens, checkpoints, or gigabyte-hours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageReport:
+    events: list[UsageEvent]
+    session_metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of every session in `events`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredShare:
+    """Checkpoints of one project."""
+
+    project_id: str | None
+    count: int
+    size_bytes: int
+
+
+class Meter:
+    def __init__(self, registry: Registry, clock: Clock) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._pending: Counter[_Bucket] = Counter()
+
+    def count(self, kind: TokenKind, session_id: str, base_model: str, tokens: int) -> None:
+        if tokens > 0:
+            hour = int(self._clock.time()) // HOUR_S * HOUR_S
+            self._pending[hour, session_id, base_model, kind] += tokens
+
+    async def flush(self) -> None:
+        """Write what was counted; kept for the next time if the registry refuses."""
+        pending, self._pending = self._pending, Counter()
+        if not pending:
+            return
+        try:
+            await self._registry.write(lambda c: _add(c, pending))
+        except Exception:
+            self._pending.update(pending)
+            raise
+
+    async def report(self, start: float, end: float) -> UsageReport:
+        """Whole hours from `start` up to, not including, `end`. Oldest first, then the most first."""
+        await self.flush()
+        now = self._clock.time()
+        return await self._registry.read(lambda c: _report(c, int(start), int(end), now))
+
+    async def stored(self, project_id: str | None) -> list[StoredShare]:
+        """What is stored now; of one project, or of all."""
+        now = self._clock.time()
+        return await self._registry.read(lambda c: _stored(c, project_id, now))
+
+
+def _add(connection: sa.Connection, counted: Mapping[_Bucket, int]) -> None:
+    for (hour, session_id, base_model, kind), tokens in counted.items():
+        row = upsert(USAGE).values(hour=hour, session_id=session_id, base_model=base_model, kind=kind, tokens=tokens)
+        keys = [USAGE.c.hour, USAGE.c.session_id, USAGE.c.base_model, USAGE.c.kind]
+        connection.execute(row.on_conflict_do_update(keys, set_={"tokens": USAGE.c.tokens + row.excluded.tokens}))
+
+
+def _report(connection: sa.Connection, start: int, end: int, now: float) -> UsageReport:
+    events = _token_events(connection, start, end) + _checkpoint_events(connection, start, end, now)
+    events.sort(key=lambda event: (event.hour, -event.amount))
+    sessions = {event.session_id for event in events}
+    query = sa.select(SESSIONS.c.session_id, SESSIONS.c.user_metadata).where(SESSIONS.c.session_id.in_(sessions))
+    return UsageReport(
+        events=events, session_metadata={row.session_id: row.user_metadata for row in connection.execute(query)}
+    )
+
+
+def _token_events(connection: sa.Connection, start: int, end: int) -> list[UsageEvent]:
+    query = (
+        sa.select(USAGE, SESSIONS.c.project_id)
+        .join(SESSIONS, SESSIONS.c.session_id == USAGE.c.session_id, isouter=True)
+        .where(USAGE.c.hour >= start, USAGE.c.hour < end)
+    )
+    return [
+        UsageEvent(
+            hour=row.hour,
+            session_id=row.session_id,
+            project_id=row.project_id,
+            base_model=row.base_model,
+            kind=row.kind,
+            amount=row.tokens,
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def _checkpoint_events(connection: sa.Connection, start: int, end: int, now: float) -> list[UsageEvent]:
+    made: Counter[tuple[int, str, str | None, str]] = Counter()
+    stored: dict[tuple[int, str, str | None, str], float] = defaultdict(float)
+    for row in connection.execute(_checkpoints().where(CHECKPOINTS.c.created_at < end)):
+        who = (row.session_id, row.project_id, row.base_model)
+        if row.created_at >= start:
+            made[int(row.created_at) // HOUR_S * HOUR_S, *who] += 1
+        gone = min(filter(None, (row.deleted_at, row.expires_at, now)))
+        for hour, seconds in _hours(max(row.created_at, start), min(gone, end)):
+            stored[hour, *who] += row.size_bytes / GIGABYTE * seconds / HOUR_S
+    return [_event(key, "checkpoint", n) for key, n in made.items()] + [
+        _event(key, "storage", n) for key, n in stored.items()
+    ]
+
+
+def _event(key: tuple[int, str, str | None, str], kind: Literal["checkpoint", "storage"], amount: float) -> UsageEvent:
+    hour, session_id, project_id, base_model = key
+    return UsageEvent(
+        hour=hour, session_id=session_id, project_id=project_id, base_model=base_model, kind=kind, amount=amount
+    )
+
+
+def _hours(start: float, end: float) -> Iterable[tuple[int, float]]:
+    """The hours that `start`..`end` touches, each with the seconds of it."""
+    hour = int(start) // HOUR_S * HOUR_S
+    while hour < end:
+        yield hour, min(end, hour + HOUR_S) - max(start, hour)
+        hour += HOUR_S
+
+
+def _checkpoints() -> sa.Select[Any]:
+    return (
+        sa.select(CHECKPOINTS, RUNS.c.session_id, SESSIONS.c.project_id)
+        .join(RUNS, RUNS.c.run_id == CHECKPOINTS.c.run_id)
+        .join(SESSIONS, SESSIONS.c.session_id == RUNS.c.session_id)
+    )
+
+
+def _stored(connection: sa.Connection, project_id: str | None, now: float) -> list[StoredShare]:
+    alive = CHECKPOINTS.c.deleted_at.is_(None) & (CHECKPOINTS.c.expires_at.is_(None) | (CHECKPOINTS.c.expires_at > now))
+    query = _checkpoints().where(alive)
+    if project_id is not None:
+        query = query.where(SESSIONS.c.project_id == project_id)
+    counts: Counter[str | None] = Counter()
+    sizes: Counter[str | None] = Counter()
+    for row in connection.execute(query):
+        counts[row.project_id] += 1
+        sizes[row.project_id] += row.size_bytes
+    return [StoredShare(project_id=key, count=counts[key], size_bytes=sizes[key]) for key in counts]

@@ -1,0 +1,109 @@
+"""Files to take away: checkpoints and traces, through links that are signed, expire, and need no key."""
+
+from __future__ import annotations
+
+from email.utils import format_datetime
+from typing import Annotated
+from urllib.parse import quote
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Query
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from tinsmith.control.downloads import archive_files, archive_name, stored_file, tar_chunks, tar_size
+from tinsmith.control.records import moment
+from tinsmith.control.signing import SignedLink
+from tinsmith.server.errors import json_response
+from tinsmith.server.service import Service, ServiceDep
+from tinsmith.types.errors import InvalidInput, TinsmithError
+from tinsmith.types.rest_admin import ExternalWeightsUrlsResponse, TraceExportResponse
+
+router = APIRouter(tags=["downloads"])
+
+PREFIX = "/api/v1"
+_CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
+Expires = Annotated[int, Query(ge=0, lt=2**53)]
+Signature = Annotated[str, Query()]
+
+
+def _signed_url(request: Request, service: Service, path: str) -> tuple[str, int]:
+    """An absolute URL under the host by which the caller reached us, and when it expires."""
+    link = service.control.signer.sign(path, service.settings.link_ttl_s)
+    query = f"expires={link.expires}&signature={link.signature}"
+    return f"{request.url.scheme}://{request.url.netloc}{PREFIX}{quote(path, safe='/:@+=')}?{query}", link.expires
+
+
+def _check_link(service: Service, path: str, expires: int, signature: str) -> None:
+    service.control.signer.check(path, SignedLink(expires=expires, signature=signature))
+
+
+# ---- checkpoints ----
+
+
+@router.get(f"{_CHECKPOINT}/external_weights_urls")
+async def external_weights_urls(
+    run_id: str, kind: str, name: str, request: Request, service: ServiceDep
+) -> ExternalWeightsUrlsResponse:
+    """One link per file of an external checkpoint."""
+    row, files = await service.control.checkpoint_files(run_id, f"{kind}/{name}")
+    if row.kind != "external_weights":
+        raise InvalidInput(f"{row.path!r} is no external checkpoint; make one with save_weights_external")
+    links = {file.name: _signed_url(request, service, f"/files/{run_id}/{kind}/{name}/{file.name}") for file in files}
+    expires = min(expires for _, expires in links.values())
+    return ExternalWeightsUrlsResponse(urls={name: url for name, (url, _) in links.items()}, expires=moment(expires))
+
+
+@router.get("/files/{run_id}/{kind}/{name}/{file:path}")
+async def download_file(
+    run_id: str, kind: str, name: str, file: str, service: ServiceDep, expires: Expires, signature: Signature
+) -> Response:
+    _check_link(service, f"/files/{run_id}/{kind}/{name}/{file}", expires, signature)
+    folder = await service.control.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "download")
+    return FileResponse(await run_sync(stored_file, folder, file), media_type="application/octet-stream")
+
+
+@router.get(f"{_CHECKPOINT}/archive", status_code=302)
+async def archive_url(run_id: str, kind: str, name: str, request: Request, service: ServiceDep) -> Response:
+    """For SDKs up to 0.25: they read the link from the redirection and do not follow it."""
+    await service.control.checkpoint_files(run_id, f"{kind}/{name}")
+    url, expires = _signed_url(request, service, f"/archives/{run_id}/{kind}/{name}")
+    when = moment(expires)
+    headers = {"location": url, "expires": format_datetime(when, usegmt=True)}
+    return json_response({"url": url, "expires": when.isoformat()}, 302, headers)
+
+
+@router.get("/archives/{run_id}/{kind}/{name}")
+async def download_archive(
+    run_id: str, kind: str, name: str, service: ServiceDep, expires: Expires, signature: Signature
+) -> Response:
+    """A tar archive, made while it is sent."""
+    _check_link(service, f"/archives/{run_id}/{kind}/{name}", expires, signature)
+    folder = await service.control.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "archive")
+    files = await run_sync(archive_files, folder)
+    headers = {
+        "content-length": str(tar_size(files)),
+        "content-disposition": f'attachment; filename="{archive_name(run_id, name)}"',
+    }
+    return StreamingResponse(tar_chunks(folder, files), headers=headers, media_type="application/x-tar")
+
+
+# ---- traces ----
+
+
+@router.get("/sessions/{session_id}/trace_export", response_model_exclude_none=True)
+async def export_trace(session_id: str, request: Request, service: ServiceDep) -> TraceExportResponse:
+    """A link to a trace of the session's requests, as Perfetto and Chrome open it."""
+    try:
+        await service.control.trace(session_id)
+    except TinsmithError as error:
+        return TraceExportResponse(status="failed", error=error.message)
+    return TraceExportResponse(status="ready", url=_signed_url(request, service, f"/traces/{session_id}")[0])
+
+
+@router.get("/traces/{session_id}")
+async def download_trace(session_id: str, service: ServiceDep, expires: Expires, signature: Signature) -> Response:
+    _check_link(service, f"/traces/{session_id}", expires, signature)
+    trace = await service.control.trace(session_id)
+    headers = {"content-disposition": f'attachment; filename="{session_id}.json"'}
+    return await run_sync(json_response, trace, 200, headers)
