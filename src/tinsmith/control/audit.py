@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time
 from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
@@ -25,6 +25,8 @@ AuditEvent: TypeAlias = Literal[
 """`<resource>_<action>`."""
 
 EventType: TypeAlias = Literal["all", "checkpoints", "projects", "teams", "organizations"]
+
+DAY_S = 86_400
 
 _PREFIX: dict[str, str] = {
     "all": "",
@@ -55,10 +57,10 @@ def note_checkpoint(
 
 def entries(connection: sa.Connection, event_type: EventType, day: date) -> list[AuditEntry]:
     """Of one day, midnight to midnight UTC, in the order they happened."""
-    start = datetime.combine(day, time(), tzinfo=moment(0).tzinfo)
+    start = datetime.combine(day, time(), tzinfo=UTC).timestamp()
     query = sa.select(AUDIT).where(
-        AUDIT.c.at >= start.timestamp(),
-        AUDIT.c.at < (start + timedelta(days=1)).timestamp(),
+        AUDIT.c.at >= start,
+        AUDIT.c.at < start + DAY_S,
         AUDIT.c.event.startswith(_PREFIX[event_type], autoescape=True),
     )
     rows = connection.execute(query.order_by(AUDIT.c.at, AUDIT.c.entry_id)).mappings()

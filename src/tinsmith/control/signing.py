@@ -55,13 +55,14 @@ class Signer:
 
     def check(self, resource: str, link: SignedLink) -> None:
         """Raises `LinkRefused`."""
-        if not hmac.compare_digest(self._signature(resource, link.expires), link.signature):
+        expected = self._signature(resource, link.expires).encode()
+        if not hmac.compare_digest(expected, link.signature.encode("utf-8", "surrogatepass")):
             raise LinkRefused("the link's signature does not fit; ask for a new link")
         if link.expires <= self._clock.time():
             raise LinkRefused("the link has expired; ask for a new one")
 
     def _signature(self, resource: str, expires: int) -> str:
-        return hmac.digest(self._link_key, f"{expires} {resource}".encode(), "sha256").hex()
+        return hmac.digest(self._link_key, f"{expires} {resource}".encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
 def _part(fields: dict[str, object]) -> str:

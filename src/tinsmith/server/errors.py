@@ -123,7 +123,12 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Of all routes at this path; the router itself tells those of the first."""
+    """Of all routes at this path; the router itself tells those of the first.
+
+    Where the document names the path itself, routes that take any word in its place are not meant.
+    """
+    if (named := request.app.openapi()["paths"].get(request.url.path)) is not None:
+        return sorted(method.upper() for method in named)
     scope = {key: request.scope[key] for key in ("type", "path", "headers") if key in request.scope}
     routes = request.app.routes
     return [

@@ -201,7 +201,8 @@ async def test_what_happens_to_checkpoints_is_on_record(client: Client) -> None:
     assert entries[0]["model_id"] == model_id
     only = (await client.get("audit", params={"event_type": "projects"})).json()["entries"]
     assert [entry["event_details"]["project_id"] for entry in only] == ["p1"]
-    assert (await client.get("audit", params={"day": "2020-01-01"})).json()["entries"] == []
+    for day in ("2020-01-01", "0001-01-01", "9999-12-31"):
+        assert (await client.get("audit", params={"day": day})).json()["entries"] == []
 
 
 @pytest.mark.parametrize("params", [{"day": "yesterday"}, {"day": "2020-13-01"}, {"event_type": "weather"}])
@@ -249,3 +250,16 @@ async def test_a_time_that_makes_no_sense_is_named(client: Client, start: str, e
     answer = await client.get("billing/usage/events", params={"starting_on": start, "ending_before": end})
     assert answer.status_code == 400
     assert start in answer.json()["detail"]
+
+
+async def test_text_that_is_no_unicode_is_refused(client: Client) -> None:
+    for path, body in (
+        ("sessions/search", b'{"display_name": "\\ud800"}'),
+        ("create_session", b'{"user_metadata": {"a": "\\ud800"}}'),
+        ("create_session", b'{"display_name": "\\ud800"}'),
+        ("copy_weights", b'{"source_path": "tinker://\\ud800/weights/x"}'),
+    ):
+        headers = {"content-type": "application/json"}
+        answer = await client.http.post(f"/api/v1/{path}", content=body, headers=headers)
+        assert answer.status_code == 400
+        assert "Unicode" in answer.json()["detail"]

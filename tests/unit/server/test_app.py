@@ -46,6 +46,8 @@ async def test_an_unknown_path_is_404_and_named(client: Client) -> None:
     answer = await client.get("asample")
     assert answer.status_code == 405
     assert "/api/v1/asample" in answer.json()["detail"]
+    answer = await client.http.request("OPTIONS", "/api/v1/sessions/search")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
 
 
 async def test_a_key_is_described_and_cannot_be_revoked(client: Client) -> None:

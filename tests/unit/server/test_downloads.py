@@ -53,6 +53,7 @@ async def test_a_link_opens_one_file_for_its_time(open_server: OpenServer) -> No
             url.replace("adapter_config.json", "adapter_model.safetensors"),
             url.replace("expires=", "expires=9"),
             url.replace(signature, "0" * len(signature)),
+            url.replace(signature, "%C3%A9"),
         ):
             refused = await client.http.get(forged)
             assert refused.status_code == 403

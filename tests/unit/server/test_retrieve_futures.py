@@ -113,3 +113,11 @@ async def test_what_nobody_polls_for_is_not_kept_for_ever(open_server: OpenServe
             await client.result(await client.sample(sampler, seq))
         await asyncio.sleep(0.3)
         assert len(client.app.state.service.control._futures.completions) == 0
+
+
+@pytest.mark.parametrize("timeout", ["NaN", "Infinity", "-1", "true"])
+async def test_a_timeout_that_makes_no_sense_is_named(client: Client, timeout: str) -> None:
+    body = f'{{"target": {{"sampling_session_id": "s"}}, "timeout": {timeout}}}'
+    answer = await client.http.post("/api/v1/retrieve_futures", content=body)
+    assert answer.status_code == 400
+    assert "timeout" in answer.json()["detail"]

@@ -7,6 +7,7 @@ elsewhere, so that newer SDKs work and nothing is ignored silently.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
@@ -26,9 +27,11 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: item for key, item in value.items() if item is not None}
-        return value
+        if not isinstance(value, dict):
+            return value
+        for text in _texts(value):
+            _check_unicode(text)
+        return {key: item for key, item in value.items() if item is not None}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -55,6 +58,27 @@ class Body(BaseModel):
                     "{name} = {value} is not implemented by this server; leave the field out",
                     {"name": name, "value": brief(value)},
                 )
+
+
+def _texts(fields: dict[str, Any]) -> Iterator[str]:
+    """Those that may be stored: of the body itself, and of what lies directly in it."""
+    for key, item in fields.items():
+        yield key
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            yield from (text for pair in item.items() for text in pair if isinstance(text, str))
+        elif isinstance(item, list):
+            yield from (text for text in item if isinstance(text, str))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError(
+            "value_error", "{text} is no Unicode text: it holds half a character", {"text": brief(text)}
+        ) from error
 
 
 # ---- service and sessions ----
@@ -269,7 +293,7 @@ class FuturesTarget(Body):
 class RetrieveFuturesBody(Body):
     target: FuturesTarget
     prev_cursor: Int64 = 0
-    timeout: float | None = None
+    timeout: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     retrieved_request_ids: list[str] = []
 
 
