@@ -31,12 +31,7 @@ class Family:
     model_type: str
     config: dict[str, Any] = field(default_factory=dict)
     mlp_sites: int = 6
-    """Linear layers that `train_mlp` adapts, all layers together."""
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        """Of an adapter that trains all that can be trained."""
-        return {} if self.mlp_sites else {"train_mlp": False}
+    """Linear layers and stacks of experts that `train_mlp` adapts, all layers together."""
 
 
 FAMILIES = {
@@ -80,11 +75,12 @@ FAMILIES = {
     "gpt_oss": Family(
         "gpt_oss",
         {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
-        mlp_sites=0,
+        mlp_sites=4,
     ),
-    "qwen3_moe": Family("qwen3_moe", {"head_dim": 8, "num_experts": 4, **_EXPERTS}, mlp_sites=0),
+    "qwen3_moe": Family("qwen3_moe", {"head_dim": 8, "num_experts": 4, **_EXPERTS}, mlp_sites=4),
+    "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, mlp_sites=4),
     "qwen2_moe": Family(
-        "qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 40, **_EXPERTS}, mlp_sites=0
+        "qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 40, **_EXPERTS}, mlp_sites=10
     ),
     "deepseek_v3": Family(
         "deepseek_v3",
@@ -101,7 +97,7 @@ FAMILIES = {
             "v_head_dim": 12,
             **_EXPERTS,
         },
-        mlp_sites=0,
+        mlp_sites=8,
     ),
     "gpt_neox": Family("gpt_neox", {"num_key_value_heads": None}, mlp_sites=4),
     "olmo2": Family("olmo2"),

@@ -13,9 +13,10 @@ import torch
 from tests.numerics.driver import VOCAB, Driver, item, plain_model, random_datum, sample_operation
 from tests.numerics.families import FAMILIES, save_tiny
 from tests.numerics.test_forward import reference_logprobs
-from tests.numerics.test_peft import key_of, load_peft, reference_loss, relative, trainable
+from tests.numerics.test_peft import load_peft, reference_loss, relative, trainable
 from tinsmith.engine.checkpoint_io import save_checkpoint
-from tinsmith.types.errors import InvalidInput, Unsupported
+from tinsmith.engine.peft_layout import peft_tensors
+from tinsmith.types.errors import Unsupported
 from tinsmith.types.operations import SaveAdapter
 
 FolderOf = Callable[[str], Path]
@@ -43,7 +44,7 @@ def test_log_probs_gradients_and_saved_adapter_equal_transformers_and_peft(
     folder = folder_of(family)
     data = [random_datum(rng, int(n)) for n in [3, 17, 17, 40, 1]]
     driver = Driver(folder)
-    driver.create("m", rank=3, **FAMILIES[family].flags)
+    driver.create("m", rank=3)
     (fresh,) = driver.train(item("m", *data, forward_only=True))
     plain = plain_model(folder)
     for datum, logprobs in zip(data, fresh.logprobs, strict=True):
@@ -58,12 +59,12 @@ def test_log_probs_gradients_and_saved_adapter_equal_transformers_and_peft(
     assert np.abs(tuned.logprobs[3].to_numpy() - fresh.logprobs[3].to_numpy()).max() > 0.01
 
     reference_loss(peft, data).backward()
-    ours = dict(driver.engine._adapters["m"].layout.named_views(torch.from_numpy(driver.grads("m"))))
-    theirs = trainable(peft)
-    assert {key_of(name) for name in theirs} == set(ours)
+    ours = dict(peft_tensors(driver.engine._adapters["m"].layout, torch.from_numpy(driver.grads("m"))))
+    theirs = {name.replace(".default", ""): parameter for name, parameter in trainable(peft).items()}
+    assert set(theirs) == set(ours)
     for name, parameter in theirs.items():
         assert parameter.grad is not None
-        assert relative(ours[key_of(name)], parameter.grad) <= 1e-4, name
+        assert relative(ours[name], parameter.grad) <= 1e-4, name
 
 
 @every_family
@@ -79,16 +80,9 @@ def test_greedy_samples_equal_generate(family: str, folder_of: FolderOf) -> None
 
 
 @every_family
-def test_train_mlp_adapts_the_dense_layers_or_is_refused(family: str, folder_of: FolderOf) -> None:
-    driver, expected = Driver(folder_of(family)), FAMILIES[family].mlp_sites
-    assert sum(site.group == "mlp" for site in driver.engine._base.sites) == expected
-    if not expected:
-        with pytest.raises(
-            InvalidInput, match=r"train_mlp is true, but .* has no MLP layers .* set train_mlp to false"
-        ):
-            driver.create("m")
-        with pytest.raises(InvalidInput, match="train_mlp"):
-            driver.create("m", train_attn=False, train_unembed=False)
+def test_train_mlp_adapts_dense_layers_and_routed_experts(family: str, folder_of: FolderOf) -> None:
+    sites = Driver(folder_of(family)).engine._base.sites
+    assert sum(site.group == "mlp" for site in sites) == FAMILIES[family].mlp_sites
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from tinsmith.engine.attention import ATTENTION, CurrentPass, PassLayout
-from tinsmith.engine.footprint import ModelShape, check_fits, footprint, in_words
+from tinsmith.engine.footprint import ADAPTER_COPIES, ModelShape, check_adapter_fits, check_fits, footprint, in_words
 from tinsmith.engine.fused import FusedKernels, fuse_layers
 from tinsmith.engine.hardware import available_bytes, pick_device, pick_dtype
 from tinsmith.engine.lora import LoraLayout, Segment
@@ -87,12 +87,17 @@ class BaseModel:
             self._recomputation.in_words(),
         )
 
-    def layout(self, spec: LoraSpec) -> LoraLayout:
-        """Raises `InvalidInput` if a part that the spec trains does not exist here or its rank exceeds the limit."""
+    def layout(self, spec: LoraSpec, *, copies: int = ADAPTER_COPIES) -> LoraLayout:
+        """Raises `InvalidInput` if a part that the spec trains does not exist here, its rank exceeds the limit, or
+        `copies` of its parameters do not fit into memory.
+        """
         if spec.rank > self.card.max_rank:
             raise InvalidInput(f"lora_config.rank is {spec.rank}; this server allows at most {self.card.max_rank}")
         check_groups(self.sites, spec, self.card.architecture)
-        return LoraLayout(self.sites, spec)
+        layout = LoraLayout(self.sites, spec)
+        if self.device.type == "cpu":  # a GPU's allocator refuses by itself, a CPU's promises what it cannot keep
+            check_adapter_fits(layout.num_parameters, copies, available_bytes(self.device))
+        return layout
 
     def hidden(
         self, input_ids_T: Tensor, position_ids_T: Tensor, segments: Sequence[Segment], packing: PassLayout

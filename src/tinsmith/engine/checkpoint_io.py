@@ -25,6 +25,7 @@ from torch import Tensor
 from tinsmith.engine.adapter import Adapter
 from tinsmith.engine.lora import LoraLayout, LoraSite, LoraWeights
 from tinsmith.engine.optimizer import AdamState
+from tinsmith.engine.peft_layout import peft_config, peft_tensors, peft_views
 from tinsmith.types.errors import CheckpointDamaged, InvalidInput, NotFound, StorageError
 from tinsmith.types.operations import LoraSpec, SavedCheckpoint
 
@@ -35,7 +36,6 @@ WEIGHTS, CONFIG, OPTIMIZER, RECORD = (
     "optimizer.safetensors",
     "checkpoint.json",
 )
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def save_checkpoint(
 
     Raises `StorageError` if the disk refuses or `folder` exists; nothing is left behind then."""
     digest = adapter.weights.digest()
-    files = {WEIGHTS: _weights_file(adapter.weights), CONFIG: _peft_config(adapter.layout, base_model, other_modules)}
+    files = {WEIGHTS: _weights_file(adapter.weights), CONFIG: peft_config(adapter.layout, base_model, other_modules)}
     if optimizer:
         files[OPTIMIZER] = _optimizer_file(adapter)
     entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
@@ -87,13 +87,16 @@ def load_checkpoint(folder: Path, sites: tuple[LoraSite, ...], *, optimizer: boo
     if optimizer and OPTIMIZER not in record["files"]:
         raise InvalidInput(f"checkpoint {folder.name!r} holds no optimizer state; it was saved for sampling only")
     weights_P = torch.empty(layout.num_parameters, dtype=torch.float32)
-    _fill(weights_P, layout, load_file(folder / WEIGHTS), folder, name=_peft_name)
+    stored_weights = load_file(folder / WEIGHTS)
+    for name, view in peft_views(layout, weights_P):
+        _copy(stored_weights, name, view, folder)
     state = None
     if optimizer:
         stored = load_file(folder / OPTIMIZER)
         state = AdamState(torch.empty_like(weights_P), torch.empty_like(weights_P), int(stored["count"]))
-        _fill(state.exp_avg_P, layout, stored, folder, name="exp_avg.{}".format)
-        _fill(state.exp_avg_sq_P, layout, stored, folder, name="exp_avg_sq.{}".format)
+        for kind, flat_P in (("exp_avg", state.exp_avg_P), ("exp_avg_sq", state.exp_avg_sq_P)):
+            for name, view in layout.named_views(flat_P):
+                _copy(stored, f"{kind}.{name}", view, folder)
     return StoredAdapter(spec, weights_P, state, int(record["step"]))
 
 
@@ -129,13 +132,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _peft_name(name: str) -> str:
-    return f"{_PEFT_PREFIX}{name}.weight"
-
-
 def _weights_file(weights: LoraWeights) -> bytes:
-    named = weights.layout.named_views(weights.flat_P.cpu())
-    return save({_peft_name(name): matrix.contiguous() for name, matrix in named}, {"format": "pt"})
+    return save(dict(peft_tensors(weights.layout, weights.flat_P.cpu())), {"format": "pt"})
 
 
 def _optimizer_file(adapter: Adapter) -> bytes:
@@ -144,38 +142,6 @@ def _optimizer_file(adapter: Adapter) -> bytes:
     for kind, flat_P in (("exp_avg", state.exp_avg_P), ("exp_avg_sq", state.exp_avg_sq_P)):
         tensors |= {f"{kind}.{n}": m.contiguous() for n, m in adapter.layout.named_views(flat_P.cpu())}
     return save(tensors, {"format": "pt"})
-
-
-def _peft_config(layout: LoraLayout, base_model: str, other_modules: Sequence[str]) -> bytes:
-    spec = layout.spec
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "target_modules": _target_modules(layout, other_modules),
-    }
-    return json.dumps(config, indent=2).encode()
-
-
-def _target_modules(layout: LoraLayout, other_modules: Sequence[str]) -> list[str]:
-    """Last parts of module paths, as is customary; full paths where a last part would also match what is not trained.
-
-    PEFT takes a module if its path equals a target or ends with `.` and the target.
-    """
-    trained = [site.name for site in layout.sites if layout.trains(site)]
-    untrained = [site.name for site in layout.sites if not layout.trains(site)]
-    leaves = {name.rpartition(".")[2] for name in trained}
-    shared = leaves & {name.rpartition(".")[2] for name in (*untrained, *other_modules)}
-    return sorted(trained) if shared else sorted(leaves)
 
 
 def _verified_record(folder: Path) -> dict[str, Any]:
@@ -202,13 +168,12 @@ def _verify(folder: Path, name: str, sha256: str) -> None:
         raise CheckpointDamaged(f"{where} is damaged: it does not match its hash")
 
 
-def _fill(flat_P: Tensor, layout: LoraLayout, stored: Mapping[str, Tensor], folder: Path, *, name: Any) -> None:
-    for key, matrix in layout.named_views(flat_P):
-        found = stored.get(name(key))
-        if found is None or found.shape != matrix.shape:
-            shape = None if found is None else tuple(found.shape)
-            raise InvalidInput(
-                f"checkpoint {folder.name!r} does not fit this base model: {name(key)} has shape {shape}, "
-                f"not {tuple(matrix.shape)}"
-            )
-        matrix.copy_(found)
+def _copy(stored: Mapping[str, Tensor], name: str, view: Tensor, folder: Path) -> None:
+    found = stored.get(name)
+    if found is None or found.numel() != view.numel():
+        shape = None if found is None else tuple(found.shape)
+        raise InvalidInput(
+            f"checkpoint {folder.name!r} does not fit this base model: {name} has shape {shape}, "
+            f"not {tuple(view.shape)}"
+        )
+    view.copy_(found.view(view.shape))

@@ -272,7 +272,7 @@ class Engine:
 
     def _load_snapshot(self, operation: LoadSnapshot) -> str:
         stored = load_checkpoint(Path(operation.folder), self._base.sites, optimizer=False)
-        layout = self._base.layout(stored.spec)
+        layout = self._base.layout(stored.spec, copies=1)
         weights = LoraWeights(layout, stored.weights_P.to(self._base.device)).freeze()
         return self._keep_snapshot(operation.snapshot_id, weights)
 

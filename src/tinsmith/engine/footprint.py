@@ -11,8 +11,8 @@ from tinsmith.types.errors import InvalidInput
 
 _FP32 = 4
 _ADAPTER_RANK = 32
-"""One adapter of this rank is reckoned with."""
-_ADAPTER_COPIES = 4
+"""One adapter of this rank is reckoned with, not on routed experts: those are checked when it is created."""
+ADAPTER_COPIES = 4
 """Weights, gradients and two moments."""
 _LOGITS_BYTES = 2 * 2**24
 """What the loss head holds at once."""
@@ -27,6 +27,8 @@ class ModelShape:
     hidden: int
     mlp: int
     """Of all MLPs that one token passes in a layer."""
+    num_chosen: int = 0
+    """Routed experts that one token passes in a layer; each gets a copy of its row and returns one."""
     queries: int
     keys: int
     """Of one layer, all key heads."""
@@ -51,6 +53,7 @@ class ModelShape:
             num_layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             mlp=_mlp_width(config),
+            num_chosen=getattr(config, "num_experts_per_tok", None) or 0,
             queries=heads * query,
             keys=key_heads * key,
             values=key_heads * value,
@@ -66,7 +69,9 @@ class ModelShape:
 
         Counted on Qwen3 and Llama layers: four tensors of each width, norms partly in fp32.
         """
-        widths = 4 * self.mlp + 4 * self.queries + 3 * (self.keys + self.values) + 3 * self.hidden
+        widths = (
+            4 * self.mlp + 4 * self.queries + 3 * (self.keys + self.values) + (3 + 2 * self.num_chosen) * self.hidden
+        )
         return widths * itemsize + 2 * self.hidden * _FP32
 
     def activation_bytes(self, num_tokens: int, itemsize: int, *, recomputed: bool) -> int:
@@ -111,7 +116,7 @@ def footprint(shape: ModelShape, options: EngineOptions, itemsize: int) -> Footp
         unembedding=shape.vocab * shape.hidden * _FP32 if itemsize != _FP32 else 0,
         kv_cache=options.kv_cache_bytes,
         activations=shape.activation_bytes(options.max_micro_batch_tokens, itemsize, recomputed=recomputed),
-        adapter=_ADAPTER_RANK * shape.num_layers * per_layer * _FP32 * _ADAPTER_COPIES,
+        adapter=_ADAPTER_RANK * shape.num_layers * per_layer * _FP32 * ADAPTER_COPIES,
     )
 
 
@@ -123,6 +128,16 @@ def check_fits(name: str, needed: Footprint, available: int | None, *, dtype: st
         f"base model {name!r} needs about {in_words(needed.total)} on {device} in {dtype} ({needed.parts()}), but only "
         f"{in_words(available)} are free; " + "; ".join(_ways_out(needed, available, dtype))
     )
+
+
+def check_adapter_fits(num_parameters: int, copies: int, available: int | None) -> None:
+    """Raises `InvalidInput` if so many fp32 copies of an adapter do not fit: experts have a pair of matrices each."""
+    needed = num_parameters * _FP32 * copies
+    if available is not None and needed > available:
+        raise InvalidInput(
+            f"this adapter has {num_parameters / 1e6:.0f} M parameters and needs {in_words(needed)}, but only "
+            f"{in_words(available)} are free; lower lora_config.rank, or set train_mlp to false on a mixture of experts"
+        )
 
 
 def in_words(num_bytes: int) -> str:

@@ -33,6 +33,17 @@ class LoraSite:
     """`attn`, `mlp` or `unembed`."""
     num_in: int
     num_out: int
+    num_experts: int | None = None
+    """Experts that a router chooses among, each with a pair of its own; `None`: one pair for all rows."""
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The dimensions of its matrices before the last two."""
+        return () if self.num_experts is None else (self.num_experts,)
+
+    @property
+    def elements_per_rank(self) -> int:
+        return math.prod(self.stack) * (self.num_in + self.num_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +51,15 @@ class MatrixPair:
     """A `[R, I]` and the transpose of B, `[R, O]`, of one site, views into a flat vector.
 
     Transposed, so that what belongs to one rank is contiguous in both: adapters of several ranks stack without strides.
+    Of a site with E experts they are `[E, R, I]` and `[E, R, O]`.
     """
 
     a_RI: Tensor
     b_RO: Tensor
+
+    def of_expert(self, expert: int | None) -> MatrixPair:
+        """The pair of one expert; `None` for a site without experts."""
+        return self if expert is None else MatrixPair(self.a_RI[expert], self.b_RO[expert])
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ class LoraLayout:
 
     @cached_property
     def num_parameters(self) -> int:
-        return sum(self.spec.rank * (s.num_in + s.num_out) for s in self.sites if self.trains(s))
+        return sum(self.spec.rank * s.elements_per_rank for s in self.sites if self.trains(s))
 
     def views(self, flat_P: Tensor) -> list[MatrixPair | None]:
         """Per site of the base model the pair of matrices, or `None` where this adapter does not train."""
@@ -84,17 +100,19 @@ class LoraLayout:
             if not self.trains(site):
                 pairs.append(None)
                 continue
-            middle, end = at + rank * site.num_in, at + rank * (site.num_in + site.num_out)
-            pairs.append(MatrixPair(flat_P[at:middle].view(rank, site.num_in), flat_P[middle:end].view(rank, -1)))
+            middle = at + rank * site.num_in * math.prod(site.stack)
+            end = at + rank * site.elements_per_rank
+            a_RI = flat_P[at:middle].view(*site.stack, rank, site.num_in)
+            pairs.append(MatrixPair(a_RI, flat_P[middle:end].view(*site.stack, rank, site.num_out)))
             at = end
         return pairs
 
     def named_views(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """`(site name + ".lora_A" or ".lora_B", matrix)` in layout order, as `[R, I]` and `[O, R]`."""
+        """`(site name + ".lora_A" or ".lora_B", matrix)` in layout order, `[R, I]` and `[O, R]`, those of experts stacked."""
         for site, pair in zip(self.sites, self.views(flat_P), strict=True):
             if pair is not None:
                 yield f"{site.name}.lora_A", pair.a_RI
-                yield f"{site.name}.lora_B", pair.b_RO.T
+                yield f"{site.name}.lora_B", pair.b_RO.mT
 
     def initial_weights(self, device: torch.device) -> Tensor:
         """A uniform in ±1/sqrt(I) (Kaiming with a = sqrt 5, as PEFT), B zero; fixed by the seed and the site's name."""
@@ -156,6 +174,8 @@ class Segment:
     """`None`: the base model alone."""
     grads: list[MatrixPair | None] | None = None
     """Where the backward pass adds this adapter's gradients; `None` for frozen weights."""
+    expert: int | None = None
+    """Of rows that a router sent to an expert, which one."""
 
     @property
     def num_rows(self) -> int:
@@ -191,14 +211,15 @@ class Segment:
         grad_TI[rows].addmm_(gh_tR, pair.a_RI)
         grads = self.grads[site] if self.grads is not None else None
         if grads is not None:
-            _accumulate(grads.a_RI, gh_tR.T, x_TI[rows])
-            _accumulate(grads.b_RO, h_tR.T, g_tO, self.scale)
+            total = grads.of_expert(self.expert)
+            _accumulate(total.a_RI, gh_tR.T, x_TI[rows])
+            _accumulate(total.b_RO, h_tR.T, g_tO, self.scale)
 
     def _pair(self, site: int, dtype: torch.dtype) -> MatrixPair:
         assert self.weights is not None
         pair = self.weights.pairs(dtype)[site]
         assert pair is not None
-        return pair
+        return pair.of_expert(self.expert)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:

@@ -23,13 +23,19 @@ class LoraRouter:
     packing: PackingBudget = field(default_factory=PackingBudget)
     _planner: SegmentPlanner = field(default_factory=SegmentPlanner)
     _parts: Sequence[Part] = field(default_factory=tuple)
+    _segments: Sequence[Segment] = field(default_factory=tuple)
 
     def route(self, segments: Sequence[Segment]) -> None:
         """For the pass that follows; nothing for the base model alone."""
         self._parts = self._planner.plan(segments) if segments else ()
+        self._segments = segments
 
     def active(self, site: int) -> list[Part]:
         return [part for part in self._parts if part.attaches_to(site)]
+
+    def segments_at(self, site: int) -> list[Segment]:
+        """The same, one by one: for layers whose rows do not lie in packed order."""
+        return [segment for segment in self._segments if segment.attaches_to(site)]
 
 
 class LoraLinear(nn.Module):

@@ -1,16 +1,18 @@
-"""Which linear layers of a model adapters can attach to."""
+"""Which linear layers and experts of a model adapters can attach to."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tinsmith.engine.experts import LoraExperts, can_adapt, expert_sites, is_experts
 from tinsmith.engine.lora import LoraSite
 from tinsmith.engine.lora_linear import LoraLinear, LoraRouter
 from tinsmith.types.errors import InvalidInput, Unsupported
@@ -23,20 +25,14 @@ _MLP = re.compile(
 )
 _GROUP_NAMES = {"attn": "attention", "mlp": "MLP", "unembed": "unembedding"}
 
+_logger = logging.getLogger("tinsmith.engine")
+
 
 def group_of(name: str) -> str | None:
     """`attn` or `mlp` by the module path of a linear layer, `None` if adapters do not attach there."""
     if _ATTENTION.search(name):
         return "attn"
     return "mlp" if _MLP.search(name) else None
-
-
-def is_mixture(model: nn.Module) -> bool:
-    """Whether a router chooses among experts somewhere."""
-    return any(
-        name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
-        for name, module in model.named_modules()
-    )
 
 
 @contextmanager
@@ -66,17 +62,30 @@ def counted_rows(model: nn.Module) -> Iterator[Mapping[str, set[int]]]:
 def open_sites(
     model: PreTrainedModel, router: LoraRouter, rows: Mapping[str, set[int]], num_rows: int
 ) -> tuple[LoraSite, ...]:
-    """Replace every targeted `nn.Linear`; returns the sites in module order, the unembedding last.
+    """Open every targeted linear layer and expert; returns the sites in module order, the unembedding last.
 
-    `rows` are what the model's own pass over `num_rows` tokens showed: only layers that see all of them qualify. The
-    MLPs of a mixture of experts do not: experts see rows that a router chose, and an adapter on the dense rest alone
+    `rows` are what the model's own pass over `num_rows` tokens showed: only linear layers that see all of them qualify.
+    If the routed experts of a mixture are not ours to adapt, none of its MLPs is: an adapter on the dense rest alone
     would leave most of what `train_mlp` means untrained, in a shape that PEFT reads as an adapter on the experts.
-    Raises `Unsupported` if no attention projection does.
+    Raises `Unsupported` if no attention projection qualifies.
     """
     head = model.get_output_embeddings()
-    groups = {"attn"} if is_mixture(model) else {"attn", "mlp"}
+    experts = {name: module for name, module in model.named_modules() if is_experts(name, module)}
+    foreign = sorted({type(module).__name__ for module in experts.values() if not can_adapt(module)})
+    if foreign:
+        _logger.warning(
+            "the MLPs of %s stay frozen: its routed experts (%s) are kept in a way that adapters cannot "
+            "attach to; train_mlp is refused",
+            type(model).__name__,
+            ", ".join(foreign),
+        )
+    groups = {"attn"} if foreign else {"attn", "mlp"}
     sites: list[LoraSite] = []
     for name, module in list(model.named_modules()):
+        if name in experts and not foreign:
+            module.forward = LoraExperts(module, len(sites), router).forward
+            sites.extend(expert_sites(name, module))
+            continue
         group = group_of(name)
         if group not in groups or not isinstance(module, nn.Linear) or module is head or rows.get(name) != {num_rows}:
             continue
@@ -91,7 +100,18 @@ def open_sites(
     if isinstance(head, nn.Linear):
         head_name = next(name for name, module in model.named_modules() if module is head)
         sites.append(LoraSite(head_name, "unembed", head.in_features, head.out_features))
+    _logger.info("adapters attach to %s of %s", in_words(sites), type(model).__name__)
     return tuple(sites)
+
+
+def in_words(sites: Sequence[LoraSite]) -> str:
+    """What adapters attach to, for the log."""
+    parts = []
+    for group, what in _GROUP_NAMES.items():
+        parts.append(f"{sum(site.group == group and site.num_experts is None for site in sites)} {what} layers")
+    if stacks := [site for site in sites if site.num_experts is not None]:
+        parts.append(f"{len(stacks)} stacks of {stacks[0].num_experts} routed experts")
+    return ", ".join(parts)
 
 
 def check_groups(sites: tuple[LoraSite, ...], spec: LoraSpec, architecture: str) -> None:
@@ -100,7 +120,7 @@ def check_groups(sites: tuple[LoraSite, ...], spec: LoraSpec, architecture: str)
         if getattr(spec, f"train_{group}") and not any(site.group == group for site in sites):
             raise InvalidInput(
                 f"lora_config.train_{group} is true, but {architecture} has no {what} layers that adapters can attach "
-                f"to (routed experts are none); set train_{group} to false"
+                f"to; set train_{group} to false"
             )
 
 

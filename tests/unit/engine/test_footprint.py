@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tinsmith.engine.footprint import Footprint, ModelShape, check_fits, footprint, in_words
+from tinsmith.engine.footprint import Footprint, ModelShape, check_adapter_fits, check_fits, footprint, in_words
 from tinsmith.types.engine_options import EngineOptions
 from tinsmith.types.errors import InvalidInput
 
@@ -55,7 +55,18 @@ def test_a_mixture_passes_each_token_through_the_experts_it_chose() -> None:
     mixture = SimpleNamespace(**vars(QWEN3_8B), num_experts_per_tok=8, moe_intermediate_size=768)
     assert ModelShape.of(mixture, 1).mlp == 12288
     mixture.intermediate_size = 4096
-    assert ModelShape.of(mixture, 1).mlp == 8 * 768
+    shape = ModelShape.of(mixture, 1)
+    assert shape.mlp == 8 * 768
+    dense = ModelShape.of(SimpleNamespace(**{**vars(QWEN3_8B), "intermediate_size": 8 * 768}), 1)
+    repeated = 2 * 8 * 4096 * 2
+    assert shape.layer_activation_bytes(2) - dense.layer_activation_bytes(2) == repeated
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_both_numbers_and_a_way_out() -> None:
+    check_adapter_fits(1_300_000_000, 4, None)
+    check_adapter_fits(1_300_000_000, 4, 20 * GIB)
+    with pytest.raises(InvalidInput, match=r"1300 M parameters and needs 19.4 GiB, but only 8.0 GiB .* lower .*rank"):
+        check_adapter_fits(1_300_000_000, 4, 8 * GIB)
 
 
 def test_recomputed_layers_keep_only_their_input() -> None:
