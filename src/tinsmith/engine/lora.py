@@ -108,7 +108,7 @@ class LoraLayout:
         return pairs
 
     def named_views(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """`(site name + ".lora_A" or ".lora_B", matrix)` in layout order: `[R, I]` and `[O, R]`, stacked for experts."""
+        """`(site name + ".lora_A" or ".lora_B", matrix)` in layout order; `[R, I]` and `[O, R]`, or stacks of them."""
         for site, pair in zip(self.sites, self.views(flat_P), strict=True):
             if pair is not None:
                 yield f"{site.name}.lora_A", pair.a_RI
