@@ -8,25 +8,30 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+__title__ = "tinsmith"
 __version__ = "0.1.0"
 
 _HOMES = {
     "tinsmith.types": (
         "AdamOptimizerConfig AdamParams Checkpoint CheckpointType Datum DimuonOptimizerConfig DimuonParams DmelChunk "
-        "EncodedTextChunk ForwardBackwardOutput LoraConfig ModelInput ModelInputChunk OptimParams OptimStepResponse "
+        "EncodedTextChunk ForwardBackwardOutput LoraConfig ModelID ModelInput ModelInputChunk OptimParams "
+        "OptimStepRequest OptimStepResponse SampleRequest "
         "ParsedCheckpointTinkerPath PromptProvenanceSpan SampleResponse SampledProvenanceSpan SampledSequence "
         "SamplingParams StopReason TensorData TensorDtype TrainingRun"
     ),
     "tinsmith.client": (
-        "APIConnectionError APIError APIFuture APIResponseValidationError APIStatusError APITimeoutError "
-        "AuthenticationError BadRequestError BillingError ConflictError InternalServerError NotFoundError "
-        "PermissionDeniedError RateLimitError RequestFailedError RestClient RetryConfig SamplingClient ServiceClient "
-        "TinkerError TrainingClient UnprocessableEntityError"
+        "APIConnectionError AdminClient APIError APIFuture APIResponseValidationError APIStatusError APITimeoutError "
+        "AuthenticationError BackcompatSamplingClientFuture BackcompatTrainingClientFuture BadRequestError "
+        "BillingError ConflictError ExperimentalWarning InternalServerError LossHandle NotFoundError "
+        "PerDatumLossFn PermissionDeniedError RateLimitError RequestFailedError RequestOptions RestClient RetryConfig "
+        "SamplingClient ServiceClient Timeout TinkerError TrainingClient UnprocessableEntityError"
     ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = ["__version__", "types", *_HOME_OF]
+_MODULES = {"auth": "tinsmith.auth", "types": "tinsmith.types"}
+
+__all__ = ["__title__", "__version__", *_MODULES, *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,8 +39,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOME_OF[name]), name)
         globals()[name] = value
         return value
-    if name == "types":
-        return import_module("tinsmith.types")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'tinsmith' has no attribute {name!r}")
 
 

@@ -1,7 +1,8 @@
 """The client: train and sample on any server that speaks the Tinker API, or in this process (`local:`)."""
 
-from tinsmith.client.config import Timing
-from tinsmith.client.custom_loss import LossHandle
+from tinsmith.client.admin import AdminClient
+from tinsmith.client.config import RequestOptions, Timeout, Timing
+from tinsmith.client.custom_loss import LossHandle, PerDatumLoss
 from tinsmith.client.errors import (
     APIConnectionError,
     APIError,
@@ -11,6 +12,7 @@ from tinsmith.client.errors import (
     AuthenticationError,
     BadRequestError,
     BillingError,
+    CircuitOpenError,
     ClientClosedError,
     ConfigurationError,
     ConflictError,
@@ -23,11 +25,15 @@ from tinsmith.client.errors import (
     TinkerError,
     UnprocessableEntityError,
 )
-from tinsmith.client.futures import APIFuture
-from tinsmith.client.rest import RestClient
+from tinsmith.client.futures import APIFuture, ClientFuture
+from tinsmith.client.rest import ExperimentalWarning, RestClient
 from tinsmith.client.sampling import RetryConfig, SamplingClient
 from tinsmith.client.service import ServiceClient
 from tinsmith.client.training import TrainingClient
+
+BackcompatTrainingClientFuture = ClientFuture
+BackcompatSamplingClientFuture = ClientFuture
+PerDatumLossFn = PerDatumLoss
 
 __all__ = [
     "APIConnectionError",
@@ -36,23 +42,33 @@ __all__ = [
     "APIResponseValidationError",
     "APIStatusError",
     "APITimeoutError",
+    "AdminClient",
     "AuthenticationError",
+    "BackcompatSamplingClientFuture",
+    "BackcompatTrainingClientFuture",
     "BadRequestError",
     "BillingError",
+    "CircuitOpenError",
     "ClientClosedError",
+    "ClientFuture",
     "ConfigurationError",
     "ConflictError",
+    "ExperimentalWarning",
     "InternalServerError",
     "LossHandle",
     "NotFoundError",
+    "PerDatumLoss",
+    "PerDatumLossFn",
     "PermissionDeniedError",
     "PromiseExpiredError",
     "RateLimitError",
     "RequestFailedError",
+    "RequestOptions",
     "RestClient",
     "RetryConfig",
     "SamplingClient",
     "ServiceClient",
+    "Timeout",
     "Timing",
     "TinkerError",
     "TrainingClient",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypedDict
 
 import httpx2
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import SecretStr
 
+from tinsmith.client.credentials import stored_key
 from tinsmith.client.errors import ConfigurationError
+from tinsmith.types.events import EventSink
+from tinsmith.types.replies import ClientConfigResponse
+from tinsmith.types.rest import is_hosted
 
 LOCAL_URL = "local:"
 """The server embedded in this process, with the base model that ships."""
@@ -21,6 +26,22 @@ LOCAL_API_KEY = "tml-local"
 
 PROTOCOL_VERSION = "0.38.0"
 """The revision of the Tinker protocol this client speaks, sent as `sdk_version`."""
+
+Timeout = httpx2.Timeout
+"""For annotations of older scripts; here a timeout is a number of seconds."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """For annotations of older scripts: no public method takes one."""
+
+    headers: Mapping[str, str]
+    max_retries: int
+    timeout: float | Timeout | None
+    params: Mapping[str, object]
+    extra_json: Mapping[str, object]
+    idempotency_key: str
+    follow_redirects: bool
+
 
 _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -51,6 +72,11 @@ class Timing:
     backpressure_pause: float = 1.0
     """Pause before a sample is offered again to a server that had no room for it."""
     backpressure_pause_large: float = 5.0
+    billing_pause: float = 5.0
+    """Pause before a request that was answered 402 is tried again."""
+    breaker_threshold: int = 5
+    """So many calls in a row that failed after all their retries make an endpoint rest; 0 never does."""
+    breaker_reset: float = 30.0
     heartbeat_every: float = 10.0
     heartbeat_warn_after: float = 120.0
     close_timeout: float = 10.0
@@ -62,11 +88,17 @@ class ClientConfig:
 
     base_url: str
     api_key: SecretStr
+    credential_command: str | None = field(default=None, repr=False)
+    """A shell command that prints a credential: used where there is no key, or where the server asks for it."""
     headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     """Sent with every request, over the client's own."""
     timing: Timing = Timing()
     transport: httpx2.AsyncBaseTransport | None = field(default=None, repr=False, compare=False)
     """Takes the place of the network; for tests, and for servers reached in other ways."""
+    sinks: tuple[EventSink, ...] = field(default=(), repr=False, compare=False)
+    """Where the client's events go."""
+    reports_to_server: bool = False
+    """Whether the client sends the server telemetry of the Tinker protocol (`TINKER_TELEMETRY=1`)."""
 
     @property
     def is_local(self) -> bool:
@@ -84,18 +116,23 @@ def resolve_config(
     headers: Mapping[str, str] | None = None,
     timing: Timing | None = None,
     transport: httpx2.AsyncBaseTransport | None = None,
+    sinks: Sequence[EventSink] = (),
     environ: Mapping[str, str] | None = None,
 ) -> ClientConfig:
     """Arguments first, then the environment, then the embedded server. An empty string counts as unset."""
     env = os.environ if environ is None else environ
     url = base_url or env.get("TINKER_BASE_URL") or env.get("TINSMITH_BASE_URL") or LOCAL_URL
     url, login = (url, {}) if is_local_url(url) else _checked_url(url)
+    key, command = _credential_for(url, api_key, env)
     return ClientConfig(
         base_url=url,
-        api_key=SecretStr(_key_for(url, api_key, env)),
+        api_key=SecretStr(key),
+        credential_command=command,
         headers=MappingProxyType({**_access_headers(env), **login, **(headers or {})}),
         timing=timing or Timing(),
         transport=transport,
+        sinks=tuple(sinks),
+        reports_to_server=env.get("TINKER_TELEMETRY", "").lower() in ("1", "true", "yes", "on"),
     )
 
 
@@ -114,16 +151,27 @@ def _checked_url(url: str) -> tuple[str, dict[str, str]]:
     return str(parsed.copy_with(userinfo=b"")).rstrip("/"), {"Authorization": f"Basic {login}"}
 
 
-def _key_for(url: str, api_key: str | None, env: Mapping[str, str]) -> str:
-    if api_key:
-        return api_key
+def _credential_for(url: str, api_key: str | None, env: Mapping[str, str]) -> tuple[str, str | None]:
+    """A key, or a command that prints one. The hosted service takes only keys of its own form."""
     if is_local_url(url):
-        return LOCAL_API_KEY
-    if key := env.get("TINKER_API_KEY"):
-        return key
+        return api_key or LOCAL_API_KEY, None
+    command = env.get("TINKER_CREDENTIAL_CMD") or None
+    key = api_key or env.get("TINKER_API_KEY")
+    if key:
+        well_formed = key.startswith(("tml-", "eyJ"))
+        if well_formed or not is_hosted(url):
+            return key, command
+        if command is None:
+            raise ConfigurationError("the API key of the hosted service must start with 'tml-'")
+    if command is not None:
+        return "", command
     if httpx2.URL(url).host in _LOOPBACK_HOSTS:
-        return LOCAL_API_KEY
-    raise ConfigurationError(f"no API key for {httpx2.URL(url).host}: set TINKER_API_KEY, or give api_key")
+        return LOCAL_API_KEY, None
+    if key := stored_key():
+        return key, None
+    raise ConfigurationError(
+        f"no API key for {httpx2.URL(url).host}: set TINKER_API_KEY or TINKER_CREDENTIAL_CMD, or give api_key"
+    )
 
 
 def _access_headers(env: Mapping[str, str]) -> dict[str, str]:
@@ -134,20 +182,5 @@ def _access_headers(env: Mapping[str, str]) -> dict[str, str]:
     return {header: env[name] for header, name in names.items() if env.get(name)}
 
 
-class ServerFlags(BaseModel):
-    """What the server tells its clients at the start (`client/config`); what it leaves out keeps its default."""
-
-    model_config = ConfigDict(frozen=True)
-
-    pjwt_auth_enabled: bool = False
-    sample_dispatch_bytes_semaphore_size: int = 10_485_760
-    inflight_response_bytes_semaphore_size: int = 52_428_800
-    fwdbwd_dispatch_bytes_semaphore_size: int = 50_000_000
-    parallel_fwdbwd_chunks: bool = True
-    proto_compress_fwdbwd: bool = False
-    fwdbwd_max_chunk_len: int = 1024
-    fwdbwd_max_chunk_bytes_count: int = 5_000_000
-    sample_no_retries: bool = False
-    sample_enable_stuck_detection: bool = True
-    sample_max_concurrent_requests: int = 2000
-    sample_join_sampling_session: bool = False
+ServerFlags = ClientConfigResponse
+"""What the server tells its clients at the start."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from tinsmith.client.loop import LoopThread
 from tinsmith.client.session import CloseStatus, JoinedSession, Link, SessionSpec
 
 T = TypeVar("T")
+logger = logging.getLogger("tinsmith.client")
 
 
 class Connection:
@@ -43,7 +46,7 @@ class Connection:
     def __repr__(self) -> str:
         return f"<Connection to {self.config.base_url}>"
 
-    def begin(self, prepare: Callable[[], Coroutine[Any, Any, T]]) -> APIFuture[T]:
+    def begin(self, prepare: Callable[[], Coroutine[Any, Any, T]], *, can_cancel: bool = False) -> APIFuture[T]:
         """Prepare an operation now, in the caller's thread, and run the rest of it on the loop.
 
         What `prepare` raises becomes the failure of the future.
@@ -54,7 +57,7 @@ class Connection:
             work = prepare()
         except Exception as error:  # noqa: BLE001  the boundary: a future has every failure of its operation
             return APIFuture(failed(error), self.loop)
-        return APIFuture(self.loop.run(work), self.loop)
+        return APIFuture(self.loop.run(work), self.loop, can_cancel=can_cancel)
 
     def close(self, status: CloseStatus, detail: str | None) -> APIFuture[None]:
         """Finish the session and stop the thread. The first call decides; later ones return the same future."""
@@ -93,12 +96,24 @@ class _Farewell:
     def collected(self) -> None:
         if not self._cancelled:
             self.cancel()
+            session_open = self._link.is_left_open
             self._start("success")
+            if session_open:
+                self._report("was never closed")
 
     def at_exit(self) -> None:
         crashed = getattr(sys, "last_value", None) is not None
+        session_open = self._link.is_left_open
         self._start("errored" if crashed else "success")
         self._loop.join(timeout=3.0)
+        if session_open:
+            self._report("was still open at exit")
+
+    def _report(self, what: str) -> None:
+        """Python shows a ResourceWarning with `-X dev` or `-W default`, as for files that nobody closed."""
+        text = f"a ServiceClient of {self._link.config.base_url} {what}: use `with ServiceClient(…)`, or call close()"
+        logger.debug("%s", text)
+        warnings.warn(text, ResourceWarning, stacklevel=3)
 
     def _start(self, status: CloseStatus) -> None:
         if self._loop.is_alive:

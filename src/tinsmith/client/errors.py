@@ -3,7 +3,8 @@
     TinkerError                          type "tinker"
     ├── APIError                         one HTTP exchange failed; has `.request` (without credentials)
     │   ├── APIConnectionError           no answer came; type "api_connection"
-    │   │   └── APITimeoutError          none came in time; type "api_timeout"
+    │   │   ├── APITimeoutError          none came in time; type "api_timeout"
+    │   │   └── CircuitOpenError         not even tried: earlier calls have failed again and again
     │   ├── APIResponseValidationError   the answer is not what the protocol says; type "validation"
     │   └── APIStatusError               the answer is an HTTP error; type "api_status"
     │       ├── BadRequestError 400, AuthenticationError 401, BillingError 402, PermissionDeniedError 403
@@ -13,8 +14,8 @@
     ├── ClientClosedError                the client was closed first; type "client_closed"
     └── ConfigurationError               cannot be set up like this (a `ValueError` too); type "configuration"
 
-Every one of them answers `message`, `type`, `status`, `category`, `request_id`, `retryable` and `retry_after_ms`;
-what is not known is `None`.
+Every one of them answers `message`, `type`, `status`, `category`, `request_id`, `retryable`, `retry_after_ms`, `data`
+and `advice` (what to do now); what is not known is `None`. `as_dict()` gives them all.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ from tinsmith.types.errors import RequestErrorCategory
 
 _RETRYABLE_STATUS = frozenset({408, 409, 429})
 _BLAMELESS_4XX = frozenset({408, 429})
+
+
+_ADVICE = {
+    401: "Check the API key: TINKER_API_KEY, or the argument api_key.",
+    402: "The account has no valid billing; set it up, then go on.",
+    403: "The key may not do this; use one with the right scope, or ask the owner of the object.",
+    404: "The object does not exist here or is not yours; list what there is with RestClient or `tinsmith run list`.",
+    410: "The server no longer holds the result; send the request again.",
+    429: "Send less at once, or wait as long as retry_after_ms says.",
+}
 
 
 class TinkerError(Exception):
@@ -47,6 +58,30 @@ class TinkerError(Exception):
         self.message = message
 
     @property
+    def data(self) -> object | None:
+        """What the server sent about the error beside its message."""
+        return None
+
+    @property
+    def advice(self) -> str:
+        """What to do now, in a sentence."""
+        return "Look at the message."
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything known about the error, for logs and for programs. No credentials."""
+        return {
+            "message": self.message,
+            "type": self.type,
+            "status": self.status,
+            "category": str(self.category),
+            "data": self.data,
+            "retry_after_ms": self.retry_after_ms,
+            "request_id": self.request_id,
+            "retryable": self.retryable,
+            "advice": self.advice,
+        }
+
+    @property
     def user_error(self) -> bool:
         """Whether the request itself is at fault, so that sending it again changes nothing."""
         return self.category is RequestErrorCategory.User
@@ -55,10 +90,18 @@ class TinkerError(Exception):
 class ClientClosedError(TinkerError, RuntimeError):
     type = "client_closed"
 
+    @property
+    def advice(self) -> str:
+        return "Make a new ServiceClient; models that were saved can be loaded from their checkpoints."
+
 
 class ConfigurationError(TinkerError, ValueError):
     type = "configuration"
     category = RequestErrorCategory.User
+
+    @property
+    def advice(self) -> str:
+        return "Correct the argument or environment variable that the message names."
 
 
 class APIError(TinkerError):
@@ -72,6 +115,10 @@ class APIError(TinkerError):
         self.request = request
         self.body = body
 
+    @property
+    def data(self) -> object | None:
+        return self.body
+
 
 class APIConnectionError(APIError):
     type = "api_connection"
@@ -83,12 +130,25 @@ class APIConnectionError(APIError):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.request, self.message)
 
+    @property
+    def advice(self) -> str:
+        return "Is the server running, and is base_url right? If so, try again: nothing is done twice."
+
 
 class APITimeoutError(APIConnectionError):
     type = "api_timeout"
 
-    def __init__(self, request: httpx2.Request, message: str = "Request timed out.") -> None:
+    def __init__(self, request: httpx2.Request, *, message: str = "Request timed out.") -> None:
         super().__init__(request=request, message=message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _timeout_error, (self.request, self.message)
+
+
+class CircuitOpenError(APIConnectionError):
+    """Earlier calls of this kind have all failed, so this one was not sent."""
+
+    type = "circuit_open"
 
 
 class APIResponseValidationError(APIError):
@@ -103,6 +163,10 @@ class APIResponseValidationError(APIError):
         super().__init__(text, response.request, body=body)
         self.response = response
         self.status_code = self.status = response.status_code
+
+    @property
+    def advice(self) -> str:
+        return "The server speaks another protocol or version; compare its version with this client's."
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.response, self.body, self.message)
@@ -122,6 +186,14 @@ class APIStatusError(APIError):
         self.retryable = is_retryable(response)
         self.retry_after_ms = retry_after_ms(response)
         self.request_id = response.headers.get("x-request-id")
+
+    @property
+    def advice(self) -> str:
+        if self.status_code in _ADVICE:
+            return _ADVICE[self.status_code]
+        if self.retryable:
+            return "Try again later; the client has already retried for as long as its settings allow."
+        return "Change the request as the message says; sending it again changes nothing."
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.response, self.body)
@@ -179,6 +251,12 @@ class RequestFailedError(TinkerError):
         self.request_id = request_id
         self.category = category
         self.retryable = category is RequestErrorCategory.Server
+
+    @property
+    def advice(self) -> str:
+        if self.category is RequestErrorCategory.User:
+            return "Correct what the message names; the client and, unless it says otherwise, the model stay usable."
+        return "The server could not do it; try again, and if it keeps failing, recover from the last checkpoint."
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.request_id, self.category)
@@ -264,3 +342,7 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return number if number < float("inf") else None
+
+
+def _timeout_error(request: httpx2.Request, message: str) -> APITimeoutError:
+    return APITimeoutError(request, message=message)

@@ -22,9 +22,12 @@ class APIFuture(Generic[T]):
     same value or exception. Giving up waiting, by a timeout or by cancellation, does not stop the work.
     """
 
-    def __init__(self, outcome: concurrent.futures.Future[T], loop: LoopThread | None = None) -> None:
+    def __init__(
+        self, outcome: concurrent.futures.Future[T], loop: LoopThread | None = None, *, can_cancel: bool = False
+    ) -> None:
         self._outcome = outcome
         self._loop = loop
+        self._can_cancel = can_cancel
 
     def result(self, timeout: float | None = None) -> T:
         """The value. Raises `TimeoutError` after `timeout` seconds, and the operation's own error if it failed.
@@ -54,6 +57,15 @@ class APIFuture(Generic[T]):
     async def coroutine(self) -> T:
         """The same result as a coroutine."""
         return await wait_for_outcome(self._outcome)
+
+    def cancel(self) -> bool:
+        """Give up a sample: everyone who waits gets `concurrent.futures.CancelledError`, and a server that wants to
+        know is told. False if there is a result already, or the operation cannot be taken back: those that train.
+        """
+        if self._outcome.done() or self._loop is None or not self._can_cancel:
+            return False
+        self._loop.cancel(self._outcome)
+        return True
 
     def done(self) -> bool:
         return self._outcome.done()

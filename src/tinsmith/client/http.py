@@ -25,16 +25,23 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from tinsmith import __version__
+from tinsmith.client.breaker import Breaker
 from tinsmith.client.config import PROTOCOL_VERSION, ClientConfig, Timing
+from tinsmith.client.credentials import CommandKey, Credential, FixedKey
 from tinsmith.client.errors import (
     APIConnectionError,
     APIError,
     APIResponseValidationError,
+    APIStatusError,
     APITimeoutError,
+    AuthenticationError,
+    BillingError,
+    CircuitOpenError,
     RateLimitError,
     body_of,
     status_error,
 )
+from tinsmith.client.events import Events, describe
 
 logger = logging.getLogger("tinsmith.client")
 M = TypeVar("M", bound=BaseModel)
@@ -75,6 +82,14 @@ class Call:
     params: Mapping[str, Any] = field(default_factory=dict)
     timeout: float | None = None
     """Seconds for the whole exchange; `None` takes the client's."""
+    anonymous: bool = False
+    """Send no credential: the address itself is the permission, or there is nothing to show yet."""
+    credential: str | None = field(default=None, repr=False)
+    """Sent in place of the client's own."""
+
+    @property
+    def endpoint(self) -> str:
+        return self.path.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +100,16 @@ class Retry:
     """Seconds from the first attempt."""
     rate_limits: bool = True
     """Whether 429 is among what may pass."""
+    billing_give_up: float = 0.0
+    """Seconds for which 402 is waited out; 0 does not wait."""
+
+    def gives_up_after(self, error: APIError) -> float:
+        return self.billing_give_up if isinstance(error, BillingError) else self.give_up_after
 
     def pause_after(self, error: APIError, attempt: int, timing: Timing) -> float | None:
         """Seconds to wait after failed attempt `attempt`, counted from 0; `None` if trying again is useless."""
+        if isinstance(error, BillingError) and self.billing_give_up > 0:
+            return timing.billing_pause
         if not error.retryable or (isinstance(error, RateLimitError) and not self.rate_limits):
             return None
         if error.retry_after_ms is not None and error.retry_after_ms <= _RETRY_AFTER_MAX_MS:
@@ -132,9 +154,19 @@ def _not_finite(value: object, where: str) -> str | None:
 class Http:
     """The connections of one client. Build and use it on the client's event loop; `close` it there."""
 
-    def __init__(self, config: ClientConfig, transport: httpx2.AsyncBaseTransport | None) -> None:
+    def __init__(
+        self, config: ClientConfig, transport: httpx2.AsyncBaseTransport | None, events: Events | None = None
+    ) -> None:
         self._config = config
         self._transport = transport
+        self.events = events or Events()
+        self.source: Credential = (
+            FixedKey(config.api_key) if config.api_key else CommandKey(config.credential_command or "")
+        )
+        """Where credentials come from."""
+        self.credential: Credential = self.source
+        """What requests show: the source itself, or what the server gives in exchange for it."""
+        self._breaker = Breaker(config.timing.breaker_threshold, config.timing.breaker_reset)
         self._base = f"{_LOCAL_BASE if config.is_local else config.base_url}/api/v1/"
         self._clients: dict[Pool, httpx2.AsyncClient] = {}
         self._slots: dict[Pool, asyncio.Semaphore] = {}
@@ -145,31 +177,67 @@ class Http:
         One idempotency key covers all attempts. Raises `APIStatusError`, `APIConnectionError` or `APITimeoutError`,
         the last of the attempts.
         """
-        key = f"tinsmith-{uuid.uuid4()}"
+        if retry is None:
+            return await self._attempt(call, _idempotency_key(), attempt=0)
+        closed_for = self._breaker.seconds_closed_for(call.endpoint)
+        if closed_for > 0:
+            raise CircuitOpenError(
+                httpx2.Request(call.method, self._base + call.path),
+                f"{call.endpoint} has failed again and again; it is left alone for another {closed_for:.0f} s",
+            )
+        try:
+            response = await self._send_again_and_again(call, retry)
+        except (APIConnectionError, APIStatusError) as error:
+            at_fault = isinstance(error, APIConnectionError) or error.status_code >= 500
+            (self._breaker.failed if at_fault else self._breaker.abandoned)(call.endpoint)
+            raise
+        except BaseException:
+            self._breaker.abandoned(call.endpoint)
+            raise
+        self._breaker.succeeded(call.endpoint)
+        return response
+
+    async def _send_again_and_again(self, call: Call, retry: Retry) -> httpx2.Response:
+        key = _idempotency_key()
         started = time.monotonic()
         for attempt in itertools.count():
             try:
-                return await self._exchange(call, key, attempt=attempt)
+                return await self._attempt(call, key, attempt=attempt)
             except APIError as error:
-                pause = None if retry is None else retry.pause_after(error, attempt, self._config.timing)
+                pause = retry.pause_after(error, attempt, self._config.timing)
                 elapsed = time.monotonic() - started
-                if retry is None or pause is None or elapsed + pause > retry.give_up_after:
+                if pause is None or elapsed + pause > retry.gives_up_after(error):
                     raise
-                level = logging.WARNING if elapsed >= _WARN_AFTER_S else logging.INFO
+                loud = elapsed >= _WARN_AFTER_S or isinstance(error, BillingError)
+                level = logging.WARNING if loud else logging.INFO
                 logger.log(level, "%s %s is tried again in %.1f s: %s", call.method, call.path, pause, error)
+                self.events.emit("http.retry", path=call.path, attempt=attempt, pause_s=pause, **describe(error))
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
+
+    async def _attempt(self, call: Call, key: str, *, attempt: int) -> httpx2.Response:
+        """One exchange; a token that the server no longer takes is replaced, once."""
+        shown = "" if call.anonymous else call.credential or await self.credential.value()
+        try:
+            return await self._exchange(call, key, attempt=attempt, credential=shown)
+        except AuthenticationError as error:
+            if call.credential or 'error="invalid_token"' not in error.response.headers.get("www-authenticate", ""):
+                raise
+            if not await self.credential.replace(shown):
+                raise
+        return await self._exchange(call, key, attempt=attempt, credential=await self.credential.value())
 
     async def send_for(self, call: Call, model: type[M], retry: Retry | None = None) -> M:
         """As `send`; the answer as `model`. Raises `APIResponseValidationError` if it is no such thing."""
         return parse(await self.send(call, retry), model)
 
     async def close(self) -> None:
+        await self.credential.close()
         clients, self._clients = list(self._clients.values()), {}
         for client in clients:
             await client.aclose()
 
-    async def _exchange(self, call: Call, key: str, *, attempt: int) -> httpx2.Response:
+    async def _exchange(self, call: Call, key: str, *, attempt: int, credential: str) -> httpx2.Response:
         timeout = self._config.timing.request_timeout if call.timeout is None else call.timeout
         client = self._client(call.pool)
         request = client.build_request(
@@ -177,20 +245,32 @@ class Http:
             self._base + call.path,
             content=call.body,
             params={name: value for name, value in call.params.items() if value is not None} or None,
-            headers=self._headers(call, key, attempt, timeout),
+            headers=self._headers(call, key, attempt, timeout, credential),
             timeout=httpx2.Timeout(timeout),
         )
         async with self._slots[call.pool]:
+            started = time.monotonic()
             try:
                 async with asyncio.timeout(timeout):
                     response = await client.send(request)
             except (httpx2.TimeoutException, TimeoutError) as error:
                 message = f"Request timed out: {call.method} {call.path} had no answer within {timeout:g} s."
-                raise APITimeoutError(_without_secrets(request), message) from error
+                raise APITimeoutError(_without_secrets(request), message=message) from error
             except httpx2.RequestError as error:
                 message = f"Connection error: {call.method} {self._config.base_url}: {error or type(error).__name__}"
                 raise APIConnectionError(_without_secrets(request), message) from error
         response.request = _without_secrets(request)
+        if self.events:
+            self.events.emit(
+                "http.request",
+                method=call.method,
+                path=call.path,
+                status=response.status_code,
+                attempt=attempt,
+                duration_s=time.monotonic() - started,
+                bytes_sent=len(call.body or b""),
+                bytes_received=len(response.content),
+            )
         if response.status_code >= 400:
             raise status_error(response)
         if note := response.headers.get("x-deprecation-note"):
@@ -208,9 +288,9 @@ class Http:
             )
         return self._clients[pool]
 
-    def _headers(self, call: Call, key: str, attempt: int, timeout: float) -> dict[str, str]:
+    def _headers(self, call: Call, key: str, attempt: int, timeout: float, credential: str) -> dict[str, str]:
         headers = {
-            "X-API-Key": self._config.api_key.get_secret_value(),
+            **({"X-API-Key": credential} if credential else {}),
             "Accept": call.accept,
             "User-Agent": f"tinsmith/{__version__} Python/{platform.python_version()}",
             "x-sdk-version": PROTOCOL_VERSION,
@@ -221,6 +301,10 @@ class Http:
             headers["Content-Type"] = call.content_type
             headers["X-Idempotency-Key"] = key
         return {**headers, **call.headers, **self._config.headers}
+
+
+def _idempotency_key() -> str:
+    return f"tinsmith-{uuid.uuid4()}"
 
 
 class _Shared(httpx2.AsyncBaseTransport):

@@ -24,6 +24,13 @@ _WIND_DOWN_S = 2.0
 class _Job:
     work: Coroutine[Any, Any, Any]
     task: asyncio.Task[None] | None = None
+    cancelled: bool = False
+    """By `cancel`, not by the end of the loop."""
+
+    def why_cancelled(self) -> BaseException:
+        if self.cancelled:
+            return concurrent.futures.CancelledError()
+        return ClientClosedError("the client was closed before this request finished")
 
 
 class LoopThread:
@@ -72,11 +79,12 @@ class LoopThread:
                     self._loop.call_soon_threadsafe(function)
 
     def cancel(self, outcome: concurrent.futures.Future[Any]) -> None:
-        """Stop the work behind `outcome`, which then fails with `ClientClosedError`."""
+        """Stop the work behind `outcome`, which then fails with `concurrent.futures.CancelledError`."""
 
         def cancel_task() -> None:
             job = self._jobs.get(outcome)
             if job is not None and job.task is not None:
+                job.cancelled = True
                 job.task.cancel()
 
         self.call(cancel_task)
@@ -97,14 +105,14 @@ class LoopThread:
 
     def _start(self, outcome: concurrent.futures.Future[Any]) -> None:
         job = self._jobs[outcome]
-        job.task = self._loop.create_task(_settle(job.work, outcome))
+        job.task = self._loop.create_task(_settle(job, outcome))
         job.task.add_done_callback(lambda _: self._end(outcome))
 
     def _end(self, outcome: concurrent.futures.Future[Any]) -> None:
         """Settle what has not settled itself because it never took its first step."""
         job = self._jobs.pop(outcome)
         if not outcome.done():
-            outcome.set_exception(ClientClosedError("the client was closed before this request finished"))
+            outcome.set_exception(job.why_cancelled())
         with contextlib.suppress(RuntimeError):  # work that refuses to end has had its chance
             job.work.close()
 
@@ -131,12 +139,12 @@ class LoopThread:
             self._end(outcome)
 
 
-async def _settle(work: Coroutine[Any, Any, T], outcome: concurrent.futures.Future[T]) -> None:
-    """Run `work` and put what comes of it into `outcome`; nothing escapes into the loop."""
+async def _settle(job: _Job, outcome: concurrent.futures.Future[Any]) -> None:
+    """Run the work and put what comes of it into `outcome`; nothing escapes into the loop."""
     try:
-        result = await work
+        result = await job.work
     except asyncio.CancelledError:
-        outcome.set_exception(ClientClosedError("the client was closed before this request finished"))
+        outcome.set_exception(job.why_cancelled())
     except BaseException as error:  # noqa: BLE001  the boundary: even SystemExit belongs to whoever waits
         outcome.set_exception(error)
     else:

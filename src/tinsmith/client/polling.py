@@ -19,6 +19,7 @@ from tinsmith.client.errors import (
     APIResponseValidationError,
     APIStatusError,
     BadRequestError,
+    BillingError,
     InternalServerError,
     RateLimitError,
     RequestFailedError,
@@ -79,6 +80,8 @@ class ResultPoller:
         *,
         request_type: str,
         observer: QueueObserver | None = None,
+        metadata_only: bool = True,
+        billing_give_up: float = 0.0,
     ) -> None:
         self._http = http
         self._timing = timing
@@ -86,7 +89,9 @@ class ResultPoller:
         self._request_id = request_id
         self._request_type = request_type
         self._observer = observer
-        self._metadata_only = True
+        self._metadata_only = metadata_only
+        self._billing_give_up = billing_give_up
+        self._state: str | None = None
         self._failing_since: float | None = None
         self._failures = 0
         self._bad_requests = 0
@@ -165,6 +170,13 @@ class ResultPoller:
             await self._pause_unless_held(started)
         elif isinstance(error, RateLimitError):
             await asyncio.sleep(self._backoff(error.retry_after_ms))
+        elif isinstance(error, BillingError) and self._billing_give_up > 0:
+            now = time.monotonic()
+            self._failing_since = self._failing_since or started
+            if now - self._failing_since >= self._billing_give_up:
+                raise error
+            logger.warning("request %s waits for billing to be set up: %s", self._request_id, error)
+            await asyncio.sleep(self._timing.billing_pause)
         elif isinstance(error, BadRequestError) and self._bad_requests < _BAD_REQUESTS_MAX:
             self._bad_requests += 1
         elif isinstance(error, InternalServerError | APIConnectionError):
@@ -193,9 +205,14 @@ class ResultPoller:
         await asyncio.sleep(min(pause, self._timing.poll_pause_max))
 
     def _observe(self, body: dict[str, Any]) -> None:
-        if self._observer is not None and body.get("queue_state"):
-            reason = body.get("queue_state_reason")
-            self._observer(str(body["queue_state"]), None if reason is None else str(reason))
+        if not body.get("queue_state"):
+            return
+        state, reason = str(body["queue_state"]), body.get("queue_state_reason")
+        if state != self._state:
+            self._state = state
+            self._http.events.emit("queue.state", request_id=self._request_id, state=state, reason=reason)
+        if self._observer is not None:
+            self._observer(state, None if reason is None else str(reason))
 
 
 class QueueStateLog:

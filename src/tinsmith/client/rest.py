@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+import warnings
 from collections.abc import Coroutine, Mapping
-from typing import Any, Literal, TypeAlias, TypeVar
+from datetime import date, datetime
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from tinsmith.client.config import Timing, resolve_config
-from tinsmith.client.connection import Connection
+from tinsmith.client.admin import AdminClient, AuditEventType
+from tinsmith.client.credentials import claims, is_jwt
 from tinsmith.client.errors import TinkerError
-from tinsmith.client.futures import APIFuture, value_twin
+from tinsmith.client.exchanges import RestExchanges
+from tinsmith.client.futures import APIFuture, value_twin, warn_deprecated
 from tinsmith.client.http import Call, escaped, get, json_bytes, post
-from tinsmith.client.models import (
-    AnyObject,
-    CopyWeightsReply,
-    ExternalWeightsUrls,
-    SessionSearchRequest,
-    TraceExport,
-)
+from tinsmith.client.models import TraceExport
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.replies import CopyWeightsResponse, ExternalWeightsUrlsResponse, WhoamiResponse
 from tinsmith.types.rest import (
     CheckpointsListResponse,
     GetSamplerResponse,
@@ -32,48 +31,51 @@ from tinsmith.types.rest import (
     TrainingRunsResponse,
     WeightsInfoResponse,
 )
+from tinsmith.types.sessions import SessionSearchRequest, SessionSearchResponse
+from tinsmith.types.usage import AuditLogResponse, BillingUsageResponse, CurrentCheckpointStorageUsageResponse
 
-M = TypeVar("M", bound=BaseModel)
 AccessScope: TypeAlias = Literal["owned", "accessible"]
 
 _TRACE_POLL_S = 5.0
 _TRACE_GIVE_UP_S = 1800.0
 
 
-class RestClient:
+class ExperimentalWarning(FutureWarning):
+    """The method may change or go without notice."""
+
+
+class _OrgDetails(BaseModel):
+    name: str
+
+
+class _UserDetails(BaseModel):
+    email: str
+
+
+class _KeyDetails(BaseModel):
+    org_details: _OrgDetails
+    user_details: _UserDetails
+
+
+class _KeyRecord(BaseModel):
+    details: _KeyDetails
+
+
+class RestClient(RestExchanges):
     """Reads and manages what a server keeps. Opens no session.
 
     `base_url` and `api_key` are found as for `ServiceClient`. Every method returns an `APIFuture`; what the server
     refuses fails it with an `APIStatusError`.
     """
 
-    def __init__(
-        self, _holder: Connection | None = None, *, base_url: str | None = None, api_key: str | None = None
-    ) -> None:
-        self._owns_connection = _holder is None
-        self._connection = _holder or Connection(resolve_config(base_url=base_url, api_key=api_key, timing=Timing()))
-
-    def __repr__(self) -> str:
-        return f"<RestClient of {self._connection.config.base_url}>"
-
-    def close(self) -> APIFuture[None]:
-        """Close the connections, unless a `ServiceClient` shares them."""
-        if self._owns_connection:
-            return self._connection.close("success", None)
-
-        async def nothing() -> None:
-            return None
-
-        return self._connection.begin(nothing)
-
     # ---- server ----
 
     def get_server_capabilities(self) -> APIFuture[GetServerCapabilitiesResponse]:
         return self._read(get("get_server_capabilities"), GetServerCapabilitiesResponse)
 
-    def whoami(self) -> APIFuture[dict[str, Any]]:
-        """Who the key belongs to: the server's record of the key in use."""
-        return self._read_dict(get("auth/apikey/me"))
+    def whoami(self) -> APIFuture[WhoamiResponse]:
+        """Whom the credential belongs to: what the server's token says, or the server's record of the key."""
+        return self._connection.begin(self._whoami)
 
     # ---- training runs ----
 
@@ -114,11 +116,11 @@ class RestClient:
             ),
         )
 
-    def get_external_weights_urls(self, tinker_path: str) -> APIFuture[ExternalWeightsUrls]:
+    def get_external_weights_urls(self, tinker_path: str) -> APIFuture[ExternalWeightsUrlsResponse]:
         return self._at_path(
             tinker_path,
             lambda run, checkpoint: self._fetch(
-                get(f"training_runs/{run}/checkpoints/{checkpoint}/external_weights_urls"), ExternalWeightsUrls
+                get(f"training_runs/{run}/checkpoints/{checkpoint}/external_weights_urls"), ExternalWeightsUrlsResponse
             ),
         )
 
@@ -149,8 +151,14 @@ class RestClient:
         ttl_seconds: int | None = None,
         weights_access_token: str | None = None,
     ) -> APIFuture[str]:
-        """The path of the copy."""
-        destination = {} if destination_project_id is None else {"destination_project_id": destination_project_id}
+        """The path of the copy, in a project: `destination_project_id`, or TINKER_PROJECT_ID.
+
+        Raises `ValueError` if neither names one.
+        """
+        project = destination_project_id or os.environ.get("TINKER_PROJECT_ID")
+        if not project:
+            raise ValueError("copy_weights needs destination_project_id, or TINKER_PROJECT_ID in the environment")
+        destination = {"destination_project_id": project}
         return self._at_path(
             path, lambda run, checkpoint: self.copy_to(path, destination, ttl_seconds, weights_access_token)
         )
@@ -163,7 +171,7 @@ class RestClient:
         if ttl_seconds is not None:
             body["ttl_seconds"] = ttl_seconds
         headers = {} if token is None else {"X-Tinker-Weights-Access-Token": token}
-        return (await self._fetch(post("copy_weights", body, headers=headers), CopyWeightsReply)).tinker_path
+        return (await self._fetch(post("copy_weights", body, headers=headers), CopyWeightsResponse)).tinker_path
 
     # ---- sessions and samplers ----
 
@@ -176,9 +184,11 @@ class RestClient:
         call = get("sessions", limit=limit, offset=offset, access_scope=access_scope)
         return self._read(call, ListSessionsResponse)
 
-    def search_sessions(self, request: SessionSearchRequest) -> APIFuture[dict[str, Any]]:
-        """Experimental in the protocol; the answer is passed on as it is."""
-        return self._read_dict(post("sessions/search", request.model_dump(exclude_none=True)))
+    def search_sessions(self, request: SessionSearchRequest) -> APIFuture[SessionSearchResponse]:
+        """Experimental in the protocol."""
+        warnings.warn("search_sessions() is experimental", ExperimentalWarning, stacklevel=2)
+        body = request.model_dump(mode="json", exclude_none=True)
+        return self._read(post("sessions/search", body), SessionSearchResponse)
 
     def assign_session_project(self, session_id: str, project_id: str) -> APIFuture[None]:
         call = Call(
@@ -197,15 +207,26 @@ class RestClient:
 
     # ---- administration ----
 
-    def get_audit_log(self, event_type: str = "all", day: str | None = None) -> APIFuture[dict[str, Any]]:
-        return self._read_dict(get("audit", event_type=event_type, day=day))
+    def get_audit_log(
+        self, event_type: AuditEventType = "all", day: date | str | None = None
+    ) -> APIFuture[AuditLogResponse]:
+        """Deprecated: use `AdminClient`."""
+        warn_deprecated("get_audit_log() is deprecated: use AdminClient().get_audit_log()")
+        return AdminClient(self._connection).get_audit_log(event_type, day)
 
-    def get_billing_usage(self, starting_on: str, ending_before: str) -> APIFuture[dict[str, Any]]:
-        """Both times in RFC 3339."""
-        return self._read_dict(get("billing/usage/events", starting_on=starting_on, ending_before=ending_before))
+    def get_billing_usage(
+        self, starting_on: datetime | str, ending_before: datetime | str
+    ) -> APIFuture[BillingUsageResponse]:
+        """Deprecated: use `AdminClient`."""
+        warn_deprecated("get_billing_usage() is deprecated: use AdminClient().get_billing_usage()")
+        return AdminClient(self._connection).get_billing_usage(starting_on, ending_before)
 
-    def get_current_checkpoint_storage_usage(self, project_id: str | None = None) -> APIFuture[dict[str, Any]]:
-        return self._read_dict(get("billing/usage/checkpoints/current", project_id=project_id))
+    def get_current_checkpoint_storage_usage(
+        self, project_id: str | None = None
+    ) -> APIFuture[CurrentCheckpointStorageUsageResponse]:
+        """Deprecated: use `AdminClient`."""
+        warn_deprecated("get_current_checkpoint_storage_usage() is deprecated: use AdminClient()")
+        return AdminClient(self._connection).get_current_checkpoint_storage_usage(project_id)
 
     get_training_run_async = value_twin(get_training_run)
     get_training_run_by_tinker_path_async = value_twin(get_training_run_by_tinker_path)
@@ -230,24 +251,15 @@ class RestClient:
 
     # ---- exchanges ----
 
-    def _read(self, call: Call, model: type[M]) -> APIFuture[M]:
-        return self._connection.begin(lambda: self._fetch(call, model))
-
-    def _read_dict(self, call: Call) -> APIFuture[dict[str, Any]]:
-        async def fetch() -> dict[str, Any]:
-            return (await self._fetch(call, AnyObject)).as_dict()
-
-        return self._connection.begin(fetch)
-
-    async def _fetch(self, call: Call, model: type[M]) -> M:
+    async def _whoami(self) -> WhoamiResponse:
         link = self._connection.link
         await link.configure()
-        return await link.http.send_for(call, model, link.submit_retry)
-
-    async def _command(self, call: Call) -> None:
-        link = self._connection.link
-        await link.configure()
-        await link.http.send(call, link.submit_retry)
+        shown = await link.http.credential.value()
+        if is_jwt(shown):
+            return _owner_of(claims(shown))
+        key = await link.http.send_for(get("auth/apikey/me"), _KeyRecord, link.submit_retry)
+        email = key.details.user_details.email
+        return WhoamiResponse(user_urn=email, org_urn=key.details.org_details.name, email=email)
 
     def _at_path(self, tinker_path: str, fetch: Any) -> APIFuture[Any]:
         """`fetch(run, checkpoint)` with both parts of a path escaped. A bad path fails the future."""
@@ -286,3 +298,12 @@ class RestClient:
                 return export.url
             await asyncio.sleep(_TRACE_POLL_S)
         raise TinkerError(f"the trace of session {session_id!r} was not ready within {_TRACE_GIVE_UP_S:.0f} s")
+
+
+def _owner_of(told: Mapping[str, Any]) -> WhoamiResponse:
+    """Raises `TinkerError` if a token does not say whom it belongs to."""
+    try:
+        organization = f"tml:organization:{told['org_id']}"
+        return WhoamiResponse(user_urn=str(told["sub"]), org_urn=organization, email=told.get("email") or None)
+    except KeyError as error:
+        raise TinkerError(f"the token in use does not say whom it belongs to: it has no {error.args[0]!r}") from error

@@ -9,13 +9,15 @@ import json
 import logging
 import os
 import random
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
+from tinsmith.client.completions import CompletionPoller
 from tinsmith.client.config import ServerFlags, is_local_url, resolve_config
 from tinsmith.client.connection import Connection
 from tinsmith.client.errors import (
@@ -27,11 +29,11 @@ from tinsmith.client.errors import (
     RateLimitError,
     TinkerError,
 )
+from tinsmith.client.events import Events, Span
 from tinsmith.client.futures import APIFuture, value_twin
 from tinsmith.client.http import Pool, escaped, get, json_bytes, post
-from tinsmith.client.models import JoinReply, SamplingSessionReply
-from tinsmith.client.polling import QueueStateLog
-from tinsmith.client.session import JoinedSession, SubmitReply
+from tinsmith.client.polling import Finished, QueueStateLog
+from tinsmith.client.session import JoinedSession
 from tinsmith.client.tokenizer import Tokenizer, load_tokenizer
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
 from tinsmith.types.datum import (
@@ -43,6 +45,12 @@ from tinsmith.types.datum import (
     as_tensor_data,
 )
 from tinsmith.types.params import SamplingParams
+from tinsmith.types.replies import (
+    CreateSamplingSessionResponse,
+    FutureFinished,
+    JoinSamplingSessionResponse,
+    UntypedAPIFuture,
+)
 from tinsmith.types.rest import GetSamplerResponse
 from tinsmith.types.results import SampleResponse
 from tinsmith.types.tensor import TensorData
@@ -117,6 +125,8 @@ class _Request:
     body: Mapping[str, Any]
     """Of `asample`, but for the sequence number."""
     is_large: bool
+    prompt_tokens: int | None
+    """`None` with pictures, whose tokens only the server counts."""
 
 
 class SamplingClient:
@@ -148,6 +158,8 @@ class SamplingClient:
         self._seq_ids = None if is_clone else itertools.count()
         self._numbering = asyncio.Lock()
         self._in_flight = asyncio.Semaphore(self._max_in_flight())
+        self._clone_number = 0
+        self._completions: CompletionPoller | None = None
         self._queue_log = QueueStateLog(f"sampling from {sampling_session_id}")
         self._last_progress = time.monotonic()
         self._description: GetSamplerResponse | None = None
@@ -161,10 +173,25 @@ class SamplingClient:
         *,
         model_path: str | None = None,
         base_model: str | None = None,
+        sampling_session_id: str | None = None,
         retry_config: RetryConfig | None = None,
         record_stability_info: bool = False,
     ) -> APIFuture[SamplingClient]:
-        """A sampling client on an existing connection (`ServiceClient.holder`)."""
+        """A sampling client on an existing connection (`ServiceClient.holder`).
+
+        With `sampling_session_id` it takes over a sampling session that was opened before.
+        """
+        if sampling_session_id is not None:
+            opened = sampling_session_id
+            return holder.begin(
+                lambda: _of_session(
+                    holder,
+                    opened,
+                    base_model=base_model,
+                    retry_config=retry_config,
+                    record_stability_info=record_stability_info,
+                )
+            )
         return holder.begin(
             lambda: open_sampling_client(
                 holder,
@@ -205,7 +232,8 @@ class SamplingClient:
             "prompt_logprobs_last_n": prompt_logprobs_last_n,
         }
         return self._connection.begin(
-            lambda: self._sample(self._request(prompt, sampling_params, body, target_prompt_logprobs))
+            lambda: self._watched(self._request(prompt, sampling_params, body, target_prompt_logprobs)),
+            can_cancel=True,
         )
 
     def compute_logprobs(
@@ -221,7 +249,7 @@ class SamplingClient:
             "prompt_logprobs_last_n": prompt_logprobs_last_n,
         }
         return self._connection.begin(
-            lambda: self._score(self._request(prompt, SamplingParams(max_tokens=1), body, None))
+            lambda: self._score(self._request(prompt, SamplingParams(max_tokens=1), body, None)), can_cancel=True
         )
 
     sample_async = value_twin(sample)
@@ -246,12 +274,13 @@ class SamplingClient:
             self._tokenizer_id = self._connection.begin(self._describe).result().tokenizer_id
         return load_tokenizer(self._tokenizer_id, self.get_base_model())
 
-    def get_telemetry(self) -> None:
-        """None: this client reports nothing to anybody."""
+    def get_telemetry(self) -> Events:
+        """Where this client's events go."""
+        return self._connection.link.events
 
-    def on_queue_state_change(self, state: str, reason: str | None) -> None:
+    def on_queue_state_change(self, queue_state: str, queue_state_reason: str | None) -> None:
         """Told when the server says why samples wait; logs it, at most once a minute."""
-        self._queue_log(state, reason)
+        self._queue_log(queue_state, queue_state_reason)
 
     # ---- other processes ----
 
@@ -290,7 +319,10 @@ class SamplingClient:
     # ---- one sample ----
 
     def _max_in_flight(self) -> int:
-        allowed = self._connection.link.flags.sample_max_concurrent_requests
+        flags = self._connection.link.flags
+        if flags.sample_use_retrieve_futures:
+            return sys.maxsize
+        allowed = flags.sample_max_concurrent_requests
         return allowed if self._retry.max_connections is None else min(allowed, self._retry.max_connections)
 
     def _request(
@@ -316,7 +348,22 @@ class SamplingClient:
         if target_prompt_logprobs is not None:
             body["target_prompt_logprobs"] = _targets(target_prompt_logprobs).model_dump()
         json_bytes({"sampling_params": body["sampling_params"]})
-        return _Request(body=body, is_large=_prompt_bytes(prompt) > _LARGE_PROMPT_BYTES)
+        text_only = all(isinstance(chunk, EncodedTextChunk) for chunk in prompt.chunks)
+        return _Request(
+            body=body,
+            is_large=_prompt_bytes(prompt) > _LARGE_PROMPT_BYTES,
+            prompt_tokens=prompt.length if text_only else None,
+        )
+
+    def _watched(self, request: _Request) -> Coroutine[Any, Any, SampleResponse]:
+        span = Span(
+            "sample",
+            session_id=self._session_id,
+            sampling_session_id=self._sampling_session_id,
+            num_samples=request.body["num_samples"],
+            prompt_tokens=request.prompt_tokens,
+        )
+        return self._connection.link.events.watch(self._sample(request), span, _sampled)
 
     async def _sample(self, request: _Request) -> SampleResponse:
         async with self._in_flight:
@@ -351,21 +398,43 @@ class SamplingClient:
     def _may_retry(self, error: Exception, expired: int, started: float) -> bool:
         if isinstance(error, PromiseExpiredError):
             return expired <= _RESUBMISSIONS_MAX
-        if not self._retry.enable_retry_logic or not self._retry.is_retryable(error):
+        flags = self._connection.link.flags
+        if flags.sample_no_retries or not self._retry.enable_retry_logic or not self._retry.is_retryable(error):
             return False
         stuck = time.monotonic() - max(self._last_progress, started) >= self._retry.progress_timeout
-        return not (stuck and self._retry.enable_stuck_detection)
+        return not (stuck and self._retry.enable_stuck_detection and flags.sample_enable_stuck_detection)
 
     async def _attempt(self, request: _Request) -> SampleResponse:
         reply = await self._submit(request, await self._next_seq_id())
-        finished = await self._connection.link.result(reply.request_id, "Sample", self.on_queue_state_change)
+        try:
+            finished = await self._result(reply.request_id)
+        except asyncio.CancelledError:
+            self._connection.link.give_up(reply.request_id)
+            raise
         content = finished.proto_body()
         if reply.sample_sequence_ids is None:
             message = f"sample {reply.request_id!r} was acknowledged without sample_sequence_ids"
             raise APIResponseValidationError(finished.response, None, message)
         return decode_sample_response(content, reply.sample_sequence_ids)
 
-    async def _submit(self, request: _Request, seq_id: int) -> SubmitReply:
+    async def _result(self, request_id: str) -> Finished:
+        """By a poll of its own, or by the one poll of the session where the server asks for that."""
+        link = self._connection.link
+        if not link.flags.sample_use_retrieve_futures:
+            return await link.result(request_id, "Sample", self.on_queue_state_change)
+        if self._completions is None:
+            self._completions = CompletionPoller(
+                link.http, link.config.timing, self._sampling_session_id, self._clone_number
+            )
+        ended = await self._completions.ended(request_id)
+        size = ended.response_payload_uncompressed_size if isinstance(ended, FutureFinished) else None
+        async with link.result_bytes.reserve(size or 0):
+            try:
+                return await link.result(request_id, "Sample", self.on_queue_state_change, metadata_only=not size)
+            finally:
+                self._completions.retrieved(request_id)
+
+    async def _submit(self, request: _Request, seq_id: int) -> UntypedAPIFuture:
         """A server without room (429) is offered the same request again after a pause."""
         timing = self._connection.config.timing
         body = {**request.body, "seq_id": seq_id}
@@ -374,7 +443,7 @@ class SamplingClient:
         link = self._connection.link
         while True:
             try:
-                return await link.http.send_for(call, SubmitReply, link.sample_retry)
+                return await link.http.send_for(call, UntypedAPIFuture, link.sample_retry)
             except RateLimitError:
                 await asyncio.sleep(pause)
 
@@ -383,7 +452,8 @@ class SamplingClient:
         if self._seq_ids is None:
             async with self._numbering:
                 if self._seq_ids is None:
-                    self._seq_ids = itertools.count(await self._clone_id() * CLONE_BLOCK)
+                    self._clone_number = await self._clone_id()
+                    self._seq_ids = itertools.count(self._clone_number * CLONE_BLOCK)
         return next(self._seq_ids)
 
     async def _clone_id(self) -> int:
@@ -392,7 +462,7 @@ class SamplingClient:
             return random.SystemRandom().randrange(1, CLONE_BLOCK)
         body = {"sampling_session_id": self._sampling_session_id, "type": "join_sampling_session"}
         call = post("join_sampling_session", body, pool=Pool.SESSION)
-        return (await link.http.send_for(call, JoinReply, link.submit_retry)).client_counter
+        return (await link.http.send_for(call, JoinSamplingSessionResponse, link.submit_retry)).client_counter
 
     async def _describe(self) -> GetSamplerResponse:
         """What the server says of this sampler, asked once."""
@@ -428,7 +498,7 @@ async def open_sampling_client(
         "type": "create_sampling_session",
     }
     call = post("create_sampling_session", {key: v for key, v in body.items() if v is not None}, pool=Pool.SESSION)
-    reply = await link.http.send_for(call, SamplingSessionReply, link.submit_retry)
+    reply = await link.http.send_for(call, CreateSamplingSessionResponse, link.submit_retry)
     tokenizer_id = None
     if base_model is None:
         sampler = await look_up_sampler(connection, reply.sampling_session_id)
@@ -442,6 +512,32 @@ async def open_sampling_client(
         retry_config=retry_config,
         record_stability_info=record_stability_info,
     )
+
+
+async def _of_session(
+    connection: Connection,
+    sampling_session_id: str,
+    *,
+    base_model: str | None,
+    retry_config: RetryConfig | None,
+    record_stability_info: bool,
+) -> SamplingClient:
+    return SamplingClient(
+        connection,
+        await connection.link.session_id(),
+        sampling_session_id,
+        base_model=base_model,
+        retry_config=retry_config,
+        record_stability_info=record_stability_info,
+        is_clone=True,
+    )
+
+
+def _sampled(response: SampleResponse) -> dict[str, Any]:
+    return {
+        "sampled_tokens": sum(0 if one.tokens_np is None else len(one.tokens_np) for one in response.sequences),
+        "cached_prompt_tokens": response.prompt_cache_hit_tokens,
+    }
 
 
 async def look_up_sampler(connection: Connection, sampler_id: str) -> GetSamplerResponse:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,15 +16,18 @@ from tinsmith.client import custom_loss
 from tinsmith.client.config import Timing, resolve_config
 from tinsmith.client.connection import Connection
 from tinsmith.client.errors import TinkerError
+from tinsmith.client.events import Events
 from tinsmith.client.futures import APIFuture, ClientFuture, value_twin, warn_deprecated
 from tinsmith.client.http import json_bytes, post
-from tinsmith.client.models import CreatedModel
 from tinsmith.client.rest import RestClient
 from tinsmith.client.sampling import RetryConfig, SamplingClient
 from tinsmith.client.session import CloseStatus, SessionSpec
+from tinsmith.client.telemetry import chosen_sinks
 from tinsmith.client.training import TrainingClient
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.events import EventSink
 from tinsmith.types.params import AdamOptimizerConfig, DimuonOptimizerConfig, LoraConfig, OptimizerConfig
+from tinsmith.types.replies import CreateModelResponse
 from tinsmith.types.rest import GetInfoResponse, GetServerCapabilitiesResponse, LoadWeightsResponse
 
 logger = logging.getLogger("tinsmith.client")
@@ -40,6 +43,9 @@ class ServiceClient:
     ships. A key comes from `api_key` or `TINKER_API_KEY`; local and loopback servers need none.
 
     Nothing is sent before the first call. Use it as a context manager, or call `close`, to end the session.
+
+    `timing` sets every wait, retry and limit of this client, `timeout` only that of one request. `telemetry` says where
+    this client's events go: sinks, or a text such as `"console,jsonl:events.jsonl"`; nothing is recorded without it.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class ServiceClient:
         timeout: float | None = None,
         timing: Timing | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
+        telemetry: str | Sequence[EventSink] = (),
         **ignored: Any,
     ) -> None:
         if ignored:
@@ -66,6 +73,7 @@ class ServiceClient:
             headers=default_headers_overrides,
             timing=timing,
             transport=transport,
+            sinks=chosen_sinks(telemetry),
         )
         spec = SessionSpec(
             user_metadata=user_metadata or {},
@@ -219,8 +227,9 @@ class ServiceClient:
         """Where the server shows its pages."""
         return self._connection.config.base_url
 
-    def get_telemetry(self) -> None:
-        """None: this client reports nothing to anybody."""
+    def get_telemetry(self) -> Events:
+        """Where this client's events go."""
+        return self._connection.link.events
 
     # ---- the end ----
 
@@ -291,7 +300,7 @@ class ServiceClient:
         reply = await link.submit(path, {"session_id": session_id, **body})
         finished = await link.result(reply.request_id, request_type)
         if request_type == "CreateModel":
-            model_id = finished.json_as(CreatedModel).model_id
+            model_id = finished.json_as(CreateModelResponse).model_id
         else:
             loaded = finished.json_as(LoadWeightsResponse)
             model_id = loaded.model_id or f"{session_id}:train:{body['model_seq_id']}"

@@ -11,14 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import httpx2
-from pydantic import BaseModel
 
 from tinsmith.client.budget import ByteBudget
 from tinsmith.client.config import PROTOCOL_VERSION, ClientConfig, ServerFlags
-from tinsmith.client.errors import APIStatusError, ConfigurationError, TinkerError
+from tinsmith.client.credentials import CommandKey, ExchangedToken, is_jwt
+from tinsmith.client.errors import APIStatusError, ConfigurationError, NotFoundError, TinkerError
+from tinsmith.client.events import Events
 from tinsmith.client.http import Http, Pool, Retry, post
 from tinsmith.client.local import LocalTransport
 from tinsmith.client.polling import Finished, QueueObserver, ResultPoller
+from tinsmith.client.reporter import ServerReporter
+from tinsmith.types.replies import (
+    AuthTokenResponse,
+    ClientDynamicConfigResponse,
+    CreateSessionResponse,
+    UntypedAPIFuture,
+)
 
 logger = logging.getLogger("tinsmith.client")
 
@@ -40,21 +48,7 @@ class JoinedSession:
 
     session_id: str
     flags: ServerFlags
-
-
-class SessionReply(BaseModel):
-    session_id: str
-    info_message: str | None = None
-    warning_message: str | None = None
-    error_message: str | None = None
-
-
-class SubmitReply(BaseModel):
-    """The acknowledgement of an accepted request."""
-
-    request_id: str
-    model_id: str | None = None
-    sample_sequence_ids: list[str] | None = None
+    dynamic: ClientDynamicConfigResponse = field(default_factory=ClientDynamicConfigResponse)
 
 
 class Link:
@@ -63,6 +57,8 @@ class Link:
     def __init__(self, config: ClientConfig, spec: SessionSpec, joined: JoinedSession | None) -> None:
         self.config = config
         self.flags = ServerFlags() if joined is None else joined.flags
+        self.dynamic = ClientDynamicConfigResponse() if joined is None else joined.dynamic
+        self.events = Events(config.sinks)
         self._spec = spec
         self._joined = joined is not None
         self._session_id: str | None = None if joined is None else joined.session_id
@@ -71,6 +67,10 @@ class Link:
         self._configured = joined is not None
         self._starting = asyncio.Lock()
         self._heartbeat: asyncio.Task[None] | None = None
+        self._refresh: asyncio.Task[None] | None = None
+        self._reporter: ServerReporter | None = None
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._cancel_slots = asyncio.Semaphore(self.dynamic.sample_cancel_max_batch_size)
         self._shared = False
         self._closed = False
         self.result_bytes = ByteBudget(self.flags.inflight_response_bytes_semaphore_size)
@@ -82,17 +82,29 @@ class Link:
             transport: httpx2.AsyncBaseTransport | None = self.config.transport
             if transport is None and self.config.is_local:
                 transport = self._local = LocalTransport(self.config.base_url)
-            self._http = Http(self.config, transport)
+            self._http = Http(self.config, transport, self.events)
         return self._http
 
     @property
     def submit_retry(self) -> Retry:
-        return Retry(give_up_after=self.config.timing.submit_give_up)
+        return Retry(
+            give_up_after=self.config.timing.submit_give_up,
+            billing_give_up=self.flags.billing_exception_max_pause_duration_sec,
+        )
 
     @property
     def sample_retry(self) -> Retry:
         """Rate limits on samples are not retried here: the sampling client waits for room in its own way."""
-        return Retry(give_up_after=self.config.timing.submit_give_up, rate_limits=False)
+        return Retry(
+            give_up_after=self.config.timing.submit_give_up,
+            rate_limits=False,
+            billing_give_up=self.flags.billing_exception_max_pause_duration_sec,
+        )
+
+    @property
+    def is_left_open(self) -> bool:
+        """Whether a session was opened here, for nobody else, and not yet ended."""
+        return not (self._session_id is None or self._joined or self._shared or self._closed)
 
     def mark_shared(self) -> None:
         """Other processes may live on this session: only an explicit `close` may finish it."""
@@ -111,12 +123,36 @@ class Link:
                 self._session_id = await self._create_session()
             if self._heartbeat is None:
                 self._heartbeat = asyncio.create_task(heartbeats(self.http, self._session_id, self.config))
+                self._refresh = asyncio.create_task(self._refresh_settings())
             return self._session_id
 
-    async def submit(self, path: str, body: Mapping[str, Any]) -> SubmitReply:
-        return await self.http.send_for(post(path, body), SubmitReply, self.submit_retry)
+    async def submit(self, path: str, body: Mapping[str, Any]) -> UntypedAPIFuture:
+        return await self.http.send_for(post(path, body), UntypedAPIFuture, self.submit_retry)
 
-    async def result(self, request_id: str, request_type: str, observer: QueueObserver | None = None) -> Finished:
+    def give_up(self, request_id: str) -> None:
+        """Nobody wants this sample any more; the server is told so, if it wants to know."""
+        if self._closed or not self.dynamic.sample_cancel_enabled:
+            return
+        task = asyncio.create_task(self._cancel_future(request_id))
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
+
+    async def _cancel_future(self, request_id: str) -> None:
+        call = post("cancel_future", {"request_id": request_id}, pool=Pool.RETRIEVE, timeout=30.0)
+        async with self._cancel_slots:
+            try:
+                await self.http.send(call, self.submit_retry)
+            except TinkerError as error:
+                logger.info("request %s could not be cancelled: %s", request_id, error)
+
+    async def result(
+        self,
+        request_id: str,
+        request_type: str,
+        observer: QueueObserver | None = None,
+        *,
+        metadata_only: bool = True,
+    ) -> Finished:
         poller = ResultPoller(
             self.http,
             self.config.timing,
@@ -124,6 +160,8 @@ class Link:
             request_id,
             request_type=request_type,
             observer=observer,
+            metadata_only=metadata_only,
+            billing_give_up=self.flags.billing_exception_max_pause_duration_sec,
         )
         return await poller.wait()
 
@@ -133,6 +171,7 @@ class Link:
             return
         body = {"reason": {"type": status}, "detail": detail}
         call = post(f"sessions/{self._session_id}/finish", body, pool=Pool.SESSION)
+        self.events.emit("session.finished", session_id=self._session_id, status=status, detail=detail)
         await self.http.send(call, Retry(give_up_after=self.config.timing.close_timeout))
 
     async def finish_quietly(self, status: CloseStatus) -> None:
@@ -150,9 +189,13 @@ class Link:
         if self._closed:
             return
         self._closed = True
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            await asyncio.wait([self._heartbeat], timeout=1.0)
+        tasks = [task for task in (self._heartbeat, self._refresh, *self._cancelling) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        if self._reporter is not None:
+            await self._reporter.finish()
         if self._http is not None:
             await self._http.close()
         if self._local is not None:
@@ -166,14 +209,46 @@ class Link:
             await self._local.ready()
         call = post("client/config", {"sdk_version": PROTOCOL_VERSION}, pool=Pool.SESSION)
         self.flags = await http.send_for(call, ServerFlags, self._startup_retry())
+        if self.flags.credential_default_source == "credential_cmd":
+            self._use_command(http)
         if self.flags.pjwt_auth_enabled:
-            raise ConfigurationError(
-                f"the server at {self.config.base_url} wants keys exchanged for tokens (pjwt_auth_enabled), "
-                "which this client does not do"
-            )
+            http.credential = ExchangedToken(self._exchange_credential)
+        await self._fetch_settings(self._startup_retry())
         self.result_bytes = ByteBudget(self.flags.inflight_response_bytes_semaphore_size)
         self.submit_bytes = ByteBudget(self.flags.fwdbwd_dispatch_bytes_semaphore_size)
         self._configured = True
+
+    def _use_command(self, http: Http) -> None:
+        """The server wants credentials from a command, unless the key is a token already."""
+        if is_jwt(self.config.api_key.get_secret_value()):
+            return
+        if self.config.credential_command is None:
+            raise ConfigurationError(
+                f"the server at {self.config.base_url} wants changing credentials: "
+                "set TINKER_CREDENTIAL_CMD to a command that prints one"
+            )
+        http.source = http.credential = CommandKey(self.config.credential_command)
+
+    async def _exchange_credential(self) -> str:
+        credential = await self.http.source.value()
+        call = post("auth/token", {}, pool=Pool.SESSION, credential=credential)
+        return (await self.http.send_for(call, AuthTokenResponse, self._startup_retry())).jwt
+
+    async def _fetch_settings(self, retry: Retry | None) -> None:
+        """Settings that may change while the client lives. A server need not have them."""
+        call = post("client/dynamic_config", {"sdk_version": PROTOCOL_VERSION}, pool=Pool.SESSION, timeout=10.0)
+        try:
+            self.dynamic = await self.http.send_for(call, ClientDynamicConfigResponse, retry)
+        except NotFoundError:
+            logger.debug("the server has no dynamic settings; defaults apply")
+
+    async def _refresh_settings(self) -> None:
+        while True:
+            await asyncio.sleep(max(self.dynamic.refresh_interval_sec, 10))
+            try:
+                await self._fetch_settings(None)
+            except TinkerError as error:
+                logger.debug("the server's settings could not be fetched again: %s", error)
 
     async def _create_session(self) -> str:
         body: dict[str, Any] = {
@@ -186,7 +261,7 @@ class Link:
         }
         body = {name: value for name, value in body.items() if value is not None}
         call = post("create_session", body, pool=Pool.SESSION)
-        reply = await self.http.send_for(call, SessionReply, self._startup_retry())
+        reply = await self.http.send_for(call, CreateSessionResponse, self._startup_retry())
         for level, message in (
             (logging.INFO, reply.info_message),
             (logging.WARNING, reply.warning_message),
@@ -194,6 +269,11 @@ class Link:
         ):
             if message:
                 logger.log(level, "%s", message)
+        self.events.emit("session.created", session_id=reply.session_id, base_url=self.config.base_url)
+        if self.config.reports_to_server:
+            self._reporter = ServerReporter(self.http, reply.session_id)
+            self._reporter.start()
+            self.events.add(self._reporter)
         return reply.session_id
 
     def _startup_retry(self) -> Retry:

@@ -16,19 +16,21 @@ from tinsmith.client import custom_loss
 from tinsmith.client.batches import TrainChunk, encode_pieces, merge_outputs, split, split_like
 from tinsmith.client.connection import Connection
 from tinsmith.client.errors import APIConnectionError
+from tinsmith.client.events import Events, Span
 from tinsmith.client.futures import APIFuture, ClientFuture, future_twin, value_twin, warn_deprecated
 from tinsmith.client.http import PROTO_TYPE, Call, json_bytes
-from tinsmith.client.models import EphemeralSampler, SaveWeightsExternalResponse
+from tinsmith.client.models import EphemeralSampler
 from tinsmith.client.polling import QueueStateLog
 from tinsmith.client.sampling import RetryConfig, SamplingClient, open_sampling_client
-from tinsmith.client.session import SubmitReply
 from tinsmith.client.tokenizer import Tokenizer, load_tokenizer
 from tinsmith.client.turns import SubmitLine, Turn
-from tinsmith.types.datum import Datum
+from tinsmith.types.datum import Datum, EncodedTextChunk
 from tinsmith.types.params import AdamParams, DimuonParams, OptimParams, SamplingClientKind
+from tinsmith.types.replies import SaveWeightsExternalResponse, UntypedAPIFuture
 from tinsmith.types.rest import (
     GetInfoResponse,
     LoadWeightsResponse,
+    SavedWeights,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
@@ -76,7 +78,7 @@ class TrainingClient:
     def forward_backward_custom(
         self,
         data: Sequence[Datum],
-        loss_fn_or_handle: custom_loss.CustomLoss | custom_loss.LossHandle,
+        loss_fn: custom_loss.CustomLoss | custom_loss.LossHandle,
         *,
         loss_type_input: str | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
@@ -89,7 +91,7 @@ class TrainingClient:
         """
         if loss_type_input not in (None, "logprobs"):
             raise ValueError(f"loss_type_input must be 'logprobs', not {loss_type_input!r}")
-        return self._connection.begin(lambda: self._begin_custom(data, loss_fn_or_handle))
+        return self._connection.begin(lambda: self._begin_custom(data, loss_fn))
 
     def optim_step(
         self, optim_params: OptimParams | None = None, *, adam_params: AdamParams | None = None
@@ -208,8 +210,9 @@ class TrainingClient:
         """Where the server shows its pages."""
         return self._connection.config.base_url
 
-    def get_telemetry(self) -> None:
-        """None: this client reports nothing to anybody."""
+    def get_telemetry(self) -> Events:
+        """Where this client's events go."""
+        return self._connection.link.events
 
     forward_async = future_twin(forward)
     forward_backward_async = future_twin(forward_backward)
@@ -241,15 +244,25 @@ class TrainingClient:
         json_bytes(body)  # what cannot be sent must not use up a number
         turn = self._line.reserve(1)
         body |= {"model_id": self.model_id, "seq_id": turn.seq_ids[0], "type": path}
-        return self._run_operation(turn, path, request_type, body, model)
+        span = self._span(path, turn, **_told(body))
+        work = self._run_operation(turn, path, request_type, body, model, span)
+        return self._connection.link.events.watch(work, span, _operated)
 
     async def _run_operation(
-        self, turn: Turn, path: str, request_type: str, body: Mapping[str, Any], model: type[M]
+        self, turn: Turn, path: str, request_type: str, body: Mapping[str, Any], model: type[M], span: Span
     ) -> M:
         async with turn:
+            span.sent()
             reply = await self._connection.link.submit(path, body)
+        span.acknowledged()
         finished = await self._connection.link.result(reply.request_id, request_type, self._queue_log)
-        return finished.json_as(model)
+        result = finished.json_as(model)
+        if isinstance(result, SavedWeights):
+            result._server = self._connection.config.base_url
+        return result
+
+    def _span(self, operation: str, turn: Turn, **fields: Any) -> Span:
+        return Span(operation, run_id=self.model_id, seq_id=turn.seq_ids.start, **fields)
 
     async def _sampler_of(
         self,
@@ -282,14 +295,21 @@ class TrainingClient:
         chunks = encode_pieces(
             pieces, model_id=self.model_id, loss_fn=loss_fn, loss_fn_config=loss_fn_config, forward_only=forward_only
         )
-        return self._run_pass(chunks, self._line.reserve(len(chunks)), forward_only=forward_only)
+        turn = self._line.reserve(len(chunks))
+        span = self._span("forward" if forward_only else "forward_backward", turn, loss_fn=loss_fn, **_sizes(pieces))
+        work = self._run_pass(chunks, turn, span, forward_only=forward_only)
+        return self._connection.link.events.watch(work, span, _losses)
 
-    async def _run_pass(self, chunks: list[TrainChunk], turn: Turn, *, forward_only: bool) -> ForwardBackwardOutput:
+    async def _run_pass(
+        self, chunks: list[TrainChunk], turn: Turn, span: Span, *, forward_only: bool
+    ) -> ForwardBackwardOutput:
         async with turn:
+            span.sent()
             submitted = await self._submit_chunks(chunks, turn.seq_ids)
+        span.acknowledged()
         return await self._results(chunks, turn.seq_ids, submitted, forward_only=forward_only)
 
-    async def _submit_chunks(self, chunks: list[TrainChunk], seq_ids: range) -> list[SubmitReply | BaseException]:
+    async def _submit_chunks(self, chunks: list[TrainChunk], seq_ids: range) -> list[UntypedAPIFuture | BaseException]:
         """Send every chunk, or fail for it, so that no sequence number stays unused.
 
         In parallel with the first chunk last, or one after another, as the server asks. Once the server cannot be
@@ -300,7 +320,7 @@ class TrainingClient:
             later = await asyncio.gather(*(self._submit_chunk(*pair) for pair in pairs[1:]), return_exceptions=True)
             (first,) = await asyncio.gather(self._submit_chunk(*pairs[0]), return_exceptions=True)
             return [first, *later]
-        outcomes: list[SubmitReply | BaseException] = []
+        outcomes: list[UntypedAPIFuture | BaseException] = []
         for chunk, seq_id in zip(chunks, seq_ids, strict=True):
             if outcomes and isinstance(outcomes[-1], APIConnectionError):
                 outcomes.append(outcomes[-1])
@@ -308,19 +328,19 @@ class TrainingClient:
                 outcomes += await asyncio.gather(self._submit_chunk(chunk, seq_id), return_exceptions=True)
         return outcomes
 
-    async def _submit_chunk(self, chunk: TrainChunk, seq_id: int) -> SubmitReply:
+    async def _submit_chunk(self, chunk: TrainChunk, seq_id: int) -> UntypedAPIFuture:
         link = self._connection.link
         async with link.submit_bytes.reserve(len(chunk.body)):
             body = await chunk.wire_body(seq_id, link.flags)
             encoding = {"Content-Encoding": "zstd"} if link.flags.proto_compress_fwdbwd else {}
             call = Call(method="POST", path="forward_backward", body=body, content_type=PROTO_TYPE, headers=encoding)
-            return await link.http.send_for(call, SubmitReply, link.submit_retry)
+            return await link.http.send_for(call, UntypedAPIFuture, link.submit_retry)
 
     async def _results(
         self,
         chunks: list[TrainChunk],
         seq_ids: range,
-        submitted: list[SubmitReply | BaseException],
+        submitted: list[UntypedAPIFuture | BaseException],
         *,
         forward_only: bool,
     ) -> ForwardBackwardOutput:
@@ -328,7 +348,7 @@ class TrainingClient:
         for chunk, seq_id, outcome in zip(chunks, seq_ids, submitted, strict=True):
             if isinstance(outcome, BaseException):
                 raise chunk.in_context(outcome, seq_id)
-        replies = [outcome for outcome in submitted if isinstance(outcome, SubmitReply)]
+        replies = [outcome for outcome in submitted if isinstance(outcome, UntypedAPIFuture)]
         outputs = await asyncio.gather(
             *(self._result(reply, forward_only) for reply in replies), return_exceptions=True
         )
@@ -337,7 +357,7 @@ class TrainingClient:
                 raise chunk.in_context(output, seq_id)
         return merge_outputs([output for output in outputs if isinstance(output, ForwardBackwardOutput)])
 
-    async def _result(self, reply: SubmitReply, forward_only: bool) -> ForwardBackwardOutput:
+    async def _result(self, reply: UntypedAPIFuture, forward_only: bool) -> ForwardBackwardOutput:
         request_type = "Forward" if forward_only else "ForwardBackward"
         finished = await self._connection.link.result(reply.request_id, request_type, self._queue_log)
         return decode_forward_backward_output(finished.proto_body())
@@ -353,7 +373,9 @@ class TrainingClient:
         pieces = split(plain, self._connection.link.flags)
         chunks = self._surrogate_chunks(pieces, forward_only=True)
         turn = self._line.reserve(2 * len(chunks))
-        return self._run_custom(data, plain, function, chunks, turn)
+        span = self._span("forward_backward_custom", turn, loss_fn="custom", **_sizes(pieces))
+        work = self._run_custom(data, plain, function, chunks, turn)
+        return self._connection.link.events.watch(work, span, _losses)
 
     def _surrogate_chunks(self, pieces: Sequence[Sequence[Datum]], *, forward_only: bool) -> list[TrainChunk]:
         return encode_pieces(
@@ -398,3 +420,25 @@ class TrainingClient:
         """
         smallest = min(forward_chunks, key=lambda chunk: len(chunk.body))
         await asyncio.gather(*(self._submit_chunk(smallest, seq_id) for seq_id in seq_ids), return_exceptions=True)
+
+
+def _told(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an operation's body an event tells."""
+    params = body.get("adam_params") or body.get("optimizer_params") or {}
+    return {"learning_rate": params.get("learning_rate"), "path": body.get("path")}
+
+
+def _operated(result: BaseModel) -> dict[str, Any]:
+    metrics = getattr(result, "metrics", None) or {}
+    return {"path": getattr(result, "path", None), "grad_norm": metrics.get("grad_norm:mean")}
+
+
+def _sizes(pieces: Sequence[Sequence[Datum]]) -> dict[str, int]:
+    """Datums, requests, and tokens of the text among the inputs."""
+    chunks = [chunk for piece in pieces for datum in piece for chunk in datum.model_input.chunks]
+    tokens = sum(len(chunk.tokens) for chunk in chunks if isinstance(chunk, EncodedTextChunk))
+    return {"datums": sum(map(len, pieces)), "requests": len(pieces), "tokens": tokens}
+
+
+def _losses(output: ForwardBackwardOutput) -> dict[str, Any]:
+    return {"loss_sum": output.metrics.get("loss:sum"), "loss": output.loss if "loss:sum" in output.metrics else None}

@@ -110,6 +110,11 @@ class DmelChunk(StrictModel):
     def _to_base64(self, value: bytes) -> str:
         return base64.b64encode(value).decode()
 
+    @property
+    def length(self) -> int:
+        """The first dimension that the container's head names. Raises `ValueError` if the head cannot be read."""
+        return container_rows(self.dmel)
+
 
 ModelInputChunk: TypeAlias = Annotated[
     EncodedTextChunk | ImageAssetPointerChunk | ImageChunk | DmelChunk, Field(discriminator="type")
@@ -144,7 +149,7 @@ class ModelInput(StrictModel):
 
     @property
     def length(self) -> int:
-        return sum(_chunk_length(chunk) for chunk in self.chunks)
+        return sum(chunk.length for chunk in self.chunks)
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
         return ModelInput(chunks=[*self.chunks, chunk])
@@ -157,10 +162,26 @@ class ModelInput(StrictModel):
         return self.append(EncodedTextChunk(tokens=[token]))
 
 
-def _chunk_length(chunk: ModelInputChunk) -> int:
-    if isinstance(chunk, DmelChunk):
-        raise ValueError("the length of a DmelChunk is not known here")
-    return chunk.length
+def container_rows(container: bytes) -> int:
+    """Rows of a serialized tensor: [254 if constant], a dtype byte 0..7, then LEB128 numbers: ndim and dimensions."""
+    position = 1 if container[:1] == b"\xfe" else 0
+    if position >= len(container) or container[position] > 7:
+        raise ValueError("the length of a DmelChunk cannot be read: its data do not start like a tensor container")
+    num_dimensions, position = _leb128(container, position + 1)
+    if num_dimensions == 0:
+        raise ValueError("the length of a DmelChunk cannot be read: its tensor has no dimensions")
+    return _leb128(container, position)[0]
+
+
+def _leb128(data: bytes, position: int) -> tuple[int, int]:
+    """A number in base 128, least significant digits first, and where it ends."""
+    number, shift = 0, 0
+    for end in range(position, len(data)):
+        number |= (data[end] & 0x7F) << shift
+        if data[end] < 0x80:
+            return number, end + 1
+        shift += 7
+    raise ValueError("the length of a DmelChunk cannot be read: its head is cut off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +246,25 @@ class Datum:
         object.__setattr__(self, "loss_fn_inputs", inputs)
         object.__setattr__(self, "model_input_spans", model_input_spans)
         object.__setattr__(self, "loss_fn_input_spans", loss_fn_input_spans)
+
+    def with_provenance(self, model_input: Sequence[ProvenanceSpan], loss_fn_inputs: Sequence[ProvenanceSpan]) -> Datum:
+        """The same datum, saying which sampled sequences its inputs and its targets come from.
+
+        Raises `ValueError` unless the spans of `model_input` cover it exactly, and those of `loss_fn_inputs` the rows
+        of `target_tokens`.
+        """
+        targets = self.loss_fn_inputs.get("target_tokens")
+        if targets is None:
+            raise ValueError("with_provenance needs a datum with target_tokens")
+        rows = len(targets.flat) if targets.shape is None else targets.shape[0]
+        for name, spans, wanted in (
+            ("model_input", model_input, self.model_input.length),
+            ("loss_fn_inputs", loss_fn_inputs, rows),
+        ):
+            covered = sum(span.length for span in spans)
+            if covered != wanted:
+                raise ValueError(f"the spans of {name} cover {covered} tokens of {wanted}")
+        return Datum(self.model_input, self.loss_fn_inputs, list(model_input), list(loss_fn_inputs))
 
     def model_dump(self) -> dict[str, Any]:
         return {

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
-from tinsmith.types.checkpoint import Checkpoint
-from tinsmith.types.params import OptimizerConfig
+from tinsmith.types.checkpoint import Checkpoint, ParsedCheckpointTinkerPath
+from tinsmith.types.params import AdamOptimizerConfig, OptimizerConfig
+
+HOSTED_CONSOLE = "https://tinker.thinkingmachines.ai"
+
+
+def is_hosted(base_url: str) -> bool:
+    return "thinkingmachines" in base_url
 
 
 class WireModel(BaseModel):
@@ -78,7 +85,7 @@ class WeightsInfoResponse(WireModel):
     train_unembed: bool | None = None
     train_mlp: bool | None = None
     train_attn: bool | None = None
-    optimizer_config: OptimizerConfig | None = None
+    optimizer_config: AdamOptimizerConfig | OptimizerConfig = AdamOptimizerConfig()
 
 
 class SupportedModel(WireModel):
@@ -99,22 +106,46 @@ class ModelData(WireModel):
 
 
 class GetInfoResponse(WireModel):
+    type: Literal["get_info"] | None = None
     model_id: str
     model_data: ModelData
-    optimizer_config: OptimizerConfig = OptimizerConfig()
+    optimizer_config: AdamOptimizerConfig | OptimizerConfig = AdamOptimizerConfig()
     is_lora: bool | None = None
     lora_rank: int | None = None
     model_name: str | None = None
 
 
-class SaveWeightsResponse(WireModel):
+class SavedWeights(WireModel):
+    """A checkpoint that was just written."""
+
     path: str
+    _server: str = PrivateAttr(default="")
+    """The base URL of the server that wrote it; set by the client."""
+
+    def get_console_url(self) -> str:
+        """A page about the checkpoint at the hosted service; elsewhere the server's own pages."""
+        if not is_hosted(self._server):
+            return self._server
+        parsed = ParsedCheckpointTinkerPath.from_tinker_path(self.path)
+        run, checkpoint = quote(parsed.training_run_id, safe=""), quote(parsed.checkpoint_id, safe="")
+        return f"{HOSTED_CONSOLE}/checkpoints/{run}/{checkpoint}"
 
 
-class SaveWeightsForSamplerResponse(WireModel):
-    path: str
+class SaveWeightsResponse(SavedWeights):
+    type: Literal["save_weights"] | None = None
+
+
+class SaveWeightsForSamplerResponse(SavedWeights):
+    type: Literal["save_weights_for_sampler"] | None = None
+
+    def get_playground_url(self) -> str:
+        """Where to talk to the checkpoint at the hosted service; elsewhere the server's own pages."""
+        if not is_hosted(self._server):
+            return self._server
+        return f"{HOSTED_CONSOLE}/playground?mode=checkpoint&checkpoint={quote(self.path, safe='')}"
 
 
 class LoadWeightsResponse(WireModel):
     path: str | None = None
     model_id: str | None = None
+    type: Literal["load_weights"] | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -81,7 +82,7 @@ class PromptAltTokens:
     logprobs: TensorData
 
 
-@dataclass(slots=True)
+@dataclass
 class SampledSequence:
     """One drawn continuation. `logprobs_np` is as long as `tokens_np`."""
 
@@ -91,15 +92,15 @@ class SampledSequence:
     logprobs_np: np.ndarray | None = None
     topk_logprobs_np: TopkLogprobs | None = None
 
-    @property
+    @cached_property
     def tokens(self) -> list[int]:
         return [] if self.tokens_np is None else self.tokens_np.tolist()
 
-    @property
+    @cached_property
     def logprobs(self) -> list[float] | None:
         return None if self.logprobs_np is None else self.logprobs_np.tolist()
 
-    @property
+    @cached_property
     def topk_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
         return None if self.topk_logprobs_np is None else self.topk_logprobs_np.rows()
 
@@ -118,7 +119,7 @@ class DrawnToken:
     """Set on a sequence's last token."""
 
 
-@dataclass(slots=True)
+@dataclass
 class SampleResponse:
     """`prompt_logprobs_np` has one entry per prompt token, NaN where there is none (the first, always)."""
 
@@ -129,12 +130,12 @@ class SampleResponse:
     prompt_cache_hit_tokens: int = 0
     prompt_alt_tokens: PromptAltTokens | None = None
 
-    @property
+    @cached_property
     def prompt_logprobs(self) -> list[float | None] | None:
         if self.prompt_logprobs_np is None:
             return None
         return [None if value != value else value for value in self.prompt_logprobs_np.tolist()]
 
-    @property
+    @cached_property
     def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
         return None if self.topk_prompt_logprobs_np is None else self.topk_prompt_logprobs_np.rows()

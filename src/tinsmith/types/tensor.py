@@ -126,23 +126,23 @@ class TensorData:
         crow = np.concatenate([[0], np.cumsum(np.bincount(row_Z, minlength=dense.shape[0]))])
         return cls(dense[row_Z, col_Z], wire_dtype(dense), dense.shape, crow, col_Z)
 
-    def to_numpy(self) -> np.ndarray:
-        """The dense array in its shape."""
+    def to_numpy(self, pad_value: float = 0) -> np.ndarray:
+        """The dense array in its shape; cells that a sparse one does not store get `pad_value`."""
         indices = self.csr_indices
         if indices is None or self._shape is None:
             return self._flat if self._shape is None else self._flat.reshape(self._shape)
         crow, col = indices
-        dense = np.zeros(self._shape, dtype=self._flat.dtype)
+        dense = np.full(self._shape, pad_value, dtype=self._flat.dtype)
         dense[np.repeat(np.arange(self._shape[0]), np.diff(crow)), col] = self._flat
         return dense
 
-    def to_torch(self) -> torch.Tensor:
+    def to_torch(self, pad_value: float = 0) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(np.array(self.to_numpy()))
+        return torch.from_numpy(np.array(self.to_numpy(pad_value)))
 
-    def tolist(self) -> list[Any]:
-        values: list[Any] = self.to_numpy().tolist()
+    def tolist(self, pad_value: float = 0) -> list[Any]:
+        values: list[Any] = self.to_numpy(pad_value).tolist()
         return values
 
     def __eq__(self, other: object) -> bool:

@@ -121,6 +121,8 @@ def only_for(request_id: str, action: Action) -> Action:
 @dataclass
 class FakeTinker(httpx2.AsyncBaseTransport):
     flags: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of `client/dynamic_config`."""
     vocab: int = 16
     seen: list[Seen] = field(default_factory=list)
     scripts: dict[str, deque[Action]] = field(default_factory=lambda: defaultdict(deque))
@@ -189,6 +191,9 @@ class FakeTinker(httpx2.AsyncBaseTransport):
 
     def do_client_config(self, _: Any) -> httpx2.Response:
         return httpx2.Response(200, json=self.flags)
+
+    def do_client_dynamic_config(self, _: Any) -> httpx2.Response:
+        return httpx2.Response(200, json=self.settings)
 
     def do_create_session(self, _: Any) -> httpx2.Response:
         return httpx2.Response(200, json={"session_id": "s"})

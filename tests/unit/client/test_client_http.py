@@ -12,10 +12,10 @@ import pytest
 from tests.unit.client.fake_tinker import FAST, FakeTinker, after, no_connection, status
 from tinsmith import types
 from tinsmith.client import (
+    AdminClient,
     APIConnectionError,
     APIStatusError,
     AuthenticationError,
-    BillingError,
     ConfigurationError,
     ConflictError,
     InternalServerError,
@@ -53,7 +53,7 @@ def test_what_may_pass_is_tried_again(training: TrainingClient, server: FakeTink
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [(401, AuthenticationError), (402, BillingError), (403, PermissionDeniedError), (404, NotFoundError),
+    [(401, AuthenticationError), (403, PermissionDeniedError), (404, NotFoundError),
      (422, UnprocessableEntityError)],
 )  # fmt: skip
 def test_what_will_not_pass_is_not_tried_again(
@@ -246,6 +246,7 @@ def test_path_prefixes_are_kept_and_ids_are_escaped_only_where_they_must_be() ->
             rest.publish_checkpoint_from_tinker_path("weights/a").result(5)
     assert seen == [
         "/services/x/api/v1/client/config",
+        "/services/x/api/v1/client/dynamic_config",
         "/services/x/api/v1/training_runs/s:train:0/checkpoints/weights/a%20b",
         "/services/x/api/v1/training_runs/s:train:0/checkpoints/weights/a/ttl",
         "/services/x/api/v1/sessions?limit=3&offset=0&access_scope=owned",
@@ -255,7 +256,7 @@ def test_path_prefixes_are_kept_and_ids_are_escaped_only_where_they_must_be() ->
 def test_what_a_server_refuses_surfaces_as_it_said_it(server: FakeTinker, service: ServiceClient) -> None:
     server.script("audit", status(400, {"detail": "there is no audit log"}))
     with pytest.raises(APIStatusError, match="there is no audit log") as failure:
-        RestClient(service.holder).get_audit_log().result(5)
+        AdminClient(service.holder).get_audit_log().result(5)
     assert failure.value.status_code == 400
     assert server.of("create_session") == []
 

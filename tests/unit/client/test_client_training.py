@@ -38,7 +38,7 @@ def test_creating_a_client_asks_for_what_the_protocol_says_and_in_its_order(
 ) -> None:
     client = service.create_lora_training_client("tinsmith/tiny", rank=8, seed=3, train_attn=False).result(5)
     assert [seen.path for seen in server.seen] == [
-        "client/config", "create_session", "create_model", "retrieve_future", "get_info"
+        "client/config", "client/dynamic_config", "create_session", "create_model", "retrieve_future", "get_info"
     ]  # fmt: skip
     assert client.model_id == "s:train:0"
     assert server.of("create_model")[0].body == {
