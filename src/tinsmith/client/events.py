@@ -59,10 +59,12 @@ class Events:
         try:
             result = await work
         except BaseException as error:
-            self.emit("operation.failed", **span.measured(), **describe(error))
+            self.emit("operation.failed", **(span.measured() | describe(error)))
             raise
         more = {} if summary is None else dict(summary(result))
-        self.emit("operation.finished", **span.measured(), **more)
+        self.emit(
+            "operation.finished", **(span.measured() | {key: value for key, value in more.items() if value is not None})
+        )
         return result
 
 
