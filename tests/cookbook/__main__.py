@@ -76,6 +76,8 @@ class Report:
     fault: str | None
     series: Series
     seconds: float
+    last_words: str = ""
+    """The end of its stderr, if it failed."""
 
 
 def main() -> int:
@@ -108,12 +110,14 @@ def run(name: str, url: str, folder: Path) -> Report:
             timeout=TIMEOUT_S,
             check=False,
         )
-        fault = None if ended.returncode == 0 else f"exit {ended.returncode}: {ended.stderr.strip()[-300:]}"
+        fault = None if ended.returncode == 0 else f"exit status {ended.returncode}"
+        last_words = ended.stderr.strip()[-2000:]
     except subprocess.TimeoutExpired:
-        fault = f"not done after {TIMEOUT_S} s"
+        fault, last_words = f"not done after {TIMEOUT_S} s", ""
     seconds = time.perf_counter() - start
     series = series_of(log, EXPECTED[name].metric)
-    return Report(name=name, fault=fault or fault_of(EXPECTED[name], series), series=series, seconds=seconds)
+    fault = fault or fault_of(EXPECTED[name], series)
+    return Report(name=name, fault=fault, series=series, seconds=seconds, last_words=last_words)
 
 
 def series_of(log: Path, metric: str) -> Series:
@@ -134,7 +138,10 @@ def show(reports: list[Report]) -> None:
         first, last = (f"{report.series[i]:.3g}" if report.series else "" for i in (0, -1))
         result = "ok" if report.fault is None else report.fault
         table.add_row(report.name, result, EXPECTED[report.name].metric, first, last, f"{report.seconds:.0f}")
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(120, Console().width)).print(table)
+    for report in reports:
+        if report.fault is not None:
+            print(f"\n{report.name}: {report.fault}\n{report.last_words}", file=sys.stderr)
 
 
 if __name__ == "__main__":
