@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -95,25 +94,19 @@ def test_TB_15_the_curl_test_of_a_model_nobody_made(http: httpx2.Client) -> None
     assert fetch(http, receipt)["loss"] > 0
 
 
-@pytest.mark.skipif(ORIGINALS is None, reason="TINKERBELL_EXAMPLES names no folder with the guide's own scripts")
-def test_TB_15_the_originals_run_verbatim_on_port_8000(tmp_path: Path) -> None:
-    assert ORIGINALS is not None
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", 8000))
-        except OSError:
-            pytest.skip("port 8000 is taken")
-    scripts = sorted(Path(ORIGINALS).glob("*.py"))
-    assert len(scripts) == 3
-    with running_server(tmp_path, "--dtype", "float32", "--port", "8000"), ThreadPoolExecutor(4) as pool:
-        said = list(pool.map(run, scripts))
-        for path in Path(ORIGINALS).glob("*.sh"):
-            curl = shutil.which("bash")
-            assert curl is not None
-            told = subprocess.run([curl, str(path)], capture_output=True, text=True, timeout=60, check=False).stdout
-            assert '"request_id":"future_' in told
-    assert ["Done!" in text or "All users trained!" in text for text in said] == [True] * 3
+if ORIGINALS is not None:
+
+    def test_TB_15_the_originals_run_verbatim_on_port_8000(tmp_path: Path) -> None:
+        scripts = sorted(Path(ORIGINALS).glob("*.py"))
+        assert len(scripts) == 3
+        with running_server(tmp_path, "--dtype", "float32", "--port", "8000"), ThreadPoolExecutor(4) as pool:
+            said = list(pool.map(run, scripts))
+            for path in Path(ORIGINALS).glob("*.sh"):
+                curl = shutil.which("bash")
+                assert curl is not None
+                told = subprocess.run([curl, str(path)], capture_output=True, text=True, timeout=60, check=False).stdout
+                assert '"request_id":"future_' in told
+        assert ["Done!" in text or "All users trained!" in text for text in said] == [True] * 3
 
 
 # ---- three kinds of client, one process ----

@@ -9,6 +9,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from tests.unit.client.fake_tinker import FAST, FakeTinker, status
 from tinsmith.client import ConfigurationError, ServiceClient
@@ -122,7 +123,6 @@ def test_events_go_to_files_and_out_again_as_tables(tmp_path: Path) -> None:
 
 
 def test_parquet_has_numbers_where_there_are_numbers(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
     sink = JsonlEvents(tmp_path / "a.jsonl")
     run_a_little(FakeTinker(), sink)
     sink.close()
