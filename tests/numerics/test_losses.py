@@ -247,6 +247,7 @@ def test_ratio_metrics_are_those_of_the_tokens_with_an_advantage(driver: Driver)
         "ratio:min": ratio.min(),
         "clip_fraction:mean": ((ratio < 0.8) | (ratio > 1.2)).mean(),
         "approx_kl:mean": (np.exp(gap) - 1 - gap).mean(),
+        "entropy:mean": -q[25:].mean(),
     }
     for key, value in expected.items():
         assert output.metrics[key] == pytest.approx(value, rel=1e-3), key

@@ -136,6 +136,8 @@ def _ratio_metrics(
 
     `approx_kl` is Schulman's k3 of the policy that sampled from the present one: mean of exp(d) - 1 - d, d = lp - q.
     It is never negative, and unbiased where the tokens were sampled from q (http://joschu.net/blog/kl-approx.html).
+    `entropy` is the mean of -q: where tokens were sampled from q, an unbiased estimate of its entropy per token. The
+    exact one would cost another pass over the logits.
     """
     trained_M = inputs["advantages"] != 0
     if not trained_M.any():
@@ -147,6 +149,7 @@ def _ratio_metrics(
         "ratio:max": float(ratios.max()),
         "ratio:min": float(ratios.min()),
         "approx_kl:mean": float((torch.expm1(gaps) - gaps).mean()),
+        "entropy:mean": -float(inputs["logprobs"][trained_M].mean()),
     }
     if clipped_M is not None:
         metrics["clip_fraction:mean"] = float((clipped_M.detach()[trained_M] != ratios).float().mean())
