@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -58,26 +58,33 @@ def read_conversations(path: Path | str) -> ConversationFile:
     missing or holds no conversation.
     """
     path = Path(path)
+    records, sha256 = read_records(path)
+    return conversations_of(path, records, sha256=sha256)
+
+
+def read_records(path: Path) -> tuple[list[tuple[dict[str, Any], str]], str]:
+    """The JSON object and the source `FILE:LINE` of each line that is not blank, and the SHA-256 of the file.
+
+    Raises `DataError` naming file and line.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the data file {str(path)!r}: {error.strerror}") from error
+    lines = [(line, f"{path}:{number}") for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    return [(_parse_line(line, source), source) for line, source in lines], hashlib.sha256(content).hexdigest()
+
+
+def conversations_of(path: Path, records: Iterable[tuple[Mapping[str, Any], str]], *, sha256: str) -> ConversationFile:
+    """The conversations of records and their sources. Raises `DataError`; also if there are none."""
     ignored: Counter[str] = Counter()
     conversations = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            source = f"{path}:{number}"
-            record = _parse_line(line, source)
-            conversations.append(conversation_from_record(record, source=source))
-            ignored.update(record.keys() - _FORM_KEYS)
+    for record, source in records:
+        conversations.append(conversation_from_record(record, source=source))
+        ignored.update(record.keys() - _FORM_KEYS)
     if not conversations:
         raise DataError(f"{path} holds no conversation; expected one JSON object per line with {_FORMS_TEXT}")
-    return ConversationFile(
-        path=path,
-        conversations=tuple(conversations),
-        sha256=hashlib.sha256(content).hexdigest(),
-        ignored_keys=dict(ignored),
-    )
+    return ConversationFile(path=path, conversations=tuple(conversations), sha256=sha256, ignored_keys=dict(ignored))
 
 
 def conversation_from_record(record: Mapping[str, Any], *, source: str) -> Conversation:
