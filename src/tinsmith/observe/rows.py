@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -25,5 +26,17 @@ class StepRow:
     seconds: float
     """Since the start of the run, pauses between resumed parts left out."""
 
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What a workflow measures beside these: rewards, margins. In a file its keys stand beside the others."""
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        metrics = values.pop("metrics")
+        return {**values, **metrics}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> StepRow:
+        """What `as_dict` gave."""
+        own = {item.name for item in fields(cls)} - {"metrics"}
+        metrics = {key: value for key, value in row.items() if key not in own}
+        return cls(metrics=metrics, **{key: value for key, value in row.items() if key in own})
