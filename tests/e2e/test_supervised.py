@@ -11,7 +11,7 @@ import pytest
 
 from tinsmith.data import ChatTemplateRenderer, Message, load_tokenizer
 from tinsmith.kitchen import RunFolder, SupervisedConfig, SupervisedResult, run_supervised
-from tinsmith.kitchen.adapters.tinker import TinkerBackend, open_backend
+from tinsmith.kitchen.adapters.tinker_training import TinkerBackend, open_backend
 from tinsmith.models import TINY
 from tinsmith.observe import StepRow
 from tinsmith.types import SamplingParams

@@ -31,7 +31,9 @@ class LazyCommand:
 
 COMMANDS: Final[dict[str, LazyCommand]] = {
     "demo": LazyCommand(module="tinsmith.cli.demo", function="demo"),
+    "plan": LazyCommand(module="tinsmith.cli.plan", function="plan"),
     "run": LazyCommand(module="tinsmith.cli.run", function="run", context_settings={"help_option_names": []}),
+    "runs": LazyCommand(module="tinsmith.cli.runs", function="runs"),
     "sample": LazyCommand(module="tinsmith.cli.sample", function="sample"),
     "serve": LazyCommand(module="tinsmith.cli.serve", function="serve"),
 }

@@ -39,7 +39,7 @@ def demo(
     from rich.console import Console
 
     from tinsmith.kitchen import RunFolder, run_supervised
-    from tinsmith.kitchen.adapters.tinker import open_backend
+    from tinsmith.kitchen.adapters.tinker_training import open_backend
     from tinsmith.observe import ProgressLine
 
     console = Console(stderr=as_json)

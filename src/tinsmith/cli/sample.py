@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tinsmith.kitchen.adapters.tinker import TinkerBackend
+    from tinsmith.kitchen.adapters.tinker_training import TinkerBackend
     from tinsmith.kitchen.ports import Sampler
     from tinsmith.types import SampledSequence
 
@@ -65,7 +65,7 @@ def sample(
 def _open(model: str, base_url: str | None) -> tuple[TinkerBackend, str]:
     """A backend that holds `model`, and what it calls it. A run's folder knows where its checkpoints are."""
     from tinsmith.kitchen import RunFolder, RunFolderError
-    from tinsmith.kitchen.adapters.tinker import open_backend
+    from tinsmith.kitchen.adapters.tinker_training import open_backend
     from tinsmith.models import TINY
 
     path = Path(model)

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from tinsmith.kitchen.errors import ConfigError
+from tinsmith.kitchen.errors import ConfigError, nearest
 
 
 class RecipeConfig(BaseModel):
@@ -38,24 +38,32 @@ class ConfigKey:
     doc: str
 
 
-def config_keys(config_type: type[RecipeConfig]) -> list[ConfigKey]:
+def config_keys(config_type: type[RecipeConfig], defaults: Mapping[str, Any] | None = None) -> list[ConfigKey]:
+    """The keys of a config, with the defaults that a recipe sets instead of its own."""
+    own = defaults or {}
     return [
         ConfigKey(
             name=name,
             type=_type_text(field.annotation),
-            default=None if field.is_required() else _value_text(field.default),
+            default=None if field.is_required() and name not in own else _value_text(own.get(name, field.default)),
             doc=field.description or "",
         )
         for name, field in config_type.model_fields.items()
     ]
 
 
-def make_config(config_type: type[ConfigT], overrides: Sequence[str], *, file: Path | None = None) -> ConfigT:
+def make_config(
+    config_type: type[ConfigT],
+    overrides: Sequence[str],
+    *,
+    file: Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> ConfigT:
     """A complete config: defaults, then `file` (TOML, YAML or JSON), then `key=value` words.
 
     Raises `ConfigError` naming every bad key and value.
     """
-    values = {} if file is None else dict(read_config_file(file))
+    values = dict(defaults or {}) | ({} if file is None else dict(read_config_file(file)))
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -65,7 +73,7 @@ def make_config(config_type: type[ConfigT], overrides: Sequence[str], *, file: P
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, config_type)) from error
+        raise ConfigError(explain(error, config_type)) from error
 
 
 def read_config_file(path: Path) -> Mapping[str, Any]:
@@ -104,13 +112,15 @@ def _means_none(text: str, field: FieldInfo) -> bool:
     return text.lower() in ("none", "null") and type(None) in get_args(field.annotation)
 
 
-def _explain(error: ValidationError, config_type: type[RecipeConfig]) -> str:
+def explain(error: ValidationError, config_type: type[RecipeConfig]) -> str:
+    """Every bad key and value, one per line."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         match problem["type"]:
             case "extra_forbidden":
-                lines.append(f"unknown key {key!r}; the keys are {', '.join(config_type.model_fields)}")
+                known = config_type.model_fields
+                lines.append(f"unknown key {key!r}; the keys are {', '.join(known)}{nearest(key, known)}")
             case "missing":
                 lines.append(f"key {key!r} is required: {config_type.model_fields[key].description}")
             case _ if not key:

@@ -3,9 +3,11 @@
     config.json         the complete config
     manifest.json       versions, data hash and counts, seed, where it trained
     metrics.jsonl       one StepRow per step
+    rollouts.jsonl      one row per episode, of workflows that sample: prompt, answer, reward, which weights drew it
     evaluations.jsonl   {"step", "test_loss"}, if a test set was held out
     checkpoints.jsonl   one CheckpointRecord per save; the last one is where a resumed run begins
     loss.png
+    report.html         all of it for a reader, in one file
 
 A checkpoint's row is written after the rows of all steps before it, and a resumed run first drops every row after the
 checkpoint it begins at: each file always tells one story.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +29,17 @@ STORE_MARK: Final = "registry.sqlite3"
 """A file that every store of a server has."""
 DEFAULT_PARENT: Final = Path("runs")
 RUN_ENTRIES: Final = frozenset(
-    (CONFIG, "manifest.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints.jsonl", "loss.png", "checkpoints")
+    (
+        CONFIG,
+        "manifest.json",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "checkpoints.jsonl",
+        "rollouts.jsonl",
+        "loss.png",
+        "report.html",
+        "checkpoints",
+    )
 )
 """Every name that a run may write into its folder."""
 
@@ -44,6 +56,10 @@ class CheckpointRecord:
     """Weights to sample from."""
     seconds: float
     """Of training, up to here."""
+    cursor: Mapping[str, int] = field(default_factory=dict)
+    """The iteration of the workflow after which a resumed run goes on."""
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """What else a resumed run must know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +85,14 @@ class RunFolder:
     @property
     def checkpoints_file(self) -> Path:
         return self.path / "checkpoints.jsonl"
+
+    @property
+    def rollouts_file(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def plot_file(self) -> Path:
@@ -114,18 +138,20 @@ class RunFolder:
         return _read_json(self.manifest_file)
 
     def rows(self) -> list[StepRow]:
-        return [StepRow(**row) for row in read_jsonl(self.metrics_file)]
+        return [StepRow.from_dict(row) for row in read_jsonl(self.metrics_file)]
 
     def checkpoints(self) -> list[CheckpointRecord]:
         return [CheckpointRecord(**row) for row in read_jsonl(self.checkpoints_file)]
 
-    def last_test_loss(self) -> float | None:
-        evaluations = read_jsonl(self.evaluations_file)
-        return float(evaluations[-1]["test_loss"]) if evaluations else None
+    def evaluations(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.evaluations_file)
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.rollouts_file)
 
     def rewind(self, step: int) -> None:
         """Forget everything after `step`."""
-        for file in (self.metrics_file, self.evaluations_file, self.checkpoints_file):
+        for file in (self.metrics_file, self.evaluations_file, self.rollouts_file, self.checkpoints_file):
             if file.exists():
                 keep_rows(file, lambda row: row["step"] <= step)
 

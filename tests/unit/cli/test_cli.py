@@ -13,7 +13,7 @@ import pytest
 from tinsmith import __version__
 from tinsmith.cli import main
 from tinsmith.data import ChatTokenizer, load_tokenizer
-from tinsmith.kitchen.adapters.noop import NoopBackend
+from tinsmith.kitchen.adapters.noop_training import NoopBackend
 from tinsmith.models import TINY
 
 
@@ -58,7 +58,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tokenizer: ChatTokenizer) -> list[di
         calls.append(options)
         return backend
 
-    monkeypatch.setattr("tinsmith.kitchen.adapters.tinker.open_backend", open_backend)
+    monkeypatch.setattr("tinsmith.kitchen.adapters.tinker_training.open_backend", open_backend)
     return calls
 
 
@@ -162,7 +162,7 @@ def test_a_bug_is_called_a_bug_and_debug_shows_where(cli: Run, monkeypatch: pyte
     def broken(**_: Any) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("tinsmith.kitchen.adapters.tinker.open_backend", broken)
+    monkeypatch.setattr("tinsmith.kitchen.adapters.tinker_training.open_backend", broken)
     outcome = cli("sample", "hi")
     assert outcome.code == 1
     assert outcome.err == (
@@ -175,7 +175,7 @@ def test_ctrl_c_ends_with_130(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None
     def interrupted(**_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tinsmith.kitchen.adapters.tinker.open_backend", interrupted)
+    monkeypatch.setattr("tinsmith.kitchen.adapters.tinker_training.open_backend", interrupted)
     assert cli("sample", "hi") == Outcome(code=130, out="", err="error: interrupted\n")
 
 
@@ -256,7 +256,7 @@ def test_what_a_server_says_is_told_without_its_wrapping(cli: Run, monkeypatch: 
         def fail(error: Exception = error, **_: Any) -> None:
             raise error
 
-        monkeypatch.setattr("tinsmith.kitchen.adapters.tinker.open_backend", fail)
+        monkeypatch.setattr("tinsmith.kitchen.adapters.tinker_training.open_backend", fail)
         assert cli("sample", "hi") == Outcome(code=1, out="", err=text)
 
 

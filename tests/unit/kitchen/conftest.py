@@ -9,7 +9,7 @@ import pytest
 
 from tinsmith.data import ChatTokenizer, load_tokenizer
 from tinsmith.kitchen import SupervisedConfig, SupervisedResult, run_supervised
-from tinsmith.kitchen.adapters.noop import NoopBackend
+from tinsmith.kitchen.adapters.noop_training import NoopBackend
 from tinsmith.models import TINY
 
 NUM_CONVERSATIONS = 10

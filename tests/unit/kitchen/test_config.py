@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinsmith.kitchen import ConfigError, SupervisedConfig
-from tinsmith.kitchen.adapters.tinker import _complete
+from tinsmith.kitchen.adapters.tinker_training import _complete
 from tinsmith.kitchen.config import config_keys, make_config
 from tinsmith.kitchen.schedules import learning_rate
 

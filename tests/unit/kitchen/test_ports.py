@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tinsmith.kitchen.adapters.noop import NoopBackend
-from tinsmith.kitchen.adapters.tinker import open_backend
+from tinsmith.kitchen.adapters.noop_training import NoopBackend
+from tinsmith.kitchen.adapters.tinker_training import open_backend
 from tinsmith.kitchen.ports import SessionSpec, TrainingBackend, adam_params
 from tinsmith.models import TINY
 from tinsmith.types import AdamParams

@@ -18,7 +18,7 @@ from tinsmith.kitchen import (
     TrainingDiverged,
     run_supervised,
 )
-from tinsmith.kitchen.adapters.noop import NoopBackend, NoopFailure
+from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopFailure
 from tinsmith.observe import read_jsonl
 from tinsmith.types.errors import UserError
 
@@ -37,7 +37,8 @@ def test_a_run_reports_a_falling_loss_and_fills_its_folder(train: Train, tmp_pat
     assert result.steps == STEPS
     assert result.loss_last < result.loss_first
     assert sorted(path.name for path in result.output.iterdir()) == [
-        "checkpoints.jsonl", "config.json", "evaluations.jsonl", "loss.png", "manifest.json", "metrics.jsonl"
+        "checkpoints.jsonl", "config.json", "evaluations.jsonl", "loss.png", "manifest.json", "metrics.jsonl",
+        "report.html",
     ]  # fmt: skip
     rows = read_jsonl(result.output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -66,7 +67,7 @@ def test_the_loss_is_the_mean_per_trained_token(train: Train, backend: NoopBacke
 
 
 def test_each_step_is_submitted_before_the_one_before_it_is_read(train: Train, backend: NoopBackend) -> None:
-    train(save_every=2, epochs=1, test_size=1, eval_every=2)
+    train(save_every=2, epochs=1, test_size=1, eval_every=2, numerics_gate=False)
     assert backend.calls == [
         "submit forward_backward 1", "submit optim_step 1",
         "submit forward_backward 2", "submit optim_step 2", "submit save 3", "submit forward 3",
@@ -179,7 +180,7 @@ def test_bad_data_writes_nothing_and_closes_the_backend(train: Train, backend: N
 def test_a_loss_that_is_no_number_ends_the_run(
     train: Train, backend: NoopBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinsmith.kitchen.adapters.noop.FIRST_LOSS", math.nan)
+    monkeypatch.setattr("tinsmith.kitchen.adapters.noop_training.FIRST_LOSS", math.nan)
     with pytest.raises(TrainingDiverged, match=r"the loss of step 1 is nan; lower learning_rate=0.0002"):
         train()
     assert backend.closed
@@ -219,6 +220,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "max_length": {"max_length": 24, "too_long": "skip"},
     "too_long": {"max_length": 24, "too_long": "truncate"},
     "save_every": {"save_every": 2},
+    "numerics_gate": {"numerics_gate": False},
     "test_size": {"test_size": 2},
     "eval_every": {"test_size": 2, "eval_every": 2},
 }

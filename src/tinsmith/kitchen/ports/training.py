@@ -1,15 +1,18 @@
-"""The training port: where adapters are made, trained, stored and sampled."""
+"""The training and the sampling port: where adapters are made, trained, stored and sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
 
 from tinsmith.data import ChatTokenizer
 from tinsmith.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse, SampleResponse, SamplingParams
 
 T_co = TypeVar("T_co", covariant=True)
+LossConfig: TypeAlias = "Mapping[str, float | str] | None"
 
 
 class Pending(Protocol[T_co]):
@@ -52,6 +55,20 @@ class CheckpointPaths:
     """Weights: to sample from."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossGradient:
+    """What a loss of one's own came to."""
+
+    loss: float
+    gradients: Sequence[np.ndarray]
+    """dloss/dlogprobs of each datum, in the shape of its `target_tokens`, float32."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+CustomLoss: TypeAlias = Callable[[Sequence[Datum], Sequence[np.ndarray]], LossGradient]
+"""A loss of log-probabilities: the datums, and for each those of its target tokens."""
+
+
 class Sampler(Protocol):
     """Fixed weights to draw from."""
 
@@ -59,6 +76,9 @@ class Sampler(Protocol):
     def tokenizer(self) -> ChatTokenizer: ...
 
     def sample(self, prompt: Sequence[int], params: SamplingParams, *, num_samples: int) -> Pending[SampleResponse]: ...
+
+    def compute_logprobs(self, tokens: Sequence[int]) -> Pending[list[float | None]]:
+        """Of each token after those before it; the first has none."""
 
 
 class TrainingSession(Protocol):
@@ -70,10 +90,17 @@ class TrainingSession(Protocol):
     @property
     def tokenizer(self) -> ChatTokenizer: ...
 
-    def forward_backward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]:
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> Pending[ForwardBackwardOutput]:
         """Add the gradient of the loss, a sum over tokens, to what the next `optim_step` takes."""
 
-    def forward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]: ...
+    def forward_backward_custom(self, data: Sequence[Datum], loss: CustomLoss) -> Pending[ForwardBackwardOutput]:
+        """As `forward_backward`, with a loss that is computed here, between a forward and a backward pass."""
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> Pending[ForwardBackwardOutput]: ...
 
     def optim_step(self, params: AdamParams | float) -> Pending[OptimStepResponse]:
         """A bare number is a learning rate."""
@@ -85,13 +112,86 @@ class TrainingSession(Protocol):
         """The weights as of this point in the order of operations; later steps do not change them."""
 
 
-class TrainingBackend(Protocol):
-    """A server, an embedded engine, or a fake."""
+class TrainingClient(Protocol):
+    """Training, as workflows call it. `session` is whatever `start_session` returned.
 
-    def start_session(self, spec: SessionSpec) -> TrainingSession: ...
+    An adapter that inherits from this class and whose sessions are `TrainingSession`s needs `start_session` alone.
+    """
+
+    def start_session(self, spec: SessionSpec) -> Any: ...
+
+    def forward_backward(
+        self, session: Any, datums: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> Pending[ForwardBackwardOutput]:
+        found: Pending[ForwardBackwardOutput] = session.forward_backward(datums, loss_fn, loss_fn_config)
+        return found
+
+    def forward_backward_custom(
+        self, session: Any, datums: Sequence[Datum], loss: CustomLoss
+    ) -> Pending[ForwardBackwardOutput]:
+        found: Pending[ForwardBackwardOutput] = session.forward_backward_custom(datums, loss)
+        return found
+
+    def forward(
+        self, session: Any, datums: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> Pending[ForwardBackwardOutput]:
+        found: Pending[ForwardBackwardOutput] = session.forward(datums, loss_fn, loss_fn_config)
+        return found
+
+    def optim_step(self, session: Any, params: AdamParams | float) -> Pending[OptimStepResponse]:
+        found: Pending[OptimStepResponse] = session.optim_step(params)
+        return found
+
+    def save_checkpoint(self, session: Any, name: str) -> Pending[CheckpointPaths]:
+        """Both paths survive the session, and a crash of this program."""
+        found: Pending[CheckpointPaths] = session.save(name)
+        return found
+
+    def load_checkpoint(self, spec: SessionSpec, path: str) -> Any:
+        """A session that goes on from a `state` path, with its optimizer."""
+        return self.start_session(
+            SessionSpec(
+                model=spec.model, lora_rank=spec.lora_rank, seed=spec.seed, resume_from=path, metadata=spec.metadata
+            )
+        )
+
+    def sampler(self, session: Any) -> Sampler:
+        found: Sampler = session.sampler()
+        return found
+
+    def get_tokenizer(self, session: Any) -> ChatTokenizer:
+        found: ChatTokenizer = session.tokenizer
+        return found
+
+    def run_id(self, session: Any) -> str:
+        return str(session.run_id)
+
+    def close_session(self, session: Any) -> None:
+        """The session will not be used again. Its checkpoints stay."""
+        return
+
+
+class SamplingClient(Protocol):
+    """Sampling from a base model or a checkpoint."""
 
     def open_sampler(self, model: str) -> Sampler:
         """`model` is a base model or a `tinker://` path of sampler weights."""
+
+    def sample(
+        self, sampler: Sampler, prompt: Sequence[int], params: SamplingParams, num_samples: int = 1
+    ) -> Pending[SampleResponse]:
+        return sampler.sample(prompt, params, num_samples=num_samples)
+
+    def compute_logprobs(self, sampler: Sampler, tokens: Sequence[int]) -> Pending[list[float | None]]:
+        return sampler.compute_logprobs(tokens)
+
+    def close_sampler(self, sampler: Sampler) -> None:
+        """The sampler will not be used again."""
+        return
+
+
+class TrainingBackend(TrainingClient, SamplingClient, Protocol):
+    """A server, an embedded engine, or a fake: both ports in one."""
 
     @property
     def location(self) -> str | None:

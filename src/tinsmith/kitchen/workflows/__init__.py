@@ -1,5 +1,5 @@
-"""How recipes are carried out."""
+"""The workflows that ship."""
 
-from tinsmith.kitchen.workflows.supervised import SupervisedResult, run_supervised
+from tinsmith.kitchen.workflows.supervised import supervised
 
-__all__ = ["SupervisedResult", "run_supervised"]
+__all__ = ["supervised"]

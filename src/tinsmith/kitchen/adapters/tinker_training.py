@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 from tinsmith.data import ChatTokenizer
-from tinsmith.kitchen.ports import CheckpointPaths, Pending, Sampler, SessionSpec, TrainingSession, adam_params
+from tinsmith.kitchen.ports import (
+    CheckpointPaths,
+    CustomLoss,
+    Pending,
+    Sampler,
+    SessionSpec,
+    TrainingBackend,
+    TrainingSession,
+    adam_params,
+)
 from tinsmith.types import (
     AdamParams,
     Datum,
@@ -25,6 +34,8 @@ from tinsmith.types import (
 from tinsmith.types.engine_options import ModelSource
 
 if TYPE_CHECKING:
+    import torch
+
     from tinsmith.client import SamplingClient, TrainingClient
 
 CLOSE_TIMEOUT_S = 10.0
@@ -61,7 +72,7 @@ def _options(url: str) -> dict[str, list[str]]:
     return options
 
 
-class TinkerBackend:
+class TinkerBackend(TrainingBackend):
     """One service client, and with it one session on the server."""
 
     def __init__(self, base_url: str, *, location: str | None, api_key: str | None = None) -> None:
@@ -114,11 +125,18 @@ class TinkerSession:
     def tokenizer(self) -> ChatTokenizer:
         return cast(ChatTokenizer, self.client.get_tokenizer())
 
-    def forward_backward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]:
-        return self.client.forward_backward(list(data), loss_fn)
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float | str] | None = None
+    ) -> Pending[ForwardBackwardOutput]:
+        return self.client.forward_backward(list(data), loss_fn, loss_fn_config)
 
-    def forward(self, data: Sequence[Datum], loss_fn: str) -> Pending[ForwardBackwardOutput]:
-        return self.client.forward(list(data), loss_fn)
+    def forward_backward_custom(self, data: Sequence[Datum], loss: CustomLoss) -> Pending[ForwardBackwardOutput]:
+        return self.client.forward_backward_custom(list(data), _as_torch(loss))
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float | str] | None = None
+    ) -> Pending[ForwardBackwardOutput]:
+        return self.client.forward(list(data), loss_fn, loss_fn_config)
 
     def optim_step(self, params: AdamParams | float) -> Pending[OptimStepResponse]:
         return self.client.optim_step(adam_params(params))
@@ -128,6 +146,21 @@ class TinkerSession:
 
     def sampler(self) -> Sampler:
         return TinkerSampler(client=self.client.save_weights_and_get_sampling_client().result())
+
+
+def _as_torch(loss: CustomLoss) -> Any:
+    """The loss in the form the client takes: a tensor whose value is the loss and whose gradient is its gradient."""
+
+    def function(data: list[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, Mapping[str, float]]:
+        import torch
+
+        found = loss(data, [values.detach().float().numpy() for values in logprobs])
+        total = torch.tensor(found.loss, dtype=torch.float64)
+        for values, gradient in zip(logprobs, found.gradients, strict=True):
+            total = total + (torch.from_numpy(gradient) * (values - values.detach())).sum()
+        return total, found.metrics
+
+    return function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,3 +189,6 @@ class TinkerSampler:
 
     def sample(self, prompt: Sequence[int], params: SamplingParams, *, num_samples: int) -> Pending[SampleResponse]:
         return self.client.sample(ModelInput.from_ints(prompt), num_samples, params)
+
+    def compute_logprobs(self, tokens: Sequence[int]) -> Pending[list[float | None]]:
+        return self.client.compute_logprobs(ModelInput.from_ints(tokens))
