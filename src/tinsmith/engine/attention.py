@@ -10,7 +10,7 @@ the newest tokens of running samples, attend to what it holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from tinsmith.engine.attend import ScoreRule
 from tinsmith.engine.cache_plan import CachePlan
 from tinsmith.engine.cached_attention import decode_attention
+from tinsmith.engine.kernels import FusedKernels
 from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.self_attention import SequenceBlock, self_attention
 from tinsmith.types.errors import Unsupported
@@ -35,6 +36,8 @@ class PassLayout:
     cache: KVCache | None = None
     plan: CachePlan | None = None
     """Where all rows are kept, and the rows whose sequences began in an earlier pass."""
+    kernels: FusedKernels = field(default_factory=FusedKernels)
+    """What the backward pass computes with."""
 
 
 @dataclass(slots=True)
@@ -76,12 +79,12 @@ def packed_attention(
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     cache, plan = packing.cache, packing.plan
     if cache is None or plan is None:
-        return self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule).unsqueeze(0), None
+        return self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule, packing.kernels).unsqueeze(0), None
     cache.write(_layer(module), plan.slots_T, k_TKD, v_TKD)
     if (tile := plan.only_tile(rule)) is not None:
         return decode_attention(_layer(module), q_THD, cache, tile, rule).unsqueeze(0), None
     if packing.blocks:
-        out_THD = self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule)
+        out_THD = self_attention(q_THD, k_TKD, v_TKD, packing.blocks, rule, packing.kernels)
     else:
         out_THD = q_THD.new_empty(*q_THD.shape[:2], v_TKD.shape[-1])
     plan.attend(_layer(module), q_THD, cache, rule, out_THD)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from tinsmith.engine.attention import ATTENTION, CurrentPass, PassLayout
 from tinsmith.engine.footprint import ADAPTER_COPIES, ModelShape, check_adapter_fits, check_fits, footprint, in_words
-from tinsmith.engine.fused import FusedKernels, fuse_layers
+from tinsmith.engine.fused import fuse_layers
 from tinsmith.engine.hardware import available_bytes, pick_device, pick_dtype
+from tinsmith.engine.kernels import FusedKernels
 from tinsmith.engine.lora import LoraLayout, Segment
 from tinsmith.engine.lora_linear import LoraRouter
 from tinsmith.engine.loss_head import Unembedding, logits_of
@@ -109,6 +111,7 @@ class BaseModel:
             embeds_1TH = embeds_1TH.detach().requires_grad_()
         self._recomputation.decide(len(input_ids_T))
         self._router.route(segments)
+        packing = replace(packing, kernels=self.kernels)
         self._pass.layout = packing  # stays: a backward pass that recomputes needs it again
         try:
             output = self._backbone(

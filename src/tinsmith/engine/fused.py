@@ -1,123 +1,26 @@
-"""Norms and gated activations in one pass over memory instead of eight.
+"""Norms, gated activations and rotary embeddings of a loaded model, replaced by one pass over memory each.
 
-Between its matrix products a transformer layer reads and writes the same rows again and again; in bfloat16 on a CPU
-that costs as much as the products. The functions here are compiled by torch in the background while the engine already
-works, and take the place of the model's own layers when they are ready. Rounding differs between the two, so only
-bfloat16 models use them: in float32 the same run gives the same bits.
+They take the place of the model's own code where a trial shows that it computes the same: a look-alike that computes
+something else stays as it is.
 """
 
-# T row, H hidden, F feed-forward
+# T row, H hidden or query head, K key head, D head size
 
 from __future__ import annotations
 
-import logging
-import shutil
-import threading
 from collections.abc import Callable
-from functools import cache
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from tinsmith.engine.kernels import FusedKernels
 
-
-def norm_forward(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Root-mean-square norm (Zhang & Sennrich, arXiv 1910.07467), and 1 / rms per row in fp32."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight_H, scale
-
-
-def norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, scale: Tensor) -> Tensor:
-    weighted = grad.float() * weight_H.float()
-    wide = x.float()
-    shared = (weighted * wide).mean(-1, keepdim=True) * scale.pow(3)
-    return (weighted * scale - wide * shared).to(x.dtype)
-
-
-def gate_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer, arXiv 2002.05202)."""
-    wide = gate.float()
-    return (wide * torch.sigmoid(wide) * up.float()).to(gate.dtype)
-
-
-def gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    wide, g = gate.float(), grad.float()
-    sigmoid = torch.sigmoid(wide)
-    silu = wide * sigmoid
-    return (g * up.float() * (sigmoid + silu * (1 - sigmoid))).to(gate.dtype), (g * silu).to(gate.dtype)
-
-
-class FusedKernels:
-    """The compiled functions, once `compile_in_background` is done."""
-
-    def __init__(self) -> None:
-        self.norm_forward: Callable[..., tuple[Tensor, Tensor]] = norm_forward
-        self.norm_backward: Callable[..., Tensor] = norm_backward
-        self.gate_forward: Callable[..., Tensor] = gate_forward
-        self.gate_backward: Callable[..., tuple[Tensor, Tensor]] = gate_backward
-        self.is_compiled = False
-
-    def compile_in_background(self, hidden_size: int, dtype: torch.dtype) -> threading.Thread | None:
-        """`None` if there is no C++ compiler. A failure to compile is logged and changes nothing.
-
-        A process must not end while its compiler runs, save by `os._exit`: torch aborts then.
-        """
-        if shutil.which("g++") is None and shutil.which("clang++") is None:
-            return None
-        thread = threading.Thread(target=self._compile, args=(hidden_size, dtype), name="tinsmith-compile", daemon=True)
-        thread.start()
-        return thread
-
-    def _compile(self, hidden_size: int, dtype: torch.dtype) -> None:
-        try:
-            compiled = {name: _compiled(name, hidden_size, dtype) for name in _PLAIN}
-        except Exception as error:  # noqa: BLE001 - compilers fail in every way; the model's own layers stay in use
-            logger.warning("layers are not compiled and run slower: %s", str(error).splitlines()[0])
-            return
-        for name, function in compiled.items():
-            setattr(self, name, function)
-        self.is_compiled = True
-
-
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "norm_forward": norm_forward,
-    "norm_backward": norm_backward,
-    "gate_forward": gate_forward,
-    "gate_backward": gate_backward,
-}
-
-
-def _sample_arguments(name: str, hidden_size: int, dtype: torch.dtype) -> tuple[Any, ...]:
-    # the sizes differ from each other and from 1, or the compiler would take them for always equal
-    rows = next(n for n in (33, 34) if n != hidden_size)
-    x, y, z = (torch.ones(rows, hidden_size, dtype=dtype) for _ in range(3))
-    weight_H, scale = torch.ones(hidden_size, dtype=dtype), torch.ones(rows, 1)
-    return {
-        "norm_forward": (x, weight_H, 1e-6),
-        "norm_backward": (x, y, weight_H, scale),
-        "gate_forward": (x, y),
-        "gate_backward": (x, y, z),
-    }[name]
-
-
-@cache
-def _compiled(name: str, hidden_size: int, dtype: torch.dtype) -> Callable[..., Any]:
-    """Compiled once per process, for every situation it will meet: nothing is compiled later while somebody waits."""
-    plain, arguments = _PLAIN[name], _sample_arguments(name, hidden_size, dtype)
-    function = torch.compile(plain, dynamic=True)
-    with torch.no_grad():
-        function(*arguments)
-    with torch.inference_mode():
-        function(*(a.clone() if isinstance(a, Tensor) and a.ndim > 1 else a for a in arguments))
-
-    def call(first: Tensor, *others: Any) -> Any:
-        return function(first, *others) if first.shape[0] > 1 else plain(first, *others)
-
-    return call
+_ROTATION = "apply_rotary_pos_emb"
+"""What the families of transformers call the function that rotates queries and keys."""
+_ROTATED_AT_LEAST = 2**16
+"""Smaller queries are rotated by the model's own function: a compiled call costs more than its few operations."""
 
 
 class FusedRMSNorm(nn.Module):
@@ -172,13 +75,29 @@ def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).contiguous()
 
 
-def fuse_layers(model: nn.Module, kernels: FusedKernels) -> int:
-    """Put the functions where the model computes exactly them; returns how many places.
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_THD, cos_TD, sin_TD, kernels):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos_TD, sin_TD)
+        ctx.kernels = kernels
+        return kernels.rotate(x_THD.detach().contiguous(), cos_TD, sin_TD)
 
-    Norms and feed-forward blocks of the Llama form are tried, each on random rows: a look-alike that computes something
-    else stays as it is.
-    """
-    count = 0
+    @staticmethod
+    def backward(ctx, grad_THD):  # type: ignore[no-untyped-def]
+        cos_TD, sin_TD = ctx.saved_tensors
+        # the transpose: the same with the halves of the sine exchanged and negated
+        back_TD = -sin_TD.roll(sin_TD.shape[1] // 2, dims=1)
+        return ctx.kernels.rotate(grad_THD.contiguous(), cos_TD, back_TD), None, None, None
+
+
+def _rotated(x_1HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor, kernels: FusedKernels) -> Tensor:
+    y_THD: Tensor = _Rotation.apply(x_1HTD[0].transpose(0, 1), cos_TD, sin_TD, kernels)
+    return y_THD.transpose(0, 1)[None]
+
+
+def fuse_layers(model: nn.Module, kernels: FusedKernels) -> int:
+    """Put the functions where the model computes exactly them, tried on random rows; returns how many places."""
+    count = fuse_rotations(model, kernels)
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             fused = FusedRMSNorm(module, kernels)
@@ -194,9 +113,66 @@ def fuse_layers(model: nn.Module, kernels: FusedKernels) -> int:
     return count
 
 
+def fuse_rotations(model: nn.Module, kernels: FusedKernels) -> int:
+    """Let attention modules call another `apply_rotary_pos_emb`, where theirs is the common one; returns how many.
+
+    The module of transformers stays as it is: the forward function of each of our modules gets globals of its own.
+    """
+    forwards: dict[FunctionType, FunctionType | None] = {}
+    count = 0
+    for module in model.modules():
+        forward = type(module).forward
+        if not isinstance(forward, FunctionType) or _ROTATION not in forward.__code__.co_names:
+            continue
+        if "forward" in vars(module) or not callable(forward.__globals__.get(_ROTATION)):
+            continue
+        if forward not in forwards:
+            forwards[forward] = _rotating(forward, kernels)
+        rotating = forwards[forward]
+        if rotating is not None:
+            module.forward = MethodType(rotating, module)
+            count += 1
+    return count
+
+
+def _rotating(forward: FunctionType, kernels: FusedKernels) -> FunctionType | None:
+    """The same function with our rotation, or `None` where the model's own computes something else."""
+    original = forward.__globals__[_ROTATION]
+    if not _rotates_commonly(original):
+        return None
+
+    def rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_common = not args and not kwargs and q.dtype == k.dtype == torch.bfloat16
+        is_common &= q.ndim == k.ndim == 4 and q.shape[0] == 1 and cos.shape == (1, q.shape[2], q.shape[3])
+        if not is_common or q.numel() < _ROTATED_AT_LEAST:
+            return original(q, k, cos, sin, *args, **kwargs)
+        return _rotated(q, cos[0], sin[0], kernels), _rotated(k, cos[0], sin[0], kernels)
+
+    names = {**forward.__globals__, _ROTATION: rotation}
+    rotating = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    rotating.__kwdefaults__ = forward.__kwdefaults__
+    return rotating
+
+
+def _rotates_commonly(original: Callable[..., Any]) -> bool:
+    rng = torch.Generator().manual_seed(0)
+    q_1HTD, k_1KTD, cos_1TD, sin_1TD = (
+        torch.randn(shape, generator=rng) for shape in ((1, 4, 7, 16), (1, 2, 7, 16), (1, 7, 16), (1, 7, 16))
+    )
+    plain = FusedKernels()
+    try:
+        expected = original(q_1HTD, k_1KTD, cos_1TD, sin_1TD)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False  # called in another way
+    got = [_rotated(x, cos_1TD[0], sin_1TD[0], plain) for x in (q_1HTD, k_1KTD)]
+    return len(expected) == 2 and all(
+        e.shape == g.shape and torch.allclose(e, g, atol=1e-5) for e, g in zip(expected, got, strict=True)
+    )
+
+
 def _agree(one: Callable[..., Any], other: Callable[..., Any], width: int, dtype: torch.dtype) -> bool:
-    rows = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.inference_mode():
+        rows = torch.randn(9, width, generator=torch.Generator().manual_seed(0)).to(dtype)
         expected, got = one(rows), other(rows)
     return bool((expected.float() - got.float()).abs().max() <= 0.02 * expected.float().abs().max())
 

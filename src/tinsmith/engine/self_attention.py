@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.attend import ScoreRule, attend
-from tinsmith.engine.short_attention import is_short, short_attention
+from tinsmith.engine.kernels import FusedKernels
+from tinsmith.engine.tiled_attention import attention_backward, attention_forward
 
 _MAX_PADDING = 1.25
 """Sequences share a padded block while the longest is at most this much longer than the shortest."""
@@ -65,21 +66,47 @@ def self_attention(
     v_TKD: Tensor,
     blocks: tuple[SequenceBlock, ...],
     rule: ScoreRule,
+    kernels: FusedKernels,
 ) -> Tensor:
-    """`q [T, H, D]`, `k`, `v [T, K, D]` -> `[T, H, D]`."""
+    """`q [T, H, D]`, `k`, `v [T, K, D]` -> `[T, H, D]`. `kernels` serve a pass on a CPU that will go backward."""
+    if q_THD.device.type == "cpu" and torch.is_grad_enabled():
+        trained: Tensor = _TrainedAttention.apply(q_THD, k_TKD, v_TKD, blocks, rule, kernels)
+        return trained
     outputs = []
     for block in blocks:
         q, k, v = (_Pad.apply(x, block) for x in (q_THD, k_TKD, v_TKD))
-        outputs.append(_attend(q, k, v, rule).transpose(1, 2))
+        outputs.append(attend(q, k, v, rule).transpose(1, 2))
     result: Tensor = _Unpad.apply(blocks, q_THD.shape[0], *outputs)
     return result
 
 
-def _attend(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, rule: ScoreRule) -> Tensor:
-    is_windowed = rule.window is not None and rule.window < q_BHLD.shape[2]
-    if rule.is_plain and not is_windowed and is_short(q_BHLD, v_BKLD):
-        return short_attention(q_BHLD, k_BKLD, v_BKLD, rule.scale)
-    return attend(q_BHLD, k_BKLD, v_BKLD, rule)
+class _TrainedAttention(torch.autograd.Function):
+    """All blocks in one function: gradients of slices would each cost a buffer of all rows, and an addition."""
+
+    @staticmethod
+    def forward(ctx, q_THD, k_TKD, v_TKD, blocks, rule, kernels):  # type: ignore[no-untyped-def]
+        out_THD = q_THD.new_empty(*q_THD.shape[:2], v_TKD.shape[2])
+        normalizers = []
+        for block in blocks:
+            q, k, v = (_pad(x, block).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD))
+            out, normalizer = attention_forward(q, k, v, rule)
+            _unpad_into(out_THD, out.transpose(1, 2), block)
+            normalizers.append(normalizer)
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD, out_THD, *normalizers)
+        ctx.blocks, ctx.rule, ctx.kernels = blocks, rule, kernels
+        return out_THD
+
+    @staticmethod
+    def backward(ctx, grad_THD):  # type: ignore[no-untyped-def]
+        q_THD, k_TKD, v_TKD, out_THD, *normalizers = ctx.saved_tensors
+        mean_TH1 = ctx.kernels.row_dots(grad_THD.contiguous(), out_THD.detach())
+        totals = [torch.empty(x.shape, dtype=x.dtype) for x in (q_THD, k_TKD, v_TKD)]
+        for block, normalizer in zip(ctx.blocks, normalizers, strict=True):
+            q, k, v, mean, grad = (_pad(x, block).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD, mean_TH1, grad_THD))
+            grads = attention_backward((q, k, v), normalizer, mean, grad, ctx.rule, ctx.kernels)
+            for total, part in zip(totals, grads, strict=True):
+                _unpad_into(total, part.transpose(1, 2), block)
+        return *totals, None, None, None
 
 
 class _Pad(torch.autograd.Function):
