@@ -45,6 +45,7 @@ from tinsmith.types.operations import (
 
 VOCAB = 8192
 LAYERS = 8
+WIDE, WIDE_LAYERS = 2048, 2
 RANK = 16
 _APART = 10**6
 """Tickets of what runs in the background begin here."""
@@ -121,6 +122,21 @@ def training(bench: Bench) -> dict[str, float]:
         "train_over_peft": theirs_s / ours_s,
         "bf16_gemm_gflops": peak / 1e9,
         "train_share_of_gemm_rate": 4 * parameters * tokens / ours_s / peak,
+    }
+
+
+def wide_training(repeat: int) -> dict[str, float]:
+    """Two layers 2,048 wide, where matrix products are most of a step: 8 sequences of 256 tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), WIDE, WIDE_LAYERS)
+        bench = Bench(Path(folder), repeat)
+        data = [bench.datum(256) for _ in range(8)]
+        bench.create("wide", RANK)
+        step_s = bench.median_s(lambda: bench.train({"wide": data}))
+        parameters = sum(p.numel() for p in load(bench.folder, torch.bfloat16).parameters())
+    return {
+        "wide_train_tokens_per_s": 8 * 256 / step_s,
+        "wide_train_share_of_gemm_rate": 4 * parameters * 8 * 256 / step_s / gemm_flops_per_s(),
     }
 
 
@@ -271,15 +287,16 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
 
 
-def make_model(folder: Path, width: int) -> None:
+def make_model(folder: Path, width: int, num_layers: int = LAYERS) -> None:
     torch.manual_seed(0)
+    num_heads = width // 64
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 192),
+        intermediate_size=width * 8 // 3 // 64 * 64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=max(n for n in range(1, max(1, num_heads // 3) + 1) if num_heads % n == 0),
         head_dim=64,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
@@ -295,7 +312,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), arguments.width)
         bench = Bench(Path(folder), 1 if arguments.quick else 3)
-        figures = training(bench) | tenants(bench) | sampling(bench) | beside_samples(bench)
+        figures = training(bench) | wide_training(bench.repeat) | tenants(bench) | sampling(bench) | beside_samples(bench)
     model = f"Qwen3, {arguments.width} wide, {LAYERS} layers, {VOCAB} vocabulary, random"
     write_record(f"compare-{arguments.width}", model, figures)
 
