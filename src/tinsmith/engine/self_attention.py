@@ -17,6 +17,8 @@ from tinsmith.engine.attend import ScoreRule, attend
 from tinsmith.engine.kernels import FusedKernels
 from tinsmith.engine.tiled_attention import attention_backward, attention_forward
 
+_GROUPED_UP_TO = 192
+"""On a CPU longer sequences are blocks of their own: there, padding and copying cost more than calls."""
 _MAX_PADDING = 1.25
 """Sequences share a padded block while the longest is at most this much longer than the shortest."""
 
@@ -32,6 +34,14 @@ class SequenceBlock:
     cells_N: Tensor | None
     """Their places among the B * L cells; `None` if the block is full and its rows are consecutive."""
 
+    def view(self, x_TXD: Tensor) -> Tensor | None:
+        """The block's rows as `[B, L, X, D]` without a copy, where they lie so."""
+        if self.cells_N is not None or not x_TXD.is_contiguous():
+            return None
+        start = int(self.rows_N[0])
+        rows = x_TXD[start : start + self.num_sequences * self.length]
+        return rows.view(self.num_sequences, self.length, *x_TXD.shape[1:])
+
 
 def plan_blocks(lengths: list[int], device: torch.device) -> tuple[SequenceBlock, ...]:
     """Group packed sequences of these lengths (in packed order) into padded blocks."""
@@ -42,7 +52,8 @@ def plan_blocks(lengths: list[int], device: torch.device) -> tuple[SequenceBlock
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     blocks, group = [], by_length[:1]
     for index in by_length[1:]:
-        if lengths[index] > lengths[group[0]] * _MAX_PADDING + 1:
+        is_alone = device.type == "cpu" and lengths[index] > _GROUPED_UP_TO
+        if is_alone or lengths[index] > lengths[group[0]] * _MAX_PADDING + 1:
             blocks.append(_block(sorted(group), lengths, starts, device))
             group = []
         group.append(index)
@@ -103,9 +114,15 @@ class _TrainedAttention(torch.autograd.Function):
         totals = [torch.empty(x.shape, dtype=x.dtype) for x in (q_THD, k_TKD, v_TKD)]
         for block, normalizer in zip(ctx.blocks, normalizers, strict=True):
             q, k, v, mean, grad = (_pad(x, block).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD, mean_TH1, grad_THD))
-            grads = attention_backward((q, k, v), normalizer, mean, grad, ctx.rule, ctx.kernels)
-            for total, part in zip(totals, grads, strict=True):
-                _unpad_into(total, part.transpose(1, 2), block)
+            parts = [block.view(total) for total in totals]
+            grads = [
+                x.new_empty(x.shape) if part is None else part.transpose(1, 2)
+                for part, x in zip(parts, (q, k, v), strict=True)
+            ]
+            attention_backward(grads, (q, k, v), normalizer, mean, grad, ctx.rule, ctx.kernels)
+            for total, part, own in zip(totals, parts, grads, strict=True):
+                if part is None:
+                    _unpad_into(total, own.transpose(1, 2), block)
         return *totals, None, None, None
 
 
@@ -150,6 +167,9 @@ def _pad(x_TXD: Tensor, block: SequenceBlock) -> Tensor:
 
 
 def _unpad_into(result_TXD: Tensor, padded_BLXD: Tensor, block: SequenceBlock) -> Tensor:
+    if (rows := block.view(result_TXD)) is not None:
+        rows.copy_(padded_BLXD)
+        return result_TXD
     cells = padded_BLXD.reshape(block.num_sequences * block.length, *padded_BLXD.shape[2:])
     if block.cells_N is not None:
         cells = cells.index_select(0, block.cells_N)

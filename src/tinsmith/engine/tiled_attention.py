@@ -16,7 +16,7 @@ their sums come with the products. Scores are in fp32: exponentials would magnif
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,19 +54,20 @@ def attention_forward(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, rule: Scor
 
 
 def attention_backward(
+    grads: Sequence[Tensor],
     qkv: tuple[Tensor, Tensor, Tensor],
     normalizer_BHL: Tensor,
     mean_BHL1: Tensor,
     grad_BHLD: Tensor,
     rule: ScoreRule,
     kernels: FusedKernels,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries `[B, H, L, D]`, keys and values `[B, K, L, D]`; `mean` is rowsum(output * grad) in fp32.
+) -> None:
+    """Write the gradients of queries `[B, H, L, D]`, keys and values `[B, K, L, D]` into `grads`.
 
-    Sinks are frozen and have none.
+    `mean` is rowsum(output * grad) in fp32. Sinks are frozen and have no gradient.
     """
     q_BHLD, k_BKLD, v_BKLD = qkv
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in qkv)
+    grad_q, grad_k, grad_v = grads
     num_key_heads, length = k_BKLD.shape[1:3]
     for some in _sequences(q_BHLD):
         k_NLD, v_NLD = k_BKLD[some].flatten(0, 1), v_BKLD[some].flatten(0, 1)
@@ -80,7 +81,6 @@ def attention_backward(
             total.copy_(tiles.backward(q, grad, normalizer, mean, queries).view(total.shape))
         for total, tile_sum in ((grad_k[some], tiles.grad_k_NLD), (grad_v[some], tiles.grad_v_NLD)):
             total.copy_(tile_sum.view(total.shape))
-    return grad_q, grad_k, grad_v
 
 
 class _Tiles:
