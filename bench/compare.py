@@ -312,7 +312,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), arguments.width)
         bench = Bench(Path(folder), 1 if arguments.quick else 3)
-        figures = training(bench) | wide_training(bench.repeat) | tenants(bench) | sampling(bench) | beside_samples(bench)
+        figures = training(bench) | wide_training(bench.repeat) | tenants(bench)
+        figures |= sampling(bench) | beside_samples(bench)
     model = f"Qwen3, {arguments.width} wide, {LAYERS} layers, {VOCAB} vocabulary, random"
     write_record(f"compare-{arguments.width}", model, figures)
 
