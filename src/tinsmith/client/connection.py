@@ -33,8 +33,9 @@ class Connection:
         self, config: ClientConfig, *, spec: SessionSpec | None = None, joined: JoinedSession | None = None
     ) -> None:
         self.config = config
+        self.spec = spec or SessionSpec()
         self.loop = LoopThread("tinsmith-client")
-        self.link = Link(config, spec or SessionSpec(), joined)
+        self.link = Link(config, self.spec, joined)
         self.model_seq_ids = itertools.count()
         self.sampling_session_seq_ids = itertools.count()
         self._lock = threading.Lock()

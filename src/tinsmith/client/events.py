@@ -30,7 +30,7 @@ class Events:
     def add(self, sink: EventSink) -> None:
         self._sinks.append(sink)
 
-    def emit(self, name: str, **fields: Any) -> None:
+    def emit(self, name: str, /, **fields: Any) -> None:
         """Tell every sink. A sink that fails is dropped, with a warning in the log."""
         if not self._sinks:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
@@ -81,8 +80,6 @@ class ServiceClient:
             display_name=display_name,
         )
         self._connection = Connection(config, spec=spec)
-        self._lock = threading.Lock()
-        self._closing: APIFuture[None] | None = None
 
     def __repr__(self) -> str:
         return f"<ServiceClient of {self._connection.config.base_url}>"
@@ -91,6 +88,12 @@ class ServiceClient:
     def holder(self) -> Connection:
         """The connection that all clients made from this one share."""
         return self._connection
+
+    def reopen(self) -> ServiceClient:
+        """A client of the same server with the same settings, in a session of its own. This one stays as it is."""
+        other = ServiceClient.__new__(ServiceClient)
+        other._connection = Connection(self._connection.config, spec=self._connection.spec)
+        return other
 
     # ---- training clients ----
 

@@ -73,6 +73,8 @@ class Link:
         self._cancel_slots = asyncio.Semaphore(self.dynamic.sample_cancel_max_batch_size)
         self._shared = False
         self._closed = False
+        self.session_gone: str | None = None
+        """Why the server no longer knows the session, once a heartbeat has said so."""
         self.result_bytes = ByteBudget(self.flags.inflight_response_bytes_semaphore_size)
         self.submit_bytes = ByteBudget(self.flags.fwdbwd_dispatch_bytes_semaphore_size)
 
@@ -122,9 +124,20 @@ class Link:
             if self._session_id is None:
                 self._session_id = await self._create_session()
             if self._heartbeat is None:
-                self._heartbeat = asyncio.create_task(heartbeats(self.http, self._session_id, self.config))
+                self._heartbeat = asyncio.create_task(
+                    heartbeats(self.http, self._session_id, self.config, on_gone=self._session_is_gone)
+                )
                 self._refresh = asyncio.create_task(self._refresh_settings())
             return self._session_id
+
+    @property
+    def opened_session_id(self) -> str | None:
+        """The session as far as one was opened; asks nobody."""
+        return self._session_id
+
+    def _session_is_gone(self, why: str) -> None:
+        self.session_gone = why
+        self.events.emit("session.gone", session_id=self._session_id, reason=why)
 
     async def submit(self, path: str, body: Mapping[str, Any]) -> UntypedAPIFuture:
         return await self.http.send_for(post(path, body), UntypedAPIFuture, self.submit_retry)
@@ -281,7 +294,12 @@ class Link:
 
 
 async def heartbeats(
-    http: Http, session_id: str, config: ClientConfig, clock: Callable[[], float] = time.monotonic
+    http: Http,
+    session_id: str,
+    config: ClientConfig,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    on_gone: Callable[[str], None] | None = None,
 ) -> None:
     """Keep a session alive until cancelled, or until the server says it is gone (410)."""
     timing = config.timing
@@ -302,6 +320,8 @@ async def heartbeats(
         except Exception as error:  # noqa: BLE001  a task boundary: one lost beat must not end the others
             if isinstance(error, APIStatusError) and error.status_code == 410:
                 logger.warning("the server has ended session %s: %s", session_id, error)
+                if on_gone is not None:
+                    on_gone(str(error))
                 return
             logger.debug("heartbeat of session %s failed: %s", session_id, error)
             if clock() - max(last_success, last_warning) >= timing.heartbeat_warn_after:
