@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from tinsmith.data.conversations import Conversation
 from tinsmith.data.datum import to_datum
 from tinsmith.data.errors import DataError
-from tinsmith.data.renderer import ChatTemplateRenderer, RenderedConversation, TrainOn
+from tinsmith.data.rendering import RenderedConversation, Renderer, TrainOn
 from tinsmith.types import Datum
 
 TooLong: TypeAlias = Literal["error", "truncate", "skip"]
@@ -46,7 +46,7 @@ class ConversationDataset:
 
 def build_dataset(
     conversations: Iterable[Conversation],
-    renderer: ChatTemplateRenderer,
+    renderer: Renderer,
     *,
     train_on: TrainOn,
     max_length: int | None,

@@ -13,64 +13,41 @@ placeholders is the template's, the rest is the messages'. Invariants, checked a
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final
 
-from tinsmith.data.conversations import Conversation, Message
+from tinsmith.data.answers import ParsedAnswer, read_tagged
+from tinsmith.data.conversations import Conversation, Message, Tool
 from tinsmith.data.errors import RenderError
+from tinsmith.data.rendering import RenderedConversation, SegmentRenderer, TrainOn, chosen_weights
+from tinsmith.data.segments import Segment, Span, added_tokens
 from tinsmith.data.tokenizers import ChatTokenizer
 
-TrainOn: TypeAlias = Literal[
-    "last_assistant_message",
-    "all_assistant_messages",
-    "all_messages",
-    "all_user_and_system_messages",
-    "all_tokens",
-    "customized",
-]
-"""Which turns get weight 1. `customized` takes each message's own `train` flag."""
+__all__ = ["ChatTemplateRenderer", "RenderedConversation", "TrainOn"]
 
-Span: TypeAlias = tuple[int, int]
-"""First and one past the last, in characters of the rendered text."""
+CALL_ENDS: Final = ("<|call|>", "<|eom_id|>")
+"""Special tokens that end a turn which calls a tool, where that is another than ends an answer."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenderedConversation:
-    tokens: tuple[int, ...]
-    weights: tuple[float, ...]
-    """1 where token i is to be learned, else 0."""
-    source: str
-
-    @property
-    def num_trained(self) -> int:
-        """Tokens that contribute to a loss; the first never does, because nothing predicts it."""
-        return sum(1 for weight in self.weights[1:] if weight)
+_THOUGHT_TAGS: Final = ("<think>", "</think>")
+"""Tokens in some vocabularies, but no turn markers: templates themselves read them in contents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """One rendered text and where each message's content lies in it."""
+    """One rendered text and what lies where in it."""
 
     text: str
-    contents: tuple[Span, ...]
-
-    @property
-    def template_spans(self) -> list[Span]:
-        """What the template wrote: before, between and after the contents."""
-        edges = [0, *(edge for span in self.contents for edge in span), len(self.text)]
-        return list(zip(edges[::2], edges[1::2], strict=True))
+    contents: Mapping[int, Span]
+    """Where each message's content is. A message that only calls tools has none."""
+    literal: tuple[Span, ...]
+    """Contents, and marker texts within thoughts, arguments and tools; in order."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Encoding:
-    tokens: list[int]
-    offsets: list[Span]
-
-
-class ChatTemplateRenderer:
+class ChatTemplateRenderer(SegmentRenderer):
     """Renders under one tokenizer; `template_options` go to its template (`enable_thinking=False`).
 
     Raises `RenderError` at once if the tokenizer has no chat template, if the template has no end-of-turn token, or if
@@ -82,55 +59,64 @@ class ChatTemplateRenderer:
             raise RenderError("the tokenizer has no chat template; conversations cannot be rendered with it")
         if not tokenizer.is_fast:
             raise RenderError("the tokenizer is a slow one; character offsets, which rendering needs, are unknown")
-        self._tokenizer = tokenizer
         self._options = template_options
-        self._special_ids = {
-            str(token.content): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        self._special = re.compile("|".join(map(re.escape, sorted(self._special_ids, key=len, reverse=True))) or "(?!)")
+        super().__init__(tokenizer, _turn_markers(tokenizer, template_options))
+        self._template_text = str(tokenizer.chat_template)
         self._end_of_turn = self._probe()
 
     @property
     def stop(self) -> list[int]:
         """Token ids that end an assistant's turn; give them to `SamplingParams.stop`."""
-        return [self._special_ids[self._end_of_turn]]
+        ends = [self._end_of_turn, *(end for end in CALL_ENDS if end in self._template_text)]
+        return [self._encoder.marker_ids[end] for end in ends if end in self._encoder.marker_ids]
 
     def render(self, conversation: Conversation, train_on: TrainOn) -> RenderedConversation:
         """Tokens and weights of a whole conversation. Raises `RenderError`; also if `train_on` selects no message."""
-        layout = self._layout(conversation)
-        encoding = self._encode(layout, conversation.source)
         if train_on == "all_tokens":
-            weights = [1.0] * len(encoding.tokens)
-        else:
-            weights = self._weights(conversation, train_on, layout, encoding)
-        return RenderedConversation(tokens=tuple(encoding.tokens), weights=tuple(weights), source=conversation.source)
+            return super().render(conversation, train_on)
+        chosen = chosen_weights(conversation, train_on)
+        layout = self._layout(conversation)
+        spans = {index: self._trained_span(conversation, index, layout) for index in chosen}
+        segments = _cut(layout, spans)
+        encoding = self._encoder.encode(segments, conversation.source)
+        weights = [_segment_weight(segment, chosen) for segment in segments]
+        return RenderedConversation(
+            tokens=encoding.tokens,
+            weights=tuple(weights[owner] for owner in encoding.owners),
+            source=conversation.source,
+        )
 
-    def generation_prompt(self, messages: Sequence[Message], *, source: str = "the prompt") -> list[int]:
-        """Tokens after which the model writes the next assistant turn."""
-        conversation = Conversation(messages=tuple(messages), source=source)
-        return self._encode(self._layout(conversation, generation=True), source).tokens
+    def segments(self, conversation: Conversation, *, generation: bool = False) -> list[Segment]:
+        """Without marks of what is trained, which `render` finds for the messages that it trains."""
+        return _cut(self._layout(conversation, generation=generation), {})
 
-    def parse_response(self, tokens: Sequence[int]) -> Message:
-        """The assistant message that sampled tokens spell; an end-of-turn token at the end is not part of it."""
+    def parse_answer(self, tokens: Sequence[int]) -> ParsedAnswer:
+        """The assistant message that sampled tokens spell; an end-of-turn token at the end is not part of it.
+
+        Thoughts and calls of tools are told apart where the template itself writes `<think>` and `<tool_call>`.
+        """
         answer = list(tokens)
-        if answer and answer[-1] in self.stop:
-            answer.pop()
-        return Message(role="assistant", content=self._tokenizer.decode(answer, skip_special_tokens=False))
+        ended = bool(answer) and answer[-1] in self.stop
+        text = self._encoder.decode(answer[:-1] if ended else answer)
+        if not any(tag in self._template_text for tag in ("<think>", "</think>", "<tool_call>")):
+            return ParsedAnswer(message=Message(role="assistant", content=text), ended=ended)
+        return read_tagged(text, ended=ended, thinks=self._prompt_thinks)
 
     def _probe(self) -> str:
         """The end-of-turn token's text. Compares this renderer with the tokenizer's own rendering on the way."""
         probe = Conversation.of(("user", "1"), ("assistant", "2"))
         layout = self._layout(probe)
-        if (end := self._leading_special(layout, 1)) is None:
+        if (end := self._leading_marker(layout, 1)) is None:
             after = layout.text[layout.contents[1][1] :]
             raise RenderError(f"the chat template ends an assistant's turn with {after!r}, not with a special token")
         prompt = self._template(probe.messages[:1], probe.source, generation=True)
+        self._prompt_thinks = prompt.rstrip().endswith("<think>")
         if not layout.text.startswith(prompt):
             raise RenderError(
                 f"the chat template prompts with {prompt!r}, but a finished turn reads {layout.text!r}; "
                 "the model would be trained after another prompt than it answers to"
             )
-        ours = self._encode(layout, probe.source).tokens
+        ours = list(self._encoder.encode(_cut(layout, {}), probe.source).tokens)
         theirs = self._tokenizer.apply_chat_template([m.as_dict() for m in probe.messages], **self._options)
         theirs = list(theirs["input_ids"] if isinstance(theirs, Mapping) else theirs)
         if ours != theirs:
@@ -139,197 +125,266 @@ class ChatTemplateRenderer:
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
-    def _template(self, messages: Iterable[Message], source: str, *, generation: bool) -> str:
+    def _template(
+        self, messages: Sequence[Message], source: str, *, generation: bool, tools: Sequence[Tool] = ()
+    ) -> str:
+        return self._run_template(
+            lambda as_text: [message.as_dict(json_arguments=as_text) for message in messages],
+            [tool.as_dict() for tool in tools],
+            source,
+            generation=generation,
+        )
+
+    def _run_template(
+        self, messages: Callable[[bool], list[Any]], tools: list[Any], source: str, *, generation: bool
+    ) -> str:
+        """`messages(True)` has arguments of calls as text: some templates cannot take them as objects."""
         from jinja2.exceptions import TemplateError
 
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [message.as_dict() for message in messages],
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self._options,
+        def run(as_text: bool) -> str:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages(as_text),
+                    tools=tools or None,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    **self._options,
+                )
             )
-        except TemplateError as error:
+
+        try:
+            try:
+                return run(False)
+            except TypeError:
+                return run(True)
+        except (TemplateError, TypeError) as error:
             raise RenderError(f"{source}: the chat template refuses this conversation: {error}") from error
-        return str(text)
 
     def _layout(self, conversation: Conversation, *, generation: bool = False) -> _Layout:
         messages, source = conversation.messages, conversation.source
-        placeholders = _placeholders(messages)
-        hollow = [
-            Message(role=message.role, content=placeholder)
-            for message, placeholder in zip(messages, placeholders, strict=True)
-        ]
-        pieces = _split(self._template(hollow, source, generation=generation), placeholders, source)
-        text = self._template(messages, source, generation=generation)
-        return _Layout(text=text, contents=_find_contents(text, messages, pieces, source))
+        self._check_places(conversation)
+        anchored = [index for index, message in enumerate(messages) if _is_anchored(message)]
+        placeholders = _placeholders(messages, anchored)
+        disguise = _Disguise(self._encoder.marker_ids)
 
-    def _leading_special(self, layout: _Layout, index: int) -> Span | None:
-        """The special token right after message `index`, white space aside."""
-        start, end = layout.template_spans[index + 1]
-        found = self._special.search(layout.text, start, end)
-        return found.span() if found and not layout.text[start : found.start()].strip() else None
+        def hollow(as_text: bool) -> list[Any]:
+            values: list[Any] = disguise.put_on([message.as_dict(json_arguments=as_text) for message in messages])
+            for index, placeholder in placeholders.items():
+                values[index]["content"] = placeholder
+            return values
 
-    # -- tokens -------------------------------------------------------------------------------------------------------
-
-    def _encode(self, layout: _Layout, source: str) -> _Encoding:
-        """Tokens of the text, with special-token text inside contents taken literally."""
-        if not self._forged(layout):
-            return self._encode_text(layout.text)
-        harmless = self._defused(layout)
-        if self._encode_by_pieces(harmless).tokens != self._encode_text(harmless.text).tokens:
-            raise RenderError(
-                f"{source}: a message holds the text of a special token ({', '.join(self._special_ids)}), "
-                "and this tokenizer cannot encode it as plain text; take it out of the data"
-            )
-        return self._encode_by_pieces(layout)
-
-    def _forged(self, layout: _Layout) -> bool:
-        """Whether a special token's text touches a message's content."""
-        template_spans = layout.template_spans
-        return any(
-            not any(start <= found.start() and found.end() <= end for start, end in template_spans)
-            for found in self._special.finditer(layout.text)
+        tools = [tool.as_dict() for tool in conversation.tools]
+        disguised = self._run_template(hollow, disguise.put_on(tools), source, generation=generation)
+        pieces = _split(disguised, placeholders, source)
+        text = self._template(messages, source, generation=generation, tools=conversation.tools)
+        contents = _find_contents(
+            text,
+            {index: messages[index] for index in anchored},
+            [disguise.take_off(piece) for piece in pieces],
+            source,
         )
-
-    def _defused(self, layout: _Layout) -> _Layout:
-        """The same text with dashes for every special token's text inside contents; lengths and places stay."""
-        parts = [layout.text[slice(*span)] for span in _alternate(layout)]
-        parts[1::2] = [self._special.sub(lambda found: "-" * len(found[0]), part) for part in parts[1::2]]
-        return _Layout(text="".join(parts), contents=layout.contents)
-
-    def _encode_text(self, text: str, **options: Any) -> _Encoding:
-        output = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **options)
-        return _Encoding(
-            tokens=list(output["input_ids"]), offsets=[(int(a), int(b)) for a, b in output["offset_mapping"]]
-        )
-
-    def _encode_by_pieces(self, layout: _Layout) -> _Encoding:
-        """Encode the template's special tokens one by one and each run of text between them as plain text."""
-        marks = [found.span() for span in layout.template_spans for found in self._special.finditer(layout.text, *span)]
-        tokens: list[int] = []
-        offsets: list[Span] = []
-        for (_, start), (end, after) in pairwise([(0, 0), *marks, (len(layout.text), len(layout.text))]):
-            run = self._encode_text(layout.text[start:end], split_special_tokens=True)
-            tokens += run.tokens
-            offsets += [(start + a, start + b) for a, b in run.offsets]
-            if after > end:
-                tokens.append(self._special_ids[layout.text[end:after]])
-                offsets.append((end, after))
-        return _Encoding(tokens=tokens, offsets=offsets)
-
-    # -- weights ------------------------------------------------------------------------------------------------------
-
-    def _weights(
-        self, conversation: Conversation, train_on: TrainOn, layout: _Layout, encoding: _Encoding
-    ) -> list[float]:
-        chosen = _chosen_messages(conversation, train_on)
-        if not chosen:
-            raise RenderError(f"{conversation.source}: no message to train on under train_on={train_on!r}")
-        spans = [self._trained_span(conversation, index, layout) for index in chosen]
-        return [
-            1.0 if any(first <= start < last and end > first for first, last in spans) else 0.0
-            for start, end in encoding.offsets
+        frames = [0, *(edge for span in contents.values() for edge in span)][::2]
+        hidden = [
+            (start + found.start(), start + found.end())
+            for start, piece in zip(frames, pieces, strict=True)
+            for found in disguise.pattern.finditer(piece)
         ]
+        return _Layout(text=text, contents=contents, literal=tuple(sorted([*contents.values(), *hidden])))
+
+    def _check_places(self, conversation: Conversation) -> None:
+        """Raises `RenderError` for parts of a conversation that the template never reads."""
+        messages = conversation.messages
+        wanted = {
+            "tools": (bool(conversation.tools), ("tools",)),
+            "tool calls": (any(message.tool_calls for message in messages), ("tool_calls",)),
+            "thoughts": (any(message.thinking for message in messages), ("reasoning_content", "thinking")),
+        }
+        for what, (needed, names) in wanted.items():
+            if needed and not any(name in self._template_text for name in names):
+                raise RenderError(f"{conversation.source}: the chat template has no place for {what}")
+        for number, message in enumerate(messages, start=1):
+            if message.images:
+                raise RenderError(
+                    f"{conversation.source}: message {number} holds an image, which this renderer cannot place; "
+                    "use 'qwen3_vl'"
+                )
+
+    def _leading_marker(self, layout: _Layout, index: int) -> Span | None:
+        """The special token right after the content of message `index`, white space aside."""
+        start = layout.contents[index][1]
+        end = min((span[0] for later, span in layout.contents.items() if later > index), default=len(layout.text))
+        found = self._encoder.first_marker(layout.text, start, end)
+        return found if found and not layout.text[start : found[0]].strip() else None
+
+    # -- what is trained ----------------------------------------------------------------------------------------------
 
     def _trained_span(self, conversation: Conversation, index: int, layout: _Layout) -> Span:
         """From the end of the prompt to the end of the turn. A token belongs to the text in which it begins."""
         message, source = conversation.messages[index], conversation.source
-        start, end = layout.contents[index]
-        special = self._leading_special(layout, index)
+        content = layout.contents.get(index)
         if message.role != "assistant":
-            return start, end if special is None else special[1]
-        if special is None or layout.text[slice(*special)] != self._end_of_turn:
+            if content is None:
+                return 0, 0  # empty instructions: nothing to learn
+            marker = self._leading_marker(layout, index)
+            return content[0], content[1] if marker is None else marker[1]
+        start = self._end_of_prompt(conversation, index, layout)
+        if content is None and start is None:
+            raise RenderError(f"{source}: the template does not continue its prompt with message {index + 1}")
+        begin = content[0] if start is None and content else start or 0
+        end = self._end_of(message, index, begin, layout)
+        if end is None:
             raise RenderError(f"{source}: the template does not end message {index + 1} with {self._end_of_turn!r}")
-        if index:
-            prompt = self._template(conversation.messages[:index], source, generation=True)
-            if len(prompt) <= start and layout.text.startswith(prompt):
-                start = len(prompt)
-        return start, special[1]
+        return begin, end
+
+    def _end_of(self, message: Message, index: int, begin: int, layout: _Layout) -> int | None:
+        if not message.tool_calls:
+            marker = self._leading_marker(layout, index)
+            return marker[1] if marker and layout.text[slice(*marker)] == self._end_of_turn else None
+        position = layout.contents[index][1] if index in layout.contents else begin
+        while found := self._encoder.first_marker(layout.text, position):
+            is_literal = any(start <= found[0] and found[1] <= end for start, end in layout.literal)
+            if not is_literal and layout.text[slice(*found)] in (self._end_of_turn, *CALL_ENDS):
+                return found[1]
+            position = found[1]
+        return None
+
+    def _end_of_prompt(self, conversation: Conversation, index: int, layout: _Layout) -> int | None:
+        """Where the prompt for message `index` ends; `None` if the whole text does not begin with that prompt."""
+        if index == 0:
+            return None
+        before = conversation.messages[:index]
+        prompt = self._template(before, conversation.source, generation=True, tools=conversation.tools)
+        content = layout.contents.get(index)
+        fits = content is None or len(prompt) <= content[0]
+        return len(prompt) if fits and layout.text.startswith(prompt) else None
 
 
-def _chosen_messages(conversation: Conversation, train_on: TrainOn) -> list[int]:
-    messages = conversation.messages
-    assistants = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    match train_on:
-        case "last_assistant_message":
-            return assistants[-1:]
-        case "all_assistant_messages":
-            return assistants
-        case "all_messages":
-            return list(range(len(messages)))
-        case "all_user_and_system_messages":
-            return [index for index in range(len(messages)) if index not in assistants]
-        case "customized":
-            unmarked = [str(index + 1) for index, message in enumerate(messages) if message.train is None]
-            if unmarked:
-                raise RenderError(
-                    f"{conversation.source}: train_on='customized' needs \"train\": true or false on every message; "
-                    f"it is missing on message {', '.join(unmarked)}"
-                )
-            return [index for index, message in enumerate(messages) if message.train]
-        case _:
-            raise ValueError(f"train_on {train_on!r} names no known choice of messages")
+class _Disguise:
+    """Marker texts, wherever they stand in values of a conversation, as long as private-use characters instead."""
+
+    def __init__(self, markers: Mapping[str, int]) -> None:
+        self._stand_in = {text: _private(number, len(text)) for number, text in enumerate(markers)}
+        self._original = {stand_in: text for text, stand_in in self._stand_in.items()}
+        self._marker = _any_of(self._stand_in)
+        self.pattern = _any_of(self._original)
+
+    def put_on(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._marker.sub(lambda found: self._stand_in[found[0]], value)
+        if isinstance(value, Mapping):
+            return {self.put_on(key): self.put_on(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.put_on(item) for item in value]
+        return value
+
+    def take_off(self, text: str) -> str:
+        return self.pattern.sub(lambda found: self._original[found[0]], text)
 
 
-def _alternate(layout: _Layout) -> list[Span]:
-    """Template, content, template, … in the order of the text."""
-    template = layout.template_spans
-    spans = [template[0]]
-    for content, after in zip(layout.contents, template[1:], strict=True):
-        spans += [content, after]
-    return spans
+def _private(number: int, length: int) -> str:
+    """Of a plane that text does not use; differs from that of every other marker, and is as long as its own."""
+    digits = f"{number:x}".rjust(max(length - 1, 1), "0")[-max(length - 1, 1) :]
+    return (chr(0x10F000) + "".join(chr(0x10F100 + int(digit, 16)) for digit in digits))[:length]
 
 
-def _placeholders(messages: Sequence[Message]) -> list[str]:
-    """One text per message that occurs in no content and that no template has a reason to change."""
-    stem = "tinsmith"
-    while any(stem in message.content for message in messages):
+def _turn_markers(tokenizer: ChatTokenizer, options: Mapping[str, Any]) -> list[str]:
+    """Added tokens that the template writes around plain turns: markers, flagged as special or not."""
+    from jinja2.exceptions import TemplateError
+
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options))
+    except (TemplateError, TypeError):
+        return []
+    added = (str(token.content) for token in added_tokens(tokenizer).values())
+    return [marker for marker in added if marker in text and marker not in _THOUGHT_TAGS]
+
+
+def _cut(layout: _Layout, trained: Mapping[int, Span]) -> list[Segment]:
+    """The text at every edge of a literal or trained span."""
+    literal = layout.literal
+    edges = sorted({0, len(layout.text), *(edge for span in [*literal, *trained.values()] for edge in span)})
+    segments = []
+    for start, end in pairwise(edges):
+        owner = next((index for index, (first, last) in trained.items() if first <= start and end <= last), None)
+        segments.append(
+            Segment(
+                text=layout.text[start:end],
+                message=owner,
+                trained=owner is not None,
+                literal=any(first <= start and end <= last for first, last in literal),
+            )
+        )
+    return segments
+
+
+def _segment_weight(segment: Segment, chosen: Mapping[int, float]) -> float:
+    return 0.0 if segment.message is None else chosen[segment.message]
+
+
+def _is_anchored(message: Message) -> bool:
+    """Whether its content can be looked for: templates leave out empty instructions, and empty text beside calls."""
+    return bool(message.content) or not (message.tool_calls or message.role in ("system", "developer"))
+
+
+def _placeholders(messages: Sequence[Message], anchored: Sequence[int]) -> dict[int, str]:
+    """One text per message that occurs in no message and that no template has a reason to change."""
+    stem, written = "tinsmith", str([message.as_dict() for message in messages])
+    while stem in written:
         stem += "q"
-    return [f"{stem}{index}content" for index in range(len(messages))]
+    return {index: f"{stem}{index}content" for index in anchored}
 
 
-def _split(text: str, placeholders: Sequence[str], source: str) -> list[str]:
+def _split(text: str, placeholders: Mapping[int, str], source: str) -> list[str]:
     """What the template wrote before, between and after the placeholders."""
     pieces, position = [], 0
-    for number, placeholder in enumerate(placeholders, start=1):
+    for index, placeholder in placeholders.items():
         if text.count(placeholder) != 1:
             raise RenderError(
-                f"{source}: the chat template writes the content of message {number} "
+                f"{source}: the chat template writes the content of message {index + 1} "
                 f"{text.count(placeholder)} times instead of once"
             )
         found = text.find(placeholder, position)
         if found < 0:
-            raise RenderError(f"{source}: the chat template puts message {number} out of order")
+            raise RenderError(f"{source}: the chat template puts message {index + 1} out of order")
         pieces.append(text[position:found])
         position = found + len(placeholder)
     return [*pieces, text[position:]]
 
 
-def _find_contents(text: str, messages: Sequence[Message], pieces: Sequence[str], source: str) -> tuple[Span, ...]:
+def _find_contents(text: str, messages: Mapping[int, Message], pieces: Sequence[str], source: str) -> dict[int, Span]:
     """Where each content lies: the pieces and the contents, in turn, must spell `text` exactly."""
     if not text.startswith(pieces[0]):
         raise RenderError(f"{source}: the chat template writes another beginning for this conversation")
-    spans, position = [], len(pieces[0])
-    for number, (message, piece) in enumerate(zip(messages, pieces[1:], strict=True), start=1):
-        for form in _trimmed_forms(message.content):
+    spans, position = {}, len(pieces[0])
+    for (index, message), piece in zip(messages.items(), pieces[1:], strict=True):
+        for form in _printed_forms(message):
             if text.startswith(form + piece, position):
                 break
         else:
             raise RenderError(
-                f"{source}: the chat template rewrites message {number} (role {message.role!r}); "
+                f"{source}: the chat template rewrites message {index + 1} (role {message.role!r}); "
                 f"expected {message.content[:40]!r}, found {text[position : position + 40]!r}"
             )
-        spans.append((position, position + len(form)))
+        spans[index] = (position, position + len(form))
         position += len(form) + len(piece)
     if position != len(text):
         raise RenderError(f"{source}: the chat template adds {text[position:][:40]!r} at the end")
-    return tuple(spans)
+    return spans
 
 
-def _trimmed_forms(content: str) -> list[str]:
-    """`content` as templates print it: whole, or without white space or line breaks at its ends."""
-    return [
+def _printed_forms(message: Message) -> list[str]:
+    """The content as templates print it: whole, or without white space or line breaks at its ends.
+
+    Some print what a tool returned as JSON text.
+    """
+    content = message.content
+    forms = [
         content, content.strip(), content.strip("\n"), content.lstrip(), content.lstrip("\n"), content.rstrip(),
         content.rstrip("\n"),
     ]  # fmt: skip
+    return [*forms, json.dumps(content, ensure_ascii=False)[1:-1]] if message.role == "tool" else forms
+
+
+def _any_of(texts: Mapping[str, Any]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
