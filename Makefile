@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz cookbook check format bench docs serve clean
+.PHONY: help demo test fuzz cookbook compat check format bench docs serve clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ format: $(VENV)/.dev ## Format the code and fix what can be fixed
 cookbook: $(VENV)/.dev $(COOKBOOK_VENV)/.installed ## Run the newest tinker-cookbook's recipes against a server
 	$(BIN)/python -m tests.cookbook
 
+compat: $(VENV)/.installed ## Try every method of every official SDK; writes docs/compatibility.md
+	$(BIN)/python scripts/compat.py
+
 bench: $(VENV)/.dev $(TINKER_VENV)/.installed ## Measure speed and memory; figures go to bench/results/
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.compare
@@ -49,7 +52,7 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove environments and everything generated
-	rm -rf $(VENV) $(TINKER_VENV) $(COOKBOOK_VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TINKER_VENV) $(COOKBOOK_VENV) .venv-compat site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import sqlalchemy as sa
 
 from tinsmith.control import records
@@ -10,7 +12,7 @@ from tinsmith.control.identity import Clock
 from tinsmith.control.records import CheckpointRow, RunRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.training import Training
-from tinsmith.types.checkpoint import Checkpoint
+from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.errors import InvalidInput, NotFound
 from tinsmith.types.rest import GetSessionResponse, TrainingRun, WeightsInfoResponse
 
@@ -84,21 +86,25 @@ class Catalogue:
             user_metadata=dict(row.user_metadata),
         )
 
-    async def checkpoints_of_run(self, run_id: str) -> list[Checkpoint]:
+    async def checkpoints_of_run(self, run_id: str, kinds: Collection[str] = PATH_KINDS) -> list[Checkpoint]:
         """Newest first. Raises `NotFound` for an unknown run."""
         now = self._clock.time()
 
         def work(connection: sa.Connection) -> list[CheckpointRow]:
             if records.run(connection, run_id) is None:
                 raise NotFound(f"no training run {run_id!r}")
-            return records.checkpoints(connection, now, run_id=run_id)[0]
+            return records.checkpoints(connection, now, run_id=run_id, kinds=kinds)[0]
 
         return [row.as_checkpoint() for row in await self._registry.read(work)]
 
-    async def checkpoints(self, limit: int, offset: int) -> tuple[list[Checkpoint], int]:
+    async def checkpoints(
+        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS
+    ) -> tuple[list[Checkpoint], int]:
         _check_page(limit, offset)
         now = self._clock.time()
-        rows, total = await self._registry.read(lambda c: records.checkpoints(c, now, limit=limit, offset=offset))
+        rows, total = await self._registry.read(
+            lambda c: records.checkpoints(c, now, kinds=kinds, limit=limit, offset=offset)
+        )
         return [row.as_checkpoint() for row in rows], total
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -238,10 +238,18 @@ def versions(connection: sa.Connection, run_id: str, kind: str, name: str) -> li
 
 
 def checkpoints(
-    connection: sa.Connection, now: float, *, run_id: str | None = None, limit: int = -1, offset: int = 0
+    connection: sa.Connection,
+    now: float,
+    *,
+    run_id: str | None = None,
+    kinds: Collection[str] = PATH_KINDS,
+    limit: int = -1,
+    offset: int = 0,
 ) -> tuple[list[CheckpointRow], int]:
     """Current versions, newest first, and how many there are; of one run or of all."""
-    where = [_CURRENT, _alive(now)] + ([] if run_id is None else [CHECKPOINTS.c.run_id == run_id])
+    where = [_CURRENT, _alive(now), CHECKPOINTS.c.kind.in_(kinds)]
+    if run_id is not None:
+        where.append(CHECKPOINTS.c.run_id == run_id)
     newest = sa.select(CHECKPOINTS).where(*where)
     newest = newest.order_by(CHECKPOINTS.c.created_at.desc(), CHECKPOINTS.c.checkpoint_id)
     return _fetch(connection, newest.limit(limit).offset(offset), CheckpointRow), _count(

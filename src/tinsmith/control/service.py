@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from tinsmith.control.traces import TraceLog, trace_document
 from tinsmith.control.training import Training
 from tinsmith.control.usage import Meter, StoredShare, UsageReport
 from tinsmith.runtime.handle import EngineHandle
-from tinsmith.types.checkpoint import Checkpoint
+from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.errors import EngineDied, NotFound, ServerError
 from tinsmith.types.operations import BaseModelCard
 from tinsmith.types.rest import (
@@ -417,11 +417,13 @@ class Control:
     ) -> tuple[list[TrainingRun], int]:
         return await self._catalogue.training_runs(limit, offset, project_id)
 
-    async def list_checkpoints(self, run_id: str) -> list[Checkpoint]:
-        return await self._catalogue.checkpoints_of_run(run_id)
+    async def list_checkpoints(self, run_id: str, kinds: Collection[str] = PATH_KINDS) -> list[Checkpoint]:
+        return await self._catalogue.checkpoints_of_run(run_id, kinds)
 
-    async def list_user_checkpoints(self, limit: int, offset: int) -> tuple[list[Checkpoint], int]:
-        return await self._catalogue.checkpoints(limit, offset)
+    async def list_user_checkpoints(
+        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS
+    ) -> tuple[list[Checkpoint], int]:
+        return await self._catalogue.checkpoints(limit, offset, kinds)
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:
         return await self._catalogue.weights_info(path)

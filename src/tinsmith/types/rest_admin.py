@@ -118,7 +118,8 @@ class CheckpointUsage(WireModel):
 
 class StorageUsage(WireModel):
     type: Literal["storage"] = "storage"
-    free: bool = False
+    free: bool | None = None
+    """Not said here: SDKs before 0.35 refuse a field they do not know."""
     gigabyte_hours: float
 
 

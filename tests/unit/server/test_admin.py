@@ -230,6 +230,7 @@ async def test_usage_counts_tokens_checkpoints_and_storage(client: Client) -> No
     assert infos["sampling_sample"]["event_info"]["token_count"] == 8
     assert infos["checkpoint"]["event_info"]["count"] == 1
     assert infos["storage"]["event_info"]["gigabyte_hours"] > 0
+    assert set(infos["storage"]["event_info"]) == {"type", "gigabyte_hours"}, "older SDKs refuse more"
     assert {event["session_id"] for event in answer["data"]} == {session_id}
     assert {event["project_id"] for event in answer["data"]} == {"p1"}
     assert answer["sessions"] == {session_id: {"user_metadata": {"team": "blue"}}}

@@ -79,6 +79,19 @@ async def test_only_external_checkpoints_have_links(client: Client) -> None:
     assert "save_weights_external" in refused.json()["detail"]
 
 
+@pytest.mark.parametrize(("version", "count"), [("0.16.1", 0), ("0.27.2", 0), ("0.28.0", 1), ("1.0.0", 1), ("", 1)])
+async def test_sdks_that_know_no_external_checkpoints_are_not_told_of_them(
+    client: Client, version: str, count: int
+) -> None:
+    """For one of them they refuse the whole list."""
+    model_id, _ = await exported(client)
+    headers = {"x-stainless-package-version": version}
+    everything = (await client.get("checkpoints", headers=headers)).json()
+    assert len(everything["checkpoints"]) == everything["cursor"]["total_count"] == count
+    of_run = await client.get(f"training_runs/{model_id}/checkpoints", headers=headers)
+    assert len(of_run.json()["checkpoints"]) == count
+
+
 async def test_an_external_checkpoint_cannot_be_trained_on(client: Client) -> None:
     model_id, _ = await exported(client)
     body = {"model_id": model_id, "seq_id": 2, "path": f"tinker://{model_id}/external_weights/e1", "optimizer": False}

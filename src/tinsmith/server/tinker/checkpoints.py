@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Depends, Header, Query
+from starlette.requests import Request
 from starlette.responses import Response
 
 from tinsmith.control.copies import CopyOrder
 from tinsmith.server.service import ServiceDep
 from tinsmith.server.tinker.schemas import CopyWeightsBody, TtlBody, WeightsInfoBody
 from tinsmith.server.tinker.sessions import Limit, Offset
+from tinsmith.types.checkpoint import PATH_KINDS
 from tinsmith.types.rest import (
     CheckpointsListResponse,
     Cursor,
@@ -23,6 +27,19 @@ from tinsmith.types.rest_admin import CopyWeightsResponse
 router = APIRouter(tags=["checkpoints"])
 
 _CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
+
+
+def _kinds_known_to(request: Request) -> Collection[str]:
+    """Kinds of checkpoints that the caller may be told of: the official SDK before 0.28 refuses a whole list for one
+    external checkpoint in it."""
+    version = request.headers.get("x-stainless-package-version", "")
+    number = re.match(r"(\d+)\.(\d+)\.", version)
+    if number is not None and (int(number[1]), int(number[2])) < (0, 28):
+        return [kind for kind in PATH_KINDS if kind != "external_weights"]
+    return PATH_KINDS
+
+
+KnownKinds = Annotated[Collection[str], Depends(_kinds_known_to)]
 
 
 @router.get("/training_runs", response_model_exclude_none=True)
@@ -39,14 +56,16 @@ async def get_training_run(run_id: str, service: ServiceDep) -> TrainingRun:
 
 
 @router.get("/training_runs/{run_id}/checkpoints", response_model_exclude_none=True)
-async def list_checkpoints(run_id: str, service: ServiceDep) -> CheckpointsListResponse:
-    return CheckpointsListResponse(checkpoints=await service.control.list_checkpoints(run_id))
+async def list_checkpoints(run_id: str, service: ServiceDep, kinds: KnownKinds) -> CheckpointsListResponse:
+    return CheckpointsListResponse(checkpoints=await service.control.list_checkpoints(run_id, kinds))
 
 
 @router.get("/checkpoints", response_model_exclude_none=True)
-async def list_user_checkpoints(service: ServiceDep, limit: Limit = 100, offset: Offset = 0) -> CheckpointsListResponse:
+async def list_user_checkpoints(
+    service: ServiceDep, kinds: KnownKinds, limit: Limit = 100, offset: Offset = 0
+) -> CheckpointsListResponse:
     """Newest first."""
-    checkpoints, total = await service.control.list_user_checkpoints(limit, offset)
+    checkpoints, total = await service.control.list_user_checkpoints(limit, offset, kinds)
     return CheckpointsListResponse(
         checkpoints=checkpoints, cursor=Cursor(offset=offset, limit=limit, total_count=total)
     )
