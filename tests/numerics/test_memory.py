@@ -27,7 +27,7 @@ def test_gradients_with_checkpointing_equal_those_without(family: str, tmp_path:
         rng = np.random.default_rng(0)
         driver = Driver(folder, gradient_checkpointing=choice)
         for seed, model_id in enumerate(["a", "b"]):
-            driver.create(model_id, rank=2 + seed, seed=seed, **FAMILIES[family].flags)
+            driver.create(model_id, rank=2 + seed, seed=seed)
             driver.randomize(model_id, seed=seed)
         attention = driver.engine._base._model.get_submodule("model.layers.0.self_attn")
         calls[choice] = _count_calls(

@@ -146,8 +146,10 @@ def test_a_prompt_is_scored_as_evaluation_harnesses_ask(chat_server: ChatServer,
         top = logprobs["top_logprobs"][-2]
         assert (logprobs["token_logprobs"][-2] == max(top.values())) == (greedy == tokens[-1])
     none = httpx2.post(f"{chat_server.url}/v1/completions", json=body | {"max_tokens": 0}, timeout=60).json()
-    lists = [choice["logprobs"]["token_logprobs"] for choice in none["choices"]]
-    assert lists == [choice["logprobs"]["token_logprobs"][:-1] for choice in got["choices"]]
+    for without, choice in zip(none["choices"], got["choices"], strict=True):
+        lone, scored = (c["logprobs"]["token_logprobs"] for c in (without, choice))
+        assert lone[0] is scored[0] is None
+        assert lone[1:] == pytest.approx(scored[1:-1], abs=1e-4)
 
 
 def sampling_params(**fields: Any) -> Any:

@@ -34,7 +34,7 @@ from tinsmith.engine.packed_weights import PackingBudget
 from tinsmith.engine.precision import multiply_float32_in_bfloat16
 from tinsmith.engine.recomputation import Recomputation
 from tinsmith.engine.self_attention import plan_blocks
-from tinsmith.engine.sites import check_groups, open_sites
+from tinsmith.engine.sites import check_groups, open_sites, sites_in_words
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import InvalidInput, TinsmithError, Unsupported
 from tinsmith.types.operations import BaseModelCard, LoraSpec
@@ -77,7 +77,7 @@ class BaseModel:
         self._recomputation.attach(self._layers())
         self.card = self._describe(source, options)
         _logger.info(
-            "base model %s: %s, %.1f M parameters in %s on %s (%s), %d threads; %s; %s",
+            "base model %s: %s, %.1f M parameters in %s on %s (%s), %d threads; adapters attach to %s; %s; %s",
             source.name,
             self.card.architecture,
             self.card.num_parameters / 1e6,
@@ -85,6 +85,7 @@ class BaseModel:
             self.card.device,
             decision.reason,
             torch.get_num_threads(),
+            sites_in_words(self.sites),
             needs,
             self._recomputation.in_words(),
         )

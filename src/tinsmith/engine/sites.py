@@ -100,11 +100,10 @@ def open_sites(
     if isinstance(head, nn.Linear):
         head_name = next(name for name, module in model.named_modules() if module is head)
         sites.append(LoraSite(head_name, "unembed", head.in_features, head.out_features))
-    _logger.info("adapters attach to %s of %s", in_words(sites), type(model).__name__)
     return tuple(sites)
 
 
-def in_words(sites: Sequence[LoraSite]) -> str:
+def sites_in_words(sites: Sequence[LoraSite]) -> str:
     """What adapters attach to, for the log."""
     parts = []
     for group, what in _GROUP_NAMES.items():
