@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_command
+from typer.main import get_command, get_group
 
 from tinsmith import __version__
 
@@ -24,19 +24,31 @@ class LazyCommand:
 
     def load(self, name: str) -> Any:
         home = typer.Typer(add_completion=False)
-        function: Callable[..., None] = getattr(import_module(self.module), self.function)
+        function: Callable[..., None] | typer.Typer = getattr(import_module(self.module), self.function)
+        if isinstance(function, typer.Typer):
+            group = get_group(function)
+            group.name = name
+            return group
         home.command(name, context_settings=self.context_settings)(function)
         return get_command(home)
 
 
 COMMANDS: Final[dict[str, LazyCommand]] = {
+    "checkpoint": LazyCommand(module="tinsmith.cli.checkpoint", function="app"),
     "demo": LazyCommand(module="tinsmith.cli.demo", function="demo"),
     "plan": LazyCommand(module="tinsmith.cli.plan", function="plan"),
+    "events": LazyCommand(module="tinsmith.cli.events", function="app"),
+    "model": LazyCommand(module="tinsmith.cli.objects", function="models"),
     "run": LazyCommand(module="tinsmith.cli.run", function="run", context_settings={"help_option_names": []}),
     "runs": LazyCommand(module="tinsmith.cli.runs", function="runs"),
     "sample": LazyCommand(module="tinsmith.cli.sample", function="sample"),
+    "sampler": LazyCommand(module="tinsmith.cli.objects", function="samplers"),
     "serve": LazyCommand(module="tinsmith.cli.serve", function="serve"),
+    "session": LazyCommand(module="tinsmith.cli.objects", function="sessions"),
 }
+
+
+_RUNS: Final = LazyCommand(module="tinsmith.cli.objects", function="runs")
 
 
 class TinsmithGroup(TyperGroup):
@@ -44,6 +56,12 @@ class TinsmithGroup(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """`run list` and `run info` ask a server; `run RECIPE` trains."""
+        if args[:1] == ["run"] and args[1:2] in (["list"], ["info"]):
+            return "run", _RUNS.load("run"), args[1:]
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return COMMANDS[cmd_name].load(cmd_name) if cmd_name in COMMANDS else None

@@ -3,6 +3,7 @@
 from tinsmith.client.admin import AdminClient
 from tinsmith.client.config import RequestOptions, Timeout, Timing
 from tinsmith.client.custom_loss import LossHandle, PerDatumLoss
+from tinsmith.client.downloads import download_checkpoint
 from tinsmith.client.errors import (
     APIConnectionError,
     APIError,
@@ -73,4 +74,5 @@ __all__ = [
     "TinkerError",
     "TrainingClient",
     "UnprocessableEntityError",
+    "download_checkpoint",
 ]

@@ -16,7 +16,8 @@ import random
 import time
 import urllib.parse
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -230,6 +231,39 @@ class Http:
     async def send_for(self, call: Call, model: type[M], retry: Retry | None = None) -> M:
         """As `send`; the answer as `model`. Raises `APIResponseValidationError` if it is no such thing."""
         return parse(await self.send(call, retry), model)
+
+    @property
+    def pace(self) -> float:
+        """Retry pauses of this client as a share of the usual ones."""
+        return self._config.timing.retry_initial / Timing().retry_initial
+
+    @asynccontextmanager
+    async def stream(self, url: str, *, start: int = 0) -> AsyncIterator[httpx2.Response]:
+        """The answer of a signed address, from byte `start` where the server can; no credential is shown.
+
+        Raises as `send` does, once, and `APIConnectionError` if the answer breaks off.
+        """
+        client = self._client(Pool.TRAIN)
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+        request = client.build_request("GET", url, headers=headers)
+        shown = httpx2.Request("GET", request.url.copy_with(query=None))
+        try:
+            response = await client.send(request, stream=True, follow_redirects=True)
+            response.request = shown
+            try:
+                if response.status_code == 416:
+                    yield httpx2.Response(206, request=shown, headers={"content-length": "0"}, content=b"")
+                    return
+                if response.status_code >= 400:
+                    await response.aread()
+                    raise status_error(response)
+                yield response
+            finally:
+                await response.aclose()
+        except httpx2.TimeoutException as error:
+            raise APITimeoutError(shown, message=f"Request timed out: GET {shown.url}") from error
+        except httpx2.RequestError as error:
+            raise APIConnectionError(shown, f"Connection error: GET {shown.url}: {error}") from error
 
     async def close(self) -> None:
         await self.credential.close()

@@ -202,6 +202,17 @@ class RestClient(RestExchanges):
         """The address of the trace, once the server has written it."""
         return self._connection.begin(lambda: self._export_trace(session_id))
 
+    def fetch_address(self, url: str) -> APIFuture[bytes]:
+        """What a signed address holds. No credential is shown to it."""
+
+        async def fetch() -> bytes:
+            link = self._connection.link
+            await link.configure()
+            async with link.http.stream(url) as answer:
+                return await answer.aread()
+
+        return self._connection.begin(fetch)
+
     def get_sampler(self, sampler_id: str) -> APIFuture[GetSamplerResponse]:
         return self._read(get(f"samplers/{escaped(sampler_id)}"), GetSamplerResponse)
 

@@ -1,0 +1,193 @@
+"""The commands about a server, against the embedded one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner, Result
+
+import tinsmith as tinker
+from tinsmith.cli.app import app
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"local:?data_dir={tmp_path_factory.mktemp('data')}&dtype=float32"
+
+
+@pytest.fixture(scope="module")
+def service(address: str) -> Iterator[tinker.ServiceClient]:
+    with tinker.ServiceClient(base_url=address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def training(service: tinker.ServiceClient) -> tinker.TrainingClient:
+    client = service.create_lora_training_client("tinsmith/tiny", rank=4, seed=1).result(60)
+    for name in ("a", "b", "c"):
+        client.save_state(name, user_metadata={"colour": "red"}).result(60)
+    client.save_weights_for_sampler("s").result(60)
+    return client
+
+
+def tinsmith(address: str, *arguments: str, answer: str | None = None) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--base-url", address], input=answer)
+
+
+def told(address: str, *arguments: str) -> Any:
+    result = tinsmith(address, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def path(training: tinker.TrainingClient, name: str) -> str:
+    return f"tinker://{training.model_id}/weights/{name}"
+
+
+def test_runs_models_sessions_and_samplers_are_listed(
+    address: str, service: tinker.ServiceClient, training: tinker.TrainingClient
+) -> None:
+    assert training.model_id in {run["training_run_id"] for run in told(address, "run", "list")}
+    assert told(address, "run", "info", training.model_id)["lora_rank"] == 4
+    assert "tinsmith/tiny" in tinsmith(address, "model", "list").stdout
+    assert told(address, "model", "list", "no-such") == []
+    session = training.model_id.partition(":")[0]
+    assert session in {one["session_id"] for one in told(address, "session", "list", "--limit", "0")}
+    assert training.model_id in told(address, "session", "info", session)["training_run_ids"]
+    sampler = service.create_sampling_client(base_model="tinsmith/tiny").result(60)
+    assert sampler.get_base_model() == "tinsmith/tiny"
+    (listed,) = told(address, "sampler", "list", "--session", session)
+    assert told(address, "sampler", "info", listed["sampler_id"])["base_model"] == "tinsmith/tiny"
+
+
+def test_checkpoints_are_listed_newest_first_and_limited(address: str, training: tinker.TrainingClient) -> None:
+    names = [one["checkpoint_id"] for one in told(address, "checkpoint", "list", "--run-id", training.model_id)]
+    assert names[:4] == ["sampler_weights/s", "weights/c", "weights/b", "weights/a"]
+    assert len(told(address, "checkpoint", "list", "--limit", "2")) == 2
+    shown = tinsmith(address, "checkpoint", "list", "--limit", "0").stdout
+    assert path(training, "a") in shown
+    info = told(address, "checkpoint", "info", path(training, "a"))
+    assert (info["lora_rank"], info["user_metadata"], info["base_model"]) == (4, {"colour": "red"}, "tinsmith/tiny")
+
+
+def test_a_checkpoint_is_published_given_a_time_to_live_and_deleted(
+    address: str, training: tinker.TrainingClient
+) -> None:
+    training.save_state("doomed").result(60)
+    doomed = path(training, "doomed")
+    told(address, "checkpoint", "publish", doomed)
+    assert told(address, "checkpoint", "info", doomed)["public"] is True
+    told(address, "checkpoint", "unpublish", doomed)
+    told(address, "checkpoint", "set-ttl", doomed, "--ttl", "3600")
+    assert told(address, "checkpoint", "info", doomed)["expires_at"] is not None
+    told(address, "checkpoint", "set-ttl", doomed, "--remove")
+    assert told(address, "checkpoint", "info", doomed)["expires_at"] is None
+    refused = tinsmith(address, "checkpoint", "delete", doomed, answer="n\n")
+    assert refused.exit_code == 1
+    assert told(address, "checkpoint", "info", doomed)["public"] is False
+    assert told(address, "checkpoint", "delete", doomed, "--yes") == {"deleted": [doomed]}
+    assert tinsmith(address, "checkpoint", "info", doomed).exit_code == 1
+
+
+def test_deleting_by_run_obeys_its_filters(address: str, service: tinker.ServiceClient) -> None:
+    client = service.create_lora_training_client("tinsmith/tiny", rank=2).result(60)
+    client.save_state("x").result(60)
+    client.save_weights_for_sampler("y").result(60)
+    arguments = ("checkpoint", "delete", "--run-id", client.model_id, "--yes")
+    assert told(address, *arguments, "--after", "2100-01-01") == {"deleted": []}
+    assert told(address, *arguments, "--type", "sampler") == {
+        "deleted": [f"tinker://{client.model_id}/sampler_weights/y"]
+    }
+    assert told(address, *arguments, "--before", "2100-01-01") == {"deleted": [path(client, "x")]}
+
+
+def test_a_download_has_the_adapter_and_goes_on_where_it_stopped(
+    address: str, training: tinker.TrainingClient, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    result = tinsmith(address, "checkpoint", "download", path(training, "a"), "--output", str(first))
+    assert result.exit_code == 0, result.output
+    with safe_open(first / "adapter_model.safetensors", "numpy") as file:
+        assert any("lora_A" in name for name in file.keys())  # noqa: SIM118
+    whole = (first / "adapter_model.safetensors").read_bytes()
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "adapter_model.safetensors.part").write_bytes(whole[:1000])
+    assert told(address, "checkpoint", "download", path(training, "a"), "--output", str(second))["folder"] == str(
+        second
+    )
+    assert (second / "adapter_model.safetensors").read_bytes() == whole
+    names = [one["checkpoint_id"] for one in told(address, "checkpoint", "list", "--limit", "0")]
+    assert "external_weights/download" not in names
+
+
+def test_a_samplers_checkpoint_is_not_for_download(address: str, training: tinker.TrainingClient) -> None:
+    result = tinsmith(address, "checkpoint", "download", f"tinker://{training.model_id}/sampler_weights/s")
+    assert result.exit_code == 1
+    assert "use the training checkpoint" in result.output
+
+
+def test_an_adapter_is_pushed_with_a_model_card(
+    address: str, training: tinker.TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: dict[str, Any] = {}
+
+    class Hub:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            pushed["repo"] = (repo, options["private"])
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+            pushed["files"] = sorted(file.name for file in folder_path.iterdir())
+            pushed["card"] = (folder_path / "README.md").read_text()
+            return SimpleNamespace(commit_url=f"https://hub.test/{repo_id}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    told(address, "checkpoint", "push-hf", path(training, "a"), "--repo", "me/adapter")
+    assert pushed["repo"] == ("me/adapter", True)
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(pushed["files"])
+    assert "base_model: tinsmith/tiny" in pushed["card"]
+
+
+def test_a_trace_is_fetched(address: str, training: tinker.TrainingClient, tmp_path: Path) -> None:
+    session, file = training.model_id.partition(":")[0], tmp_path / "trace.json"
+    assert told(address, "session", "export-trace", session, "--output", str(file)) == {"file": str(file)}
+    assert json.loads(file.read_text())
+    assert told(address, "session", "export-trace", session, "--url-only")["url"].startswith("http")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", "info", "nosuch"), 1, "nosuch"),
+        (("checkpoint", "set-ttl", "tinker://a/weights/b"), 2, "--ttl"),
+        (("checkpoint", "delete"), 2, "--run-id"),
+        (("checkpoint", "publish", "weights/x"), 1, "not a checkpoint path"),
+        (("checkpoint", "delete", "--run-id", "r", "--type", "big"), 2, "big"),
+    ],
+)
+def test_mistakes_have_exit_codes_and_words(address: str, arguments: tuple[str, ...], code: int, words: str) -> None:
+    result = tinsmith(address, *arguments)
+    assert result.exit_code == code
+    assert words in result.output
+
+
+def test_a_server_that_is_not_there_is_an_error_soon() -> None:
+    result = tinsmith("http://127.0.0.1:9", "model", "list")
+    assert result.exit_code == 1
+    assert "tinsmith serve" in result.output
+
+
+def test_recorded_events_are_shown_and_exported(tmp_path: Path) -> None:
+    file = tmp_path / "e.jsonl"
+    file.write_text('{"event": "operation.finished", "time": 1.0, "run_id": "r", "loss": 0.5}\n')
+    run = CliRunner()
+    assert "operation.finished" in run.invoke(app, ["events", "show", str(file)]).stdout
+    result = run.invoke(app, ["events", "export", str(file), str(tmp_path / "e.csv"), "--json"])
+    assert json.loads(result.stdout)["rows"] == 1
+    assert (tmp_path / "e.csv").read_text().startswith("event,time,run_id,loss")
