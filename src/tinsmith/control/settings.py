@@ -13,7 +13,7 @@ class ControlSettings(BaseModel):
     data_dir: Path
     """Holds the registry and the checkpoints. One running server per folder."""
     max_batch_tokens: int = Field(default=8192, ge=1)
-    """Training tokens handed to an engine in one `TrainBatch`; a single larger request still goes alone."""
+    """Training tokens handed to an engine together; a single larger request still goes alone."""
     seq_gap_timeout_s: float = Field(default=60.0, gt=0)
     """How long requests wait for a missing sequence number before them."""
     future_ttl_s: float = Field(default=3600.0, gt=0)
