@@ -193,7 +193,7 @@ class BaseModel:
             raise Unsupported(f"{type(self._model).__name__} has no linear unembedding")
         bias = head.bias.detach().float() if head.bias is not None else None
         softcap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
-        return Unembedding(head.weight.detach().float(), bias, len(self.sites) - 1, softcap)
+        return Unembedding(head.weight.detach().float(), bias, len(self.sites) - 1, softcap, head.weight.detach())
 
     def _most_tokens_kept(self, options: EngineOptions) -> int | None:
         if options.gradient_checkpointing == "on":

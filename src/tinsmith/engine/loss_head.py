@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tinsmith.engine.lora import Segment
 
-_CHUNK_LOGITS = 2**22
-"""Logits held at once: 16 MB in fp32."""
+_CHUNK_LOGITS = 2**23
+"""Logits held at once: 32 MB in fp32, written again for every chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,8 @@ class Unembedding:
     """Its number among the adapter sites, if adapters may attach to it."""
     softcap: float | None = None
     """Logits are squeezed into ± this: c * tanh(logits / c)."""
+    stored_VH: Tensor | None = None
+    """The weights in the dtype of the base model. Gradients of hidden states in that dtype are multiplied with them."""
 
     @property
     def vocab_size(self) -> int:
@@ -47,7 +49,7 @@ def target_logprobs(
 
 def logits_of(hidden_TH: Tensor, head: Unembedding, segments: Sequence[Segment]) -> Tensor:
     """fp32 logits `[T, V]`; for a handful of rows."""
-    logits_TV, _ = _chunk_logits(hidden_TH.float(), head, _active(segments, head), 0)
+    logits_TV, _ = _chunk_logits(hidden_TH.float(), head, _active(segments, head), 0, None)
     return logits_TV
 
 
@@ -57,8 +59,9 @@ class _TargetLogprobs(torch.autograd.Function):
         segments = _active(segments, head)
         logprobs_M = torch.empty(len(rows_M), dtype=torch.float32, device=hidden_TH.device)
         normalizer_T = torch.empty(hidden_TH.shape[0], dtype=torch.float32, device=hidden_TH.device)
+        buffer = _buffer(hidden_TH, head)
         for start, end, pairs in _chunks(hidden_TH.shape[0], head.vocab_size, rows_M):
-            logits_CV, _ = _chunk_logits(hidden_TH[start:end].float(), head, segments, start)
+            logits_CV, _ = _chunk_logits(hidden_TH[start:end].float(), head, segments, start, buffer)
             normalizer_T[start:end] = torch.logsumexp(logits_CV, dim=-1)
             rows = rows_M[pairs]
             logprobs_M[pairs] = logits_CV[rows - start, tokens_M[pairs]] - normalizer_T[rows]
@@ -71,13 +74,14 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden_TH, rows_M, tokens_M, normalizer_T = ctx.saved_tensors
         head: Unembedding = ctx.head
         grad_TH = torch.zeros_like(hidden_TH)
+        buffer = _buffer(hidden_TH, head)
         # d lp[t, v] / d logits[t, :] = onehot(v) - softmax(logits[t, :])
         for start, end, pairs in _chunks(hidden_TH.shape[0], head.vocab_size, rows_M):
             chunk_grad = grad_M[pairs]
             if not chunk_grad.any():
                 continue
             hidden_CH = hidden_TH[start:end].float()
-            grad_logits_CV, low_rank = _chunk_logits(hidden_CH, head, ctx.segments, start)
+            grad_logits_CV, low_rank = _chunk_logits(hidden_CH, head, ctx.segments, start, buffer)
             slope_CV = None if head.softcap is None else 1 - (grad_logits_CV / head.softcap).square_()
             rows = rows_M[pairs] - start
             total_C = torch.zeros(end - start, dtype=torch.float32, device=grad_M.device).index_add_(
@@ -87,7 +91,7 @@ class _TargetLogprobs(torch.autograd.Function):
             grad_logits_CV.index_put_((rows, tokens_M[pairs]), chunk_grad, accumulate=True)
             if slope_CV is not None:
                 grad_logits_CV.mul_(slope_CV)
-            grad_CH = grad_logits_CV @ head.weight_VH
+            grad_CH = _carried_back(grad_logits_CV, head, hidden_TH.dtype)
             if low_rank:
                 inside = _within(ctx.segments, start, end)
                 for segment, h_tR in zip(inside, low_rank, strict=True):
@@ -96,10 +100,28 @@ class _TargetLogprobs(torch.autograd.Function):
         return grad_TH, None, None, None, None
 
 
+def _buffer(hidden_TH: Tensor, head: Unembedding) -> Tensor:
+    rows = min(hidden_TH.shape[0], _rows_per_chunk(head.vocab_size))
+    return torch.empty(rows, head.vocab_size, dtype=torch.float32, device=hidden_TH.device)
+
+
+def _carried_back(grad_logits_CV: Tensor, head: Unembedding, dtype: torch.dtype) -> Tensor:
+    """fp32; in a low-precision model its factors are rounded as those of its other layers are."""
+    if head.stored_VH is None or head.stored_VH.dtype != dtype or dtype == torch.float32:
+        return grad_logits_CV @ head.weight_VH
+    return (grad_logits_CV.to(dtype) @ head.stored_VH).float()
+
+
 def _chunk_logits(
-    hidden_CH: Tensor, head: Unembedding, segments: Sequence[Segment], start: int
+    hidden_CH: Tensor, head: Unembedding, segments: Sequence[Segment], start: int, buffer: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    logits_CV = torch.nn.functional.linear(hidden_CH, head.weight_VH, head.bias_V)
+    """`buffer`, if there is one, is written to."""
+    if buffer is None:
+        logits_CV = torch.nn.functional.linear(hidden_CH, head.weight_VH, head.bias_V)
+    else:
+        logits_CV = torch.mm(hidden_CH, head.weight_VH.T, out=buffer[: hidden_CH.shape[0]])
+        if head.bias_V is not None:
+            logits_CV.add_(head.bias_V)
     inside = _within(segments, start, start + hidden_CH.shape[0])
     low_rank = [segment.add_update(logits_CV, hidden_CH, _site(head)) for segment in inside]
     if head.softcap is not None:
@@ -107,9 +129,13 @@ def _chunk_logits(
     return logits_CV, low_rank
 
 
+def _rows_per_chunk(vocab_size: int) -> int:
+    return max(1, _CHUNK_LOGITS // vocab_size)
+
+
 def _chunks(num_rows: int, vocab_size: int, rows_M: Tensor) -> Iterator[tuple[int, int, slice]]:
     """`(first row, end row, the pairs that want them)`."""
-    size = max(1, _CHUNK_LOGITS // vocab_size)
+    size = _rows_per_chunk(vocab_size)
     starts = list(range(0, num_rows, size))
     bounds = torch.searchsorted(rows_M, torch.tensor([*starts, num_rows], device=rows_M.device)).tolist()
     for i, start in enumerate(starts):
