@@ -23,6 +23,7 @@ from tinsmith.client import (
     ServiceClient,
     TrainingClient,
     batches,
+    polling,
     training,
 )
 from tinsmith.client.loop import LoopThread
@@ -140,6 +141,8 @@ def explode_later(*_: object, **__: object) -> Any:
         ("http", "_headers", explode),
         (training.TrainingClient, "_submit_chunk", explode_later),
         ("link", "result", explode_later),
+        (polling.ResultPoller, "_call", explode),
+        (polling.ResultPoller, "_read", explode),
         (training, "decode_forward_backward_output", explode),
         (training, "merge_outputs", explode),
     ],
@@ -162,6 +165,16 @@ def test_a_raise_at_any_stage_ends_the_future_within_a_second(
             future.result(1)
         assert time.monotonic() - started < 1
     training.optim_step(types.AdamParams()).result(1)
+
+
+def test_a_callback_that_raises_spoils_neither_the_future_nor_the_client(
+    training: TrainingClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    future = training.forward_backward(DATA, "cross_entropy")
+    future.add_done_callback(explode)
+    assert future.result(1).metrics["loss:sum"]
+    assert training.optim_step(types.AdamParams()).result(1).metrics == {"step:sum": 1.0}
+    assert "exception calling callback" in caplog.text
 
 
 @pytest.mark.parametrize(
