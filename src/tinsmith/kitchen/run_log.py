@@ -154,7 +154,7 @@ def last_checkpoint(config: TrainingConfig, folder: RunFolder) -> CheckpointReco
     Raises `RunFolderError` if the folder holds no run, or one of another config.
     """
     then, now = folder.read_config(), config.model_dump(mode="json")
-    for key in sorted(now.keys() - FREE_TO_CHANGE):
+    for key in sorted(now.keys() - (FREE_TO_CHANGE - config.bound_keys())):
         if then.get(key) != now[key]:
             raise RunFolderError(
                 f"the run in {str(folder.path)!r} was made with {key}={then.get(key)!r}, not {now[key]!r}; "

@@ -57,6 +57,8 @@ class Runner:
     """`Context.cursor` of the iteration to go on after; empty to begin at the beginning."""
     clock: Callable[[], float] = time.monotonic
     _completed: list[tuple[Stage, Context]] = field(default_factory=list)
+    _latest: Context | None = None
+    """What the last stage returned that was not in a parallel branch: cleaning up begins with it after a failure."""
 
     async def run(self, workflow: Workflow, ctx: Context) -> Context:
         """Raises `StageError`, and cancels what still runs if it is cancelled itself."""
@@ -77,11 +79,12 @@ class Runner:
         return ctx
 
     async def _workflow(self, workflow: Workflow, ctx: Context, way: _Way) -> Context:
-        newest = _Newest(ctx)
+        outer, self._latest = ctx, ctx
         try:
-            ctx = await self._sequence(workflow.nodes, ctx, way, newest)
+            ctx = await self._sequence(workflow.nodes, ctx, way)
         except BaseException as error:
-            await self._clean_up(workflow, newest.ctx.put(failure=error), way, error)
+            latest = replace(self._latest, path=outer.path, config=outer.config)
+            await self._clean_up(workflow, latest.put(failure=error), way, error)
             raise
         return await self._clean_up(workflow, ctx, way, None)
 
@@ -106,15 +109,13 @@ class Runner:
 
     # -- sequences ----------------------------------------------------------------------------------------------------
 
-    async def _sequence(self, nodes: Sequence[Node], ctx: Context, way: _Way, newest: _Newest | None = None) -> Context:
+    async def _sequence(self, nodes: Sequence[Node], ctx: Context, way: _Way) -> Context:
         target = self._target(nodes, ctx) if way.going_on else None
         for number, node in enumerate(nodes):
             if way.again or (target is not None and number < target):
                 ctx = await self._again(node, ctx, way)
             else:
                 ctx = await self._node(node, ctx, replace(way, going_on=number == target))
-            if newest is not None:
-                newest.ctx = ctx
         return ctx
 
     def _target(self, nodes: Sequence[Node], ctx: Context) -> int:
@@ -275,7 +276,10 @@ class Runner:
         begun.emit("stage.run.stop", {"duration_s": self.clock() - began}, stage=place)
         if has_rollback(stage):
             self._completed.append((stage, done))
-        return replace(done, current_stage=ctx.current_stage, stage_opts=ctx.stage_opts)
+        done = replace(done, current_stage=ctx.current_stage, stage_opts=ctx.stage_opts)
+        if not way.in_thread:
+            self._latest = done
+        return done
 
     async def _execute(self, stage: Stage, ctx: Context, way: _Way) -> Context:
         ctx = _result(await _call(stage.before, ctx, way), ctx)
@@ -289,7 +293,7 @@ class Runner:
 
 @dataclass(slots=True)
 class _Newest:
-    """The last context a sequence came to: what cleaning up is given when it fails."""
+    """The last context of an async loop's body: what its producer is given."""
 
     ctx: Context
 

@@ -14,8 +14,6 @@ from tinsmith.types import AdamParams
 
 
 class TrainingConfig(RecipeConfig):
-    data: Path | None = None
-    """Where the examples are."""
     model: str = Field(default=TINY, min_length=1)
     """Base model: tinsmith/tiny, a Hugging Face id, a folder, or what the server at base_url calls it."""
     output: Path | None = None
@@ -54,6 +52,10 @@ class TrainingConfig(RecipeConfig):
         if self.resume and self.output is None:
             raise ValueError("resume=true needs output=: the folder of the run to go on with")
         return self
+
+    def bound_keys(self) -> frozenset[str]:
+        """Keys that change what is learned here, though elsewhere they do not: a resumed run must keep them."""
+        return frozenset()
 
     def adam_params(self, step: int, num_steps: int) -> AdamParams:
         """Of `step` (from 1)."""

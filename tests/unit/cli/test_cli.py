@@ -132,7 +132,7 @@ def test_keys_may_come_from_a_file(cli: Run, opened: list[dict[str, Any]], data:
     [
         (("run", "bake"), 2, "error: unknown recipe 'bake'; the recipes are supervised"),
         (("run", "supervised"), 2, "error: key 'data' is required"),
-        (("run", "supervised", "data=x", "epoch=3"), 2, "error: unknown key 'epoch'; the keys are data, model, "),
+        (("run", "supervised", "data=x", "epoch=3"), 2, "error: unknown key 'epoch'; the keys are model, output, "),
         (("run", "supervised", "data=x", "epochs=many"), 2, "error: epochs='many': Input should be a valid integer"),
         (("run", "supervised", "data=none.jsonl"), 1, "error: cannot read the data file 'none.jsonl': No such file"),
         (("run", "supervised", "--config", "none.toml"), 2, "error: cannot read the config file 'none.toml'"),

@@ -49,7 +49,7 @@ def test_none_is_taken_where_a_key_may_be_none() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["epoch=3", "data=x"], r"unknown key 'epoch'; the keys are data, model, output, .*eval_every"),
+        (["epoch=3", "data=x"], r"unknown key 'epoch'; the keys are model, output, .*data, .*eval_every"),
         ([], "key 'data' is required: JSONL file of"),
         (["data=x", "epochs=0"], "epochs='0': Input should be greater than or equal to 1"),
         (["data=x", "learning_rate=fast"], "learning_rate='fast': Input should be a valid number"),

@@ -7,3 +7,6 @@ from typing import Final
 
 DEMO_CONVERSATIONS: Final = Path(__file__).parent / "tinsmith.jsonl"
 """A tinsmith named Tilly answers questions about her trade."""
+
+DEMO_PREFERENCES: Final = Path(__file__).parent / "preferences.jsonl"
+"""Pairs of answers to plain questions: the chosen ones greet, as Tilly would; the rejected ones are curt."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinsmith.data import DEMO_CONVERSATIONS, ChatTokenizer, load_tokenizer
+from tinsmith.data import DEMO_CONVERSATIONS, ChatTokenizer, Message, load_tokenizer
 from tinsmith.kitchen.adapters.datasets import FileDatasets, MemoryDatasets
 from tinsmith.kitchen.adapters.evaluators import ExactMatch
 from tinsmith.kitchen.adapters.noop_training import NoopBackend
@@ -18,6 +18,8 @@ from tinsmith.kitchen.ports import (
     Completer,
     Dataset,
     EmbeddingClient,
+    Environment,
+    EnvironmentSource,
     Feedback,
     FeedbackClient,
     HubClient,
@@ -25,6 +27,7 @@ from tinsmith.kitchen.ports import (
     MetricRow,
     MetricsStore,
     ModelRegistry,
+    Outcome,
     RegisteredModel,
     TokenizerClient,
     VectorStore,
@@ -39,6 +42,7 @@ def noop_adapters(**options: Any) -> dict[str, Any]:
     return {
         "training_client": backend,
         "sampling_client": backend,
+        "environment": EvenDigits(),
         "dataset_store": NoopDatasets(),
         "blob_store": MemoryBlobs(),
         "metrics_store": MemoryMetrics(),
@@ -52,6 +56,30 @@ def noop_adapters(**options: Any) -> dict[str, Any]:
         "embedding_client": HashEmbeddings(),
         "vector_store": MemoryVectors(),
     }
+
+
+@dataclass(slots=True)
+class EvenDigit(Environment):
+    """Two turns; each answer that ends with an even digit is worth a half."""
+
+    index: int
+    turns: int = 0
+
+    def start(self) -> Sequence[Message]:
+        return [Message(role="user", content=f"An even digit, please, for task {self.index}.")]
+
+    def step(self, answer: str) -> Outcome:
+        self.turns += 1
+        reward = 0.5 if answer.strip()[-1:] in tuple("02468") else 0.0
+        said = () if self.turns == 2 else (Message(role="user", content="Another one."),)
+        return Outcome(reward=reward, done=self.turns == 2, messages=said)
+
+
+class EvenDigits(EnvironmentSource):
+    """What the noop backend's samples, digits that the seed draws, are sometimes right about."""
+
+    def episode(self, index: int) -> Environment:
+        return EvenDigit(index)
 
 
 @dataclass(slots=True)

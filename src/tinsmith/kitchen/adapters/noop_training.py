@@ -103,17 +103,20 @@ class NoopPending(Generic[T]):
 class NoopBackend(TrainingBackend):
     """Keeps checkpoints in memory; give two backends the same `store` to let one resume what the other saved.
 
-    With `fail_after_steps`, the first operation submitted after that many optimizer steps raises `NoopFailure`.
+    With `fail_after_steps`, the first operation submitted after that many optimizer steps of its session raises
+    `NoopFailure`; `fail_after_submitted_steps` counts those of all sessions.
     """
 
     chat_tokenizer: ChatTokenizer | None = None
     """`None` takes that of tinsmith/tiny."""
     fail_after_steps: int | None = None
+    fail_after_submitted_steps: int | None = None
     store: dict[str, _Weights] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     """What was submitted and what was read, in order: `submit optim_step 1`, `read optim_step 1`."""
     adam_params: list[AdamParams] = field(default_factory=list)
     data: list[tuple[Datum, ...]] = field(default_factory=list)
+    loss_configs: list[tuple[str, Mapping[str, float | str]]] = field(default_factory=list)
     specs: list[SessionSpec] = field(default_factory=list)
     closed: bool = False
 
@@ -166,6 +169,7 @@ class NoopSession:
         output = self._output(data, loss_fn)
         self.gradients.append(_digest(data) + json.dumps([loss_fn, dict(loss_fn_config or {})]))
         self.backend.data.append(tuple(data))
+        self.backend.loss_configs.append((loss_fn, dict(loss_fn_config or {})))
         return self._submit("forward_backward", output)
 
     def forward_backward_custom(self, data: Sequence[Datum], loss: CustomLoss) -> NoopPending[ForwardBackwardOutput]:
@@ -234,6 +238,10 @@ class NoopSession:
         backend, number = self.backend, self.weights.steps + 1
         if backend.fail_after_steps is not None and self.weights.steps >= backend.fail_after_steps:
             raise NoopFailure(f"{operation} after {self.weights.steps} steps, as asked")
+        if backend.fail_after_submitted_steps is not None:
+            submitted = sum(1 for call in backend.calls if call.startswith("submit optim_step"))
+            if submitted >= backend.fail_after_submitted_steps:
+                raise NoopFailure(f"{operation} after {submitted} steps of all sessions, as asked")
         backend.calls.append(f"submit {operation} {number}")
         return NoopPending(value, lambda: backend.calls.append(f"read {operation} {number}"))
 

@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from tinsmith.kitchen.ports.data import BlobStore, Dataset, DatasetStore, Record, dataset_of
+from tinsmith.kitchen.ports.environment import Environment, EnvironmentSource, Outcome
 from tinsmith.kitchen.ports.services import (
     Completer,
     EmbeddingClient,
@@ -37,6 +38,7 @@ from tinsmith.kitchen.ports.training import (
 PORTS: Final[dict[str, Any]] = {
     "training_client": TrainingClient,
     "sampling_client": SamplingClient,
+    "environment": EnvironmentSource,
     "dataset_store": DatasetStore,
     "blob_store": BlobStore,
     "metrics_store": MetricsStore,
@@ -61,6 +63,8 @@ __all__ = [
     "Dataset",
     "DatasetStore",
     "EmbeddingClient",
+    "Environment",
+    "EnvironmentSource",
     "EvalExample",
     "EvalResult",
     "Evaluator",
@@ -72,6 +76,7 @@ __all__ = [
     "MetricRow",
     "MetricsStore",
     "ModelRegistry",
+    "Outcome",
     "Pending",
     "Record",
     "RegisteredModel",

@@ -5,8 +5,46 @@ from __future__ import annotations
 from typing import Final
 
 from tinsmith.kitchen.recipe import Recipe
+from tinsmith.kitchen.recipes.distillation import (
+    Distillation,
+    DistillationConfig,
+    OffPolicyConfig,
+    OffPolicyDistillation,
+)
+from tinsmith.kitchen.recipes.preference import Dpo, Preference, PreferenceConfig
+from tinsmith.kitchen.recipes.reinforcement import MathRl, MultiTurnRl, Reinforcement, ReinforcementConfig
 from tinsmith.kitchen.recipes.supervised import ChatSl, SlBasic, Supervised, SupervisedConfig
 
-RECIPES: Final[dict[str, type[Recipe]]] = {recipe.name: recipe for recipe in (Supervised, SlBasic, ChatSl)}
+_ALL: Final[tuple[type[Recipe], ...]] = (
+    Supervised,
+    SlBasic,
+    ChatSl,
+    Preference,
+    Dpo,
+    Reinforcement,
+    MathRl,
+    MultiTurnRl,
+    Distillation,
+    OffPolicyDistillation,
+)
+RECIPES: Final[dict[str, type[Recipe]]] = {recipe.name: recipe for recipe in _ALL}
 
-__all__ = ["RECIPES", "ChatSl", "Recipe", "SlBasic", "Supervised", "SupervisedConfig"]
+__all__ = [
+    "RECIPES",
+    "ChatSl",
+    "Distillation",
+    "DistillationConfig",
+    "Dpo",
+    "MathRl",
+    "MultiTurnRl",
+    "OffPolicyConfig",
+    "OffPolicyDistillation",
+    "Preference",
+    "PreferenceConfig",
+    "Recipe",
+    "Reinforcement",
+    "ReinforcementConfig",
+    "SlBasic",
+    "Supervised",
+    "SupervisedConfig",
+]

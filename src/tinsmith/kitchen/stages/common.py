@@ -72,7 +72,7 @@ class OpenRun(Stage):
         config, folder, begin, course = ctx.config, folder_of(ctx), begin_of(ctx), ctx.state.course
         client, session = ctx.get_adapter("training_client"), ctx.state.session
         if config.resume:
-            folder.rewind(begin.step if begin else 0)
+            folder.rewind(begin.step if begin else -1)
         else:
             folder.create(
                 config=config.model_copy(update={"output": folder.path}).model_dump(mode="json"),

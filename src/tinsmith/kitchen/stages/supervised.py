@@ -1,8 +1,4 @@
-"""Stages of supervised fine-tuning.
-
-Each step is submitted before the results of the one before it are read, so the server never waits for this program;
-order, not timing, carries correctness. Everything a step does follows from the config, the data and the step's number.
-"""
+"""Stages of supervised fine-tuning. Everything a step does follows from the config, the data and the step's number."""
 
 from __future__ import annotations
 
@@ -14,11 +10,12 @@ from tinsmith.data import BatchPlan, ConversationDataset, ConversationFile, buil
 from tinsmith.data.jsonl import conversations_of
 from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.errors import ConfigError
-from tinsmith.kitchen.ports import CheckpointPaths, Dataset, Pending
-from tinsmith.kitchen.run_log import RunLog, checkpoint_name
+from tinsmith.kitchen.ports import Dataset, Pending
+from tinsmith.kitchen.run_log import RunLog
 from tinsmith.kitchen.stage import Stage
-from tinsmith.kitchen.stages.common import count, data_path, is_due
-from tinsmith.types import ForwardBackwardOutput, OptimStepResponse
+from tinsmith.kitchen.stages.common import count, data_path
+from tinsmith.kitchen.stages.steps import Measured, submit_step
+from tinsmith.types import ForwardBackwardOutput
 
 LOSS_FN: Final = "cross_entropy"
 FEW_STEPS: Final = 10
@@ -103,24 +100,6 @@ def _remarks(file: ConversationFile, training: ConversationDataset, plan: BatchP
     return remarks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submitted:
-    """One step under way: what to wait for, and what its row needs beside the results."""
-
-    step: int
-    """From 1."""
-    epoch: int
-    """From 1."""
-    cursor: Mapping[str, int]
-    learning_rate: float
-    num_tokens: int
-    num_trained: int
-    forward_backward: Pending[ForwardBackwardOutput]
-    optim_step: Pending[OptimStepResponse]
-    save: Pending[CheckpointPaths] | None
-    evaluation: Pending[ForwardBackwardOutput] | None
-
-
 class SubmitStep(Stage):
     """Forward, backward and optimizer step; where they are due, a checkpoint and an evaluation behind them."""
 
@@ -129,86 +108,25 @@ class SubmitStep(Stage):
 
     def execute(self, ctx: Context) -> Context:
         course: SupervisedCourse = ctx.state.course
-        step = ctx.state.steps_current + 1
-        submitted = _submit(ctx, course, step)
-        ctx.emit("dataset.batch", {"step": step, "tokens": submitted.num_tokens})
-        return ctx.put(under_way=(*ctx.get_state("under_way", ()), submitted))
+        client, session, step = ctx.get_adapter("training_client"), ctx.state.session, ctx.state.steps_current + 1
+        data, num_trained = course.training.data(course.plan.batch(step - 1))
 
+        def evaluate() -> Pending[ForwardBackwardOutput]:
+            assert course.test is not None, "asked only where a test set was held out"
+            test_data, _ = course.test.data(range(len(course.test.examples)))
+            found: Pending[ForwardBackwardOutput] = client.forward(session, test_data, LOSS_FN)
+            return found
 
-def _submit(ctx: Context, course: SupervisedCourse, step: int) -> Submitted:
-    config, client, session = ctx.config, ctx.get_adapter("training_client"), ctx.state.session
-    last = step == course.num_steps
-    data, num_trained = course.training.data(course.plan.batch(step - 1))
-    params = config.adam_params(step, course.num_steps)
-    forward_backward = client.forward_backward(session, data, LOSS_FN)
-    optim_step = client.optim_step(session, params)
-    save = evaluation = None
-    if last or is_due(step, config.save_every):
-        save = client.save_checkpoint(session, checkpoint_name(step))
-    if course.test and (last or is_due(step, config.eval_every)):
-        test_data, _ = course.test.data(range(len(course.test.examples)))
-        evaluation = client.forward(session, test_data, LOSS_FN)
-    return Submitted(
-        step=step,
-        epoch=course.plan.epoch_of(step - 1) + 1,
-        cursor=ctx.cursor,
-        learning_rate=params.learning_rate,
-        num_tokens=sum(datum.model_input.length for datum in data),
-        num_trained=num_trained,
-        forward_backward=forward_backward,
-        optim_step=optim_step,
-        save=save,
-        evaluation=evaluation,
-    )
-
-
-class ReadStep(Stage):
-    """Wait for the steps under way, but for the newest `leave`, and write them down."""
-
-    name = "read_step"
-    options = ("leave",)
-    commits = True
-
-    async def execute(self, ctx: Context) -> Context:
-        under_way: tuple[Submitted, ...] = ctx.get_state("under_way", ())
-        while len(under_way) > ctx.stage_opts.leave:
-            ctx = await _read(ctx, under_way[0])
-            under_way = under_way[1:]
-        return ctx.put(under_way=under_way)
-
-
-async def _read(ctx: Context, submitted: Submitted) -> Context:
-    """The checkpoint comes last, so that the rows before a checkpoint are there."""
-    log: RunLog = ctx.state.log
-    loss = (await submitted.forward_backward).loss_sum
-    optimizer_metrics = (await submitted.optim_step).metrics or {}
-    row = log.step(
-        step=submitted.step,
-        epoch=submitted.epoch,
-        loss=loss,
-        loss_sum=loss * submitted.num_trained,
-        tokens=submitted.num_tokens,
-        learning_rate=submitted.learning_rate,
-        grad_norm=optimizer_metrics.get("grad_norm:mean"),
-    )
-    ctx.emit("training.step", {"step": row.step, "loss": row.loss, "learning_rate": row.learning_rate})
-    if submitted.evaluation is not None:
-        test_loss = (await submitted.evaluation).loss_sum
-        log.evaluated(row.step, test_loss=test_loss)
-        ctx.emit("eval.complete", {"step": row.step, "test_loss": test_loss})
-    if submitted.save is not None:
-        client, session = ctx.get_adapter("training_client"), ctx.state.session
-        run_id = client.run_id(session)
-        record = log.saved(row, await submitted.save, run_id=run_id, cursor=submitted.cursor)
-        ctx.emit("training.checkpoint", {"step": row.step}, path=record.sampler_path)
-    return ctx.record_metric("loss", row.loss, row.step)
-
-
-class LogEpoch(Stage):
-    name = "log_epoch"
-
-    def execute(self, ctx: Context) -> None:
-        ctx.emit("training.epoch", {"epoch": ctx.state.epochs_current + 1})
+        return submit_step(
+            ctx,
+            step=step,
+            epoch=course.plan.epoch_of(step - 1) + 1,
+            num_tokens=sum(datum.model_input.length for datum in data),
+            forward_backward=client.forward_backward(session, data, LOSS_FN),
+            measure=lambda output: Measured(loss=output.loss_sum, loss_sum=output.loss_sum * num_trained),
+            evaluate=evaluate if course.test else None,
+            measure_evaluation=lambda output: {"test_loss": output.loss_sum},
+        )
 
 
 class BestCheckpoint(Stage):

@@ -15,11 +15,12 @@ from tinsmith.kitchen.stages.common import (
     OpenRun,
     StartSession,
 )
-from tinsmith.kitchen.stages.supervised import BestCheckpoint, BuildDataset, LogEpoch, ReadStep, SubmitStep
+from tinsmith.kitchen.stages.steps import LogEpoch, ReadStep
+from tinsmith.kitchen.stages.supervised import BestCheckpoint, BuildDataset, SubmitStep
 from tinsmith.kitchen.workflow import loop, stage, workflow
 
 
-def _steps(ctx: Context) -> Iterable[int]:
+def steps_of_epoch(ctx: Context) -> Iterable[int]:
     """Numbers (from 0) of the steps of the present epoch."""
     per_epoch = ctx.state.course.plan.steps_per_epoch
     return range(ctx.state.epochs_current * per_epoch, (ctx.state.epochs_current + 1) * per_epoch)
@@ -34,7 +35,7 @@ supervised: Final = workflow(
     stage(NumericsGate),
     stage(BeginTraining),
     loop("epochs", over=lambda ctx: range(ctx.config.epochs))(
-        loop("steps", over=_steps)(
+        loop("steps", over=steps_of_epoch)(
             stage(SubmitStep),
             stage(ReadStep, leave=1),
         ),

@@ -1,0 +1,60 @@
+"""Preference recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from tinsmith.data.demo import DEMO_PREFERENCES
+from tinsmith.kitchen.preferences import WITHOUT_REFERENCE, PreferenceLoss
+from tinsmith.kitchen.recipe import Recipe
+from tinsmith.kitchen.training_config import TrainingConfig
+from tinsmith.kitchen.workflows.preference import preference
+
+
+class PreferenceConfig(TrainingConfig):
+    data: Path
+    """JSONL file of {"prompt", "chosen", "rejected"}; the prompt is a text or a list of messages."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the data; each is shuffled anew."""
+    batch_size: int = Field(default=128, ge=1)
+    """Pairs per optimizer step."""
+    loss: PreferenceLoss = "dpo"
+    """dpo, ipo, or simpo, which has no reference."""
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """How strongly the policy is held to the reference; for simpo, the scale of the margin."""
+    gamma: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    """simpo: the margin to reach."""
+    reference: str | None = None
+    """What answers are compared with: none takes the base model, else a tinker:// path of sampler weights."""
+    max_length: int = Field(default=8192, ge=2)
+    """Tokens a prompt with its answer may have."""
+    test_size: int = Field(default=0, ge=0)
+    """Pairs held out of training to measure accuracy on."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on the test set; 0 evaluates at the end only."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.eval_every and not self.test_size:
+            raise ValueError(f"eval_every={self.eval_every} needs test_size: there is no test set to evaluate on")
+        if self.loss in WITHOUT_REFERENCE and self.reference is not None:
+            raise ValueError(f"loss={self.loss!r} has no reference; leave out reference={self.reference!r}")
+        return self
+
+
+class Preference(Recipe):
+    name = "preference"
+    description = "Teach a LoRA adapter which of two answers is the better."
+    workflow = preference
+    config_type = PreferenceConfig
+
+
+class Dpo(Recipe):
+    name = "dpo"
+    description = "DPO on the pairs that ship: runs offline in seconds."
+    workflow = preference
+    config_type = PreferenceConfig
+    defaults = {"data": DEMO_PREFERENCES, "epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "test_size": 24}

@@ -1,0 +1,346 @@
+"""Stages of training on sampled episodes.
+
+Episodes of round k are drawn from weights at most `max_staleness` rounds old: they are asked for as soon as such
+weights exist, and drawn while the rounds before are trained. A checkpoint is a barrier, which no request crosses. So
+the schedule follows from the config alone, and a resumed run draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinsmith.kitchen.context import Context
+from tinsmith.kitchen.errors import ConfigError, nearest
+from tinsmith.kitchen.ports import EnvironmentSource, Pending, Sampler
+from tinsmith.kitchen.rollouts import Batch, RolloutSpec, Trained, draw_batch, group_advantages, join_turns
+from tinsmith.kitchen.run_log import RunLog, checkpoint_name
+from tinsmith.kitchen.stage import Stage
+from tinsmith.kitchen.stages.common import count, is_due
+from tinsmith.kitchen.stages.supervised import check_warmup
+from tinsmith.kitchen.tasks import ENVIRONMENTS
+from tinsmith.types import ForwardBackwardOutput, OptimStepResponse
+
+CLIPPED = ("ppo", "gspo", "cispo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutCourse:
+    num_steps: int
+    remarks: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighted:
+    """A sequence and the advantage of each of its positions, float32 `[N]`."""
+
+    trained: Trained
+    advantages_N: np.ndarray
+
+
+class PlanRollouts(Stage):
+    """Find the environment: an adapter's, or the one that the config names."""
+
+    name = "plan_rollouts"
+
+    def validate(self, ctx: Context) -> None:
+        if "environment" not in ctx.adapters and ctx.config.environment not in ENVIRONMENTS:
+            name = ctx.config.environment
+            known = ", ".join(ENVIRONMENTS)
+            raise ConfigError(f"environment={name!r} is none of {known}{nearest(name, ENVIRONMENTS)}")
+        check_warmup(ctx.config.warmup_steps, ctx.config.num_rollouts)
+
+    def execute(self, ctx: Context) -> Context:
+        config = ctx.config
+        source: EnvironmentSource = ctx.adapters.get("environment") or ENVIRONMENTS[config.environment](config.seed)
+        course = RolloutCourse(
+            num_steps=config.num_rollouts,
+            remarks=(
+                f"{count(config.num_rollouts, 'round')} of {count(config.groups_per_batch, 'group')} of "
+                f"{count(config.group_size, 'episode')}",
+            ),
+            facts={"environment": config.environment},
+        )
+        return ctx.put(course=course, spec=rollout_spec(ctx, source))
+
+
+def rollout_spec(ctx: Context, source: EnvironmentSource) -> RolloutSpec:
+    config = ctx.config
+    return RolloutSpec(
+        source=source,
+        renderer=ctx.state.renderer,
+        group_size=config.group_size,
+        groups=config.groups_per_batch,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        max_turns=config.max_turns,
+        timeout_s=config.rollout_timeout_s,
+    )
+
+
+class StartRollouts(Stage):
+    """Ask for the episodes of every round that may be drawn from the present weights."""
+
+    name = "start_rollouts"
+    needs = ("training_client",)
+
+    async def execute(self, ctx: Context) -> Context:
+        present, under_way = ctx.state.rounds_current, dict(ctx.get_state("under_way", {}))
+        wanted = [number for number in _allowed(ctx, present) if number not in under_way]
+        if wanted:
+            client, session = ctx.get_adapter("training_client"), ctx.state.session
+            sampler: Sampler = await asyncio.to_thread(client.sampler, session)
+            for number in wanted:
+                under_way[number] = asyncio.create_task(_draw(ctx, sampler, number, version=present))
+        return ctx.put(under_way=under_way)
+
+
+def _allowed(ctx: Context, present: int) -> range:
+    """Rounds from the present one to the last that is young enough and before the next barrier."""
+    config = ctx.config
+    last = min(present + config.max_staleness, config.num_rollouts - 1)
+    if config.save_every:
+        last = min(last, present - present % config.save_every + config.save_every - 1)
+    return range(present, last + 1)
+
+
+async def _draw(ctx: Context, sampler: Sampler, number: int, *, version: int) -> Batch:
+    spec: RolloutSpec = ctx.state.spec
+
+    def seed_of(group: int, turn: int, episode: int) -> int:
+        text = f"tinsmith/rollout/{ctx.config.seed}/{number}/{group}/{turn}/{episode}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+    return await draw_batch(spec, sampler, first_task=number * spec.groups, version=version, seed_of=seed_of)
+
+
+class AwaitRollouts(Stage):
+    name = "await_rollouts"
+
+    async def execute(self, ctx: Context) -> Context:
+        under_way = dict(ctx.state.under_way)
+        present = ctx.state.rounds_current
+        batch: Batch = await under_way.pop(present)
+        ctx.emit(
+            "rl.rollout",
+            {"round": present, "episodes": len(batch.episodes), "staleness": present - batch.version},
+        )
+        return ctx.put(under_way=under_way, batch=batch)
+
+
+class Assemble(Stage):
+    """Advantages of every drawn token, and a readable row of every episode."""
+
+    name = "assemble"
+
+    async def execute(self, ctx: Context) -> Context:
+        config, batch, log = ctx.config, ctx.state.batch, ctx.state.log
+        weighted: list[Weighted] = []
+        for group in batch.groups:
+            rewards = [_reward(episode.reward, episode.is_overlong, config.overlong) for episode in group]
+            advantages = group_advantages(rewards, normalize=config.normalize_advantages)
+            for episode, advantage in zip(group, advantages, strict=True):
+                dropped = config.overlong == "drop" and episode.is_overlong
+                log.rollout(episode.row(step=ctx.state.rounds_current + 1, advantage=0.0 if dropped else advantage))
+                if not dropped:
+                    weighted += [
+                        Weighted(trained=trained, advantages_N=np.full(len(trained.drawn_N), advantage))
+                        for trained in join_turns(episode)
+                    ]
+        episodes = batch.episodes
+        figures = {
+            "reward": float(np.mean([episode.reward for episode in episodes])) if episodes else 0.0,
+            "staleness": float(ctx.state.rounds_current - batch.version),
+            "overlong": float(np.mean([episode.is_overlong for episode in episodes])) if episodes else 0.0,
+            "stuck": float(batch.num_stuck),
+            "split_episodes": float(len(weighted) - len({id(item.trained.episode) for item in weighted})),
+        }
+        return ctx.put(weighted=weighted, figures=figures)
+
+
+def _reward(reward: float, overlong: bool, policy: str) -> float:
+    return 0.0 if overlong and policy == "zero" else reward
+
+
+class PenalizeDivergence(Stage):
+    """Take `divergence_coef` times the log-ratio to a reference off each drawn token's advantage (reverse KL).
+
+    The batch's mean log-ratio is the baseline: it leaves the expected gradient as it is and lessens its noise.
+    """
+
+    name = "penalize_divergence"
+    needs = ("sampling_client",)
+
+    async def execute(self, ctx: Context) -> Context:
+        weighted: Sequence[Weighted] = ctx.state.weighted
+        coefficient: float = ctx.get_state("divergence_coef")
+        if not coefficient:
+            return ctx
+        gaps = await log_ratios(ctx.state.reference_sampler, [item.trained for item in weighted])
+        drawn = sum(float(item.trained.drawn_N.sum()) for item in weighted)
+        divergence = sum(float(gap_N.sum()) for gap_N in gaps) / max(drawn, 1.0)
+        penalized = [
+            Weighted(trained=item.trained, advantages_N=item.advantages_N - coefficient * (gap_N - divergence))
+            for item, gap_N in zip(weighted, gaps, strict=True)
+        ]
+        return ctx.put(weighted=penalized, figures={**ctx.state.figures, "reference_kl": divergence})
+
+
+async def log_ratios(sampler: Sampler, sequences: Sequence[Trained]) -> list[np.ndarray]:
+    """Per position log p(drawn) - log reference(drawn), 0 where nothing was drawn; its mean estimates the KL."""
+
+    async def one(sequence: Trained) -> np.ndarray:
+        scores = np.asarray([value or 0.0 for value in await sampler.compute_logprobs(sequence.tokens)][1:])
+        found: np.ndarray = (sequence.logprobs_N - scores) * sequence.drawn_N
+        return found
+
+    return list(await asyncio.gather(*(one(sequence) for sequence in sequences)))
+
+
+class OpenReference(Stage):
+    """The base model, if the config asks for a penalty on leaving it."""
+
+    name = "open_reference"
+    needs = ("sampling_client",)
+
+    async def execute(self, ctx: Context) -> Context:
+        coefficient = ctx.config.kl_penalty_coef
+        if not coefficient:
+            return ctx.put(divergence_coef=0.0)
+        client = ctx.get_adapter("sampling_client")
+        sampler = await asyncio.to_thread(client.open_sampler, ctx.config.model)
+        return ctx.put(divergence_coef=coefficient, reference_sampler=sampler)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Updated:
+    forward_backward: Pending[ForwardBackwardOutput]
+    optim_step: Pending[OptimStepResponse]
+
+
+class Update(Stage):
+    """One pass over the round's sequences and one optimizer step; nothing where no advantage differs from 0."""
+
+    name = "update"
+    needs = ("training_client",)
+
+    def execute(self, ctx: Context) -> Context:
+        config, client, session = ctx.config, ctx.get_adapter("training_client"), ctx.state.session
+        weighted = [item for item in ctx.state.weighted if np.any(item.advantages_N * item.trained.drawn_N)]
+        if not weighted:
+            return ctx
+        scale = 1.0 / sum(float(item.trained.drawn_N.sum()) for item in weighted)
+        data = [item.trained.datum(item.advantages_N * scale, loss_fn=config.loss) for item in weighted]
+        clip = {"clip_low_threshold": 1 - config.clip_epsilon, "clip_high_threshold": 1 + config.clip_epsilon}
+        passed = client.forward_backward(session, data, config.loss, clip if config.loss in CLIPPED else None)
+        stepped = client.optim_step(
+            session, config.adam_params(ctx.state.rounds_current + 1, ctx.state.course.num_steps)
+        )
+        updated = Updated(forward_backward=passed, optim_step=stepped)
+        return ctx.put(
+            updates=(*ctx.get_state("updates", ()), updated),
+            num_tokens=sum(datum.model_input.length for datum in data),
+        )
+
+
+class LogRound(Stage):
+    """Wait for the round's updates and write it down."""
+
+    name = "log_round"
+
+    async def execute(self, ctx: Context) -> Context:
+        log: RunLog = ctx.state.log
+        loss, grad_norm, metrics = 0.0, None, {"approx_kl": 0.0}
+        for updated in ctx.get_state("updates", ()):
+            output = await updated.forward_backward
+            stepped = (await updated.optim_step).metrics or {}
+            loss, grad_norm = output.loss_sum, stepped.get("grad_norm:mean")
+            metrics["approx_kl"] = output.metrics.get("approx_kl:mean", 0.0)
+        step = ctx.state.rounds_current + 1
+        tokens = ctx.get_state("num_tokens", 0)
+        row = log.step(
+            step=step,
+            epoch=1,
+            loss=loss,
+            loss_sum=loss,
+            tokens=tokens,
+            learning_rate=ctx.config.adam_params(step, ctx.state.course.num_steps).learning_rate,
+            grad_norm=grad_norm,
+            metrics={**ctx.state.figures, **metrics},
+        )
+        ctx.emit("training.step", {"step": step, "loss": loss, "learning_rate": row.learning_rate})
+        ctx.emit(ctx.get_state("step_event", "rl.step"), {"step": step, **row.metrics})
+        reward = row.metrics.get("reward", 0.0)
+        return ctx.put(row=row).drop_state("updates", "num_tokens").record_metric("reward", reward, step)
+
+
+def evaluation_is_due(ctx: Context) -> bool:
+    step, config = ctx.state.rounds_current + 1, ctx.config
+    return bool(config.eval_size) and (step == config.num_rollouts or is_due(step, config.eval_every))
+
+
+class EvaluateHeldOut(Stage):
+    """The mean reward of the most likely answers to tasks that are never trained on."""
+
+    name = "evaluate_held_out"
+    needs = ("training_client",)
+
+    async def execute(self, ctx: Context) -> Context:
+        client, step = ctx.get_adapter("training_client"), ctx.state.rounds_current + 1
+        sampler = await asyncio.to_thread(client.sampler, ctx.state.session)
+        spec: RolloutSpec = ctx.state.spec
+        greedy = RolloutSpec(
+            source=spec.source,
+            renderer=spec.renderer,
+            group_size=1,
+            groups=ctx.config.eval_size,
+            max_tokens=spec.max_tokens,
+            temperature=0.0,
+            max_turns=spec.max_turns,
+            timeout_s=None,
+        )
+        first_task = -ctx.config.eval_size
+        batch = await draw_batch(greedy, sampler, first_task=first_task, version=step, seed_of=lambda *_: 0)
+        reward = float(np.mean([episode.reward for episode in batch.episodes]))
+        ctx.state.log.evaluated(step, test_reward=reward)
+        ctx.emit("eval.complete", {"step": step, "test_reward": reward})
+        return ctx
+
+
+def checkpoint_is_due(ctx: Context) -> bool:
+    step = ctx.state.rounds_current + 1
+    return step == ctx.state.course.num_steps or is_due(step, ctx.config.save_every)
+
+
+class SaveRound(Stage):
+    """A checkpoint of a moment at which nothing is under way."""
+
+    name = "save_round"
+    needs = ("training_client",)
+    commits = True
+
+    async def execute(self, ctx: Context) -> Context:
+        client, session, row = ctx.get_adapter("training_client"), ctx.state.session, ctx.state.row
+        paths = await client.save_checkpoint(session, checkpoint_name(row.step))
+        run_id, kept = client.run_id(session), ctx.get_state("kept", {})
+        record = ctx.state.log.saved(row, paths, run_id=run_id, cursor=ctx.cursor, kept=kept)
+        ctx.emit("training.checkpoint", {"step": row.step}, path=record.sampler_path)
+        return ctx
+
+
+class StopRollouts(Stage):
+    """Give up episodes that are still being drawn when a run ends early."""
+
+    name = "stop_rollouts"
+
+    async def execute(self, ctx: Context) -> None:
+        tasks = list(ctx.get_state("under_way", {}).values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
