@@ -306,8 +306,8 @@ def test_ck_10_everything_wrong_is_found_before_anything_runs() -> None:
         run(flow, adapters={"training_clint": object()})
     assert caught.value.problems == (
         "adapter 'training_clint' belongs to no port; did you mean 'training_client'? (the ports are training_client, "
-        "sampling_client, environment, dataset_store, blob_store, metrics_store, tokenizer_client, evaluator, model_registry, "
-        "hub_client, feedback_client, completer, llm_client, embedding_client, vector_store)",
+        "sampling_client, environment, dataset_store, blob_store, metrics_store, tokenizer_client, evaluator, "
+        "model_registry, hub_client, feedback_client, completer, llm_client, embedding_client, vector_store)",
         "stage 'first' needs an adapter for 'training_client'; did you mean 'training_clint'?",
         "v: 2 nodes are named 'first'; names must be unique in their scope",
         "v/first: unknown option 'spilt'; did you mean 'split'? (it takes split)",
