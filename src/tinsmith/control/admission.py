@@ -15,16 +15,29 @@ from tinsmith.control.requests import (
 )
 from tinsmith.control.validation import check_adam, check_training, check_ttl
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath, check_checkpoint_name
-from tinsmith.types.datum import EncodedTextChunk
+from tinsmith.types.datum import EncodedTextChunk, ImageChunk, ModelInputChunk
 from tinsmith.types.errors import InvalidInput, Unsupported
+from tinsmith.types.images import cells_of
 from tinsmith.types.operations import BaseModelCard
 
 
-def num_train_tokens(request: ModelRequest) -> int:
+def num_train_tokens(request: ModelRequest, card: BaseModelCard) -> int:
+    """What the request weighs in the queue. Chunks that `check_request` is going to refuse weigh nothing."""
     if not isinstance(request, ForwardBackward):
         return 0
-    chunks = (chunk for datum in request.data for chunk in datum.model_input.chunks)
-    return sum(len(chunk.tokens) for chunk in chunks if isinstance(chunk, EncodedTextChunk))
+    return sum(_num_tokens(chunk, card) for datum in request.data for chunk in datum.model_input.chunks)
+
+
+def _num_tokens(chunk: ModelInputChunk, card: BaseModelCard) -> int:
+    if isinstance(chunk, EncodedTextChunk):
+        return len(chunk.tokens)
+    if not isinstance(chunk, ImageChunk) or card.images is None:
+        return 0
+    try:
+        rows, columns = cells_of(chunk, card.images, "chunk")
+    except InvalidInput:
+        return 0
+    return rows * columns
 
 
 def check_request(request: ModelRequest, card: BaseModelCard) -> None:

@@ -226,7 +226,7 @@ class Training:
             return Submission(request_id=failed, model_id=model_id)
         is_numbered = request.seq_id is not None and request.seq_id > 0
         seq = request.seq_id if is_numbered and request.seq_id is not None else model.queue.free_seq
-        key, num_tokens = ("seq", model_id, seq), num_train_tokens(request)
+        key = ("seq", model_id, seq)
         try:
             known = self._futures.claim(key, fingerprint, f"seq {seq} of model {model_id!r}") if is_numbered else None
             if known is not None:
@@ -236,6 +236,7 @@ class Training:
             model.queue.check(seq)
         except TinsmithError as error:
             return Submission(request_id=self._futures.failed(request_type, error, context), model_id=model_id)
+        num_tokens = num_train_tokens(request, _slot(model).card)
         self._check_room(model, seq, num_tokens)
         request = self._custom_losses.attach(request, model.session_id)
         request_id = self._futures.open(
@@ -295,7 +296,7 @@ class Training:
             return
         if model.status is ModelStatus.ENDED:  # the future has failed with the model
             return
-        work.operation, work.num_tokens = request, num_train_tokens(request)
+        work.operation, work.num_tokens = request, num_train_tokens(request, _slot(model).card)
         model.pending_tokens += work.num_tokens
         self._check(model, work, request)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tinsmith.control.pictures import check_picture
 from tinsmith.control.prompt_scoring import (
     MAX_TARGETS_PER_POSITION,
     check_count,
@@ -23,8 +24,9 @@ from tinsmith.control.prompt_scoring import (
 )
 from tinsmith.control.requests import DrawSamples
 from tinsmith.types.custom_loss import CustomLoss
-from tinsmith.types.datum import Datum, EncodedTextChunk, ModelInput, ProvenanceSpan
+from tinsmith.types.datum import Datum, EncodedTextChunk, ImageChunk, ModelInput, ProvenanceSpan
 from tinsmith.types.errors import InvalidInput, Unsupported
+from tinsmith.types.images import PlacedTokens, place_tokens
 from tinsmith.types.operations import BaseModelCard, LoraSpec, Sample
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams, LoraConfig
 from tinsmith.types.tensor import TensorData
@@ -213,25 +215,27 @@ def _check_custom_datum(datum: Datum, where: str, loss: CustomLoss, card: BaseMo
     _check_spans(datum, where, num_tokens)
 
 
-def check_tokens(model_input: ModelInput, where: str, card: BaseModelCard) -> np.ndarray:
-    """The token ids, int64 `[N]`. Raises `Unsupported` for other chunks, `InvalidInput` for ids out of range."""
+def check_tokens(model_input: ModelInput, where: str, card: BaseModelCard) -> PlacedTokens:
+    """Raises `Unsupported` for chunks that the base model does not read, `InvalidInput` for ids out of range, pictures
+    that cannot be read, and inputs that are empty or longer than the context.
+    """
     for position, chunk in enumerate(model_input.chunks):
-        if not isinstance(chunk, EncodedTextChunk):
+        if isinstance(chunk, ImageChunk) and card.images is not None:
+            check_picture(chunk, f"{where}.chunks[{position}]")
+        elif not isinstance(chunk, EncodedTextChunk):
+            reads = "text only" if card.images is None else "text and images whose bytes are in the request"
             raise Unsupported(
-                f"{where}.chunks[{position}] is of type {chunk.type!r}; base model {card.name!r} reads text only"
+                f"{where}.chunks[{position}] is of type {chunk.type!r}; base model {card.name!r} reads {reads}"
             )
-    try:
-        tokens_N = model_input.to_numpy()
-    except (OverflowError, TypeError, ValueError) as error:
-        raise InvalidInput(f"{where} holds something that is no token id: {error}") from error
-    if len(tokens_N) == 0:
+    tokens = place_tokens(model_input, card.images, where)
+    if len(tokens) == 0:
         raise InvalidInput(f"{where} is empty; it needs at least one token")
-    if len(tokens_N) > card.max_context:
+    if len(tokens) > card.max_context:
         raise InvalidInput(
-            f"{where} has {len(tokens_N)} tokens; base model {card.name!r} takes at most {card.max_context}"
+            f"{where} has {len(tokens)} tokens; base model {card.name!r} takes at most {card.max_context}"
         )
-    _check_ids(tokens_N, where, card, lambda flat: f"position {flat}")
-    return tokens_N
+    _check_ids(tokens.text_ids(), where, card, lambda flat: f"position {flat}")
+    return tokens
 
 
 def _check_ids(ids: np.ndarray, where: str, card: BaseModelCard, place: Callable[[int], str]) -> None:
@@ -362,6 +366,9 @@ def sampling_operation(
     Raises `InvalidInput` or `Unsupported`.
     """
     prompt = check_tokens(request.prompt, "prompt", card)
+    if prompt.images:
+        position = prompt.images[0].chunk_index
+        raise Unsupported(f"prompt.chunks[{position}] is of type 'image'; images are read in training data only")
     params = request.params
     check_count("num_samples", request.num_samples, 1, MAX_SAMPLES)
     check_count("topk_sample_logprobs", request.topk_sample_logprobs, 0, most_alternatives(card))
@@ -378,7 +385,7 @@ def sampling_operation(
     stop_token_ids, stop_strings = _stops(params.stop, card)
     more_stop_tokens, _ = _stops(request.more_stop_tokens, card)
     return Sample(
-        prompt=prompt,
+        prompt=prompt.ids_N,
         num_samples=request.num_samples,
         snapshot_id=snapshot_id,
         seed=draw_seed() if params.seed is None else params.seed % _SEED_RANGE,

@@ -8,10 +8,18 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from tinsmith.engine.attention import ATTENTION, CurrentPass, PassLayout
@@ -35,6 +43,7 @@ from tinsmith.engine.precision import multiply_float32_in_bfloat16
 from tinsmith.engine.recomputation import Recomputation
 from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.engine.sites import check_groups, open_sites, sites_in_words
+from tinsmith.engine.vision import ImageRows, VisionTower, check_sequence, own_logits, positions_of, reads_images
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import InvalidInput, TinsmithError, Unsupported
 from tinsmith.types.operations import BaseModelCard, LoraSpec
@@ -73,6 +82,7 @@ class BaseModel:
         self._recomputation = Recomputation(self._most_tokens_kept(options))
         self._backbone: nn.Module = self._model.get_decoder()
         self._embed = self._model.get_input_embeddings()
+        self._vision = VisionTower(self._model, source) if reads_images(config) else None
         self._take_over()
         self._recomputation.attach(self._layers())
         self.card = self._describe(source, options)
@@ -103,11 +113,22 @@ class BaseModel:
         return layout
 
     def hidden(
-        self, input_ids_T: Tensor, position_ids_T: Tensor, segments: Sequence[Segment], packing: PassLayout
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        segments: Sequence[Segment],
+        packing: PassLayout,
+        images: Sequence[ImageRows] = (),
     ) -> Tensor:
-        """What the unembedding takes, `[T, H]` of packed rows. With gradients enabled, `backward` may follow."""
+        """What the unembedding takes, `[T, H]` of packed rows. With gradients enabled, `backward` may follow.
+
+        Positions are `[T]`, or `[3, T]` where there are pictures; their rows are those with ids below zero. Raises
+        `InvalidInput` if a picture cannot be decoded.
+        """
         with torch.no_grad():
-            embeds_1TH = self._embed(input_ids_T[None])
+            embeds_1TH = self._embed(input_ids_T.clamp_min(0)[None] if images else input_ids_T[None])
+            if images and self._vision is not None:
+                self._vision.put_rows(embeds_1TH[0], images)
         if torch.is_grad_enabled():
             embeds_1TH = embeds_1TH.detach().requires_grad_()
         self._recomputation.decide(len(input_ids_T))
@@ -116,7 +137,7 @@ class BaseModel:
         self._pass.layout = packing  # stays: a backward pass that recomputes needs it again
         try:
             output = self._backbone(
-                inputs_embeds=embeds_1TH, position_ids=position_ids_T[None], use_cache=False, packing=packing
+                inputs_embeds=embeds_1TH, position_ids=position_ids_T.unsqueeze(-2), use_cache=False, packing=packing
             )
         finally:
             self._router.route(())
@@ -156,9 +177,12 @@ class BaseModel:
         refuse_unknown_layers(config, architecture)
         with narrow_windows(self._model):
             reference = reference_of(self._model)
+            image_reference = self._image_reference()
             self.sites = open_sites(self._model, self._router, reference.rows_seen, CHECK_LENGTHS[0])
             self.head = self._unembedding()
-            compare(self._packed_logits(), reference, self.dtype, architecture)
+            compare(self._packed_logits(), reference.logits_TV, self.dtype, architecture)
+            if image_reference is not None:
+                compare(self._logits_beside_image(), image_reference, self.dtype, f"{architecture} with a picture")
 
     def own_process(self, *, compile_layers: bool) -> None:
         """Settings for the whole process, and a compiler in the background; for engines that have one to themselves."""
@@ -172,20 +196,46 @@ class BaseModel:
         """Between two passes: put compiled layers to use if they have become ready."""
         if self.kernels.is_compiled and not self._is_fused:
             self._is_fused = True
-            _logger.info("compiled layers in %d places", fuse_layers(self._model, self.kernels))
+            _logger.info("compiled layers in %d places", fuse_layers(self._language_model, self.kernels))
 
     def _packed_logits(self) -> Tensor:
         ids_T, positions_T = check_rows(self.head.vocab_size, self.device)
-        layout = PassLayout(blocks=plan_blocks(list(CHECK_LENGTHS), self.device))
+        return self._logits_as_packed(ids_T, positions_T, CHECK_LENGTHS)
+
+    def _image_reference(self) -> Tensor | None:
+        if self._vision is None:
+            return None
+        return own_logits(self._model, self._vision, check_sequence(self._model.config, self._vision.rule))
+
+    def _logits_beside_image(self) -> Tensor:
+        """Of the picture's sequence, packed behind a shorter one."""
+        assert self._vision is not None
+        tokens = check_sequence(self._model.config, self._vision.rule)
+        before = CHECK_LENGTHS[1]
+        ids_T = torch.from_numpy(np.concatenate([np.arange(before), tokens.ids_N])).to(self.device)
+        positions = np.concatenate([positions_of(before, ()), positions_of(len(tokens), tokens.images)], axis=1)
+        images = [ImageRows(i, at=before + i.start, first=0, end=i.length, where="check") for i in tokens.images]
+        lengths = (before, len(tokens))
+        return self._logits_as_packed(ids_T, torch.from_numpy(positions).to(self.device), lengths, images)[before:]
+
+    def _logits_as_packed(
+        self, ids_T: Tensor, positions_T: Tensor, lengths: Sequence[int], images: Sequence[ImageRows] = ()
+    ) -> Tensor:
+        layout = PassLayout(blocks=plan_blocks(list(lengths), self.device))
         try:
-            self._model.set_attn_implementation(ATTENTION)
+            self._language_model.set_attn_implementation(ATTENTION)
             with torch.inference_mode():
-                return logits_of(self.hidden(ids_T, positions_T, (), layout), self.head, ())
+                return logits_of(self.hidden(ids_T, positions_T, (), layout, images), self.head, ())
         except (TinsmithError, torch.OutOfMemoryError):
             raise
         except (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError) as error:
             # what foreign modelling code raises when it is called in another way than its authors had in mind
             raise Unsupported(f"{type(self._model).__name__} cannot run packed rows: {error!r}") from error
+
+    @property
+    def _language_model(self) -> PreTrainedModel:
+        """The part that reads packed rows."""
+        return self._model if self._vision is None else self._model.get_decoder()
 
     def _unembedding(self) -> Unembedding:
         head = self._model.get_output_embeddings()
@@ -224,6 +274,7 @@ class BaseModel:
             device=str(self.device),
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
             max_rank=options.max_rank,
+            images=None if self._vision is None else self._vision.rule,
         )
 
 
@@ -245,7 +296,7 @@ def _count_parameters(config: PretrainedConfig) -> int | None:
     """From the configuration alone; `None` if the architecture cannot be built without its weights."""
     try:
         with torch.device("meta"):
-            return int(AutoModelForCausalLM.from_config(config, attn_implementation="eager").num_parameters())
+            return int(_auto_class(config).from_config(config, attn_implementation="eager").num_parameters())
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         _logger.info("the size of this architecture is not known before it is loaded: %r", error)
         return None
@@ -276,11 +327,20 @@ def _load_config(source: ModelSource) -> PretrainedConfig:
     return config
 
 
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
+
+
+def _attention_at_load(config: PretrainedConfig) -> str | dict[str, str]:
+    """Plain for what is compared with ours, fused for the vision tower, which keeps it."""
+    return {"": "eager", "text_config": "eager", "vision_config": "sdpa"} if reads_images(config) else "eager"
+
+
 def _load(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.load_from, config=config, dtype=dtype, attn_implementation="eager"
+        model = _auto_class(config).from_pretrained(
+            source.load_from, config=config, dtype=dtype, attn_implementation=_attention_at_load(config)
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(source, error) from error

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tinsmith.engine.losses import Config, Loss, LossInputs
+from tinsmith.engine.vision import ImageRows, positions_of
 from tinsmith.types.datum import Datum
+from tinsmith.types.images import PlacedTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,12 @@ class Piece:
     model_id: str
     first_datum: int
     data: tuple[Datum, ...]
-    num_tokens: int
+    tokens: tuple[PlacedTokens, ...]
+    """Of each datum's input."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,10 @@ class PackedRows:
     """One micro-batch as tensors. Targets are flat `(row, token)` pairs in row order, piece after piece."""
 
     input_ids_T: Tensor
+    """Below zero in the rows of pictures."""
     position_ids_T: Tensor
+    """`[3, T]` if there are pictures."""
+    images: tuple[ImageRows, ...]
     lengths: list[int]
     rows_M: Tensor
     targets_M: Tensor
@@ -48,10 +58,12 @@ class PassRequest:
     model_id: str
     rank: int
     data: tuple[Datum, ...]
+    tokens: tuple[PlacedTokens, ...]
+    """Of each datum's input."""
 
     @property
     def num_tokens(self) -> int:
-        return sum(datum.model_input.length for datum in self.data)
+        return sum(map(len, self.tokens))
 
 
 def micro_batches(requests: Sequence[PassRequest], *, max_tokens: int, share_passes: bool) -> Iterator[list[Piece]]:
@@ -68,18 +80,15 @@ def micro_batches(requests: Sequence[PassRequest], *, max_tokens: int, share_pas
         if batch and (is_followed or not share_passes):
             yield batch
             batch, room = [], max_tokens
-        run: list[Datum] = []
         first = 0
-        for index, datum in enumerate(request.data):
-            length = datum.model_input.length
-            if length > room and (run or batch):
-                if run:
-                    batch.append(_piece(request, first, run))
+        for index, tokens in enumerate(request.tokens):
+            if len(tokens) > room and (index > first or batch):
+                if index > first:
+                    batch.append(_piece(request, first, index))
                 yield batch
-                batch, run, first, room = [], [], index, max_tokens
-            run.append(datum)
-            room -= length
-        batch.append(_piece(request, first, run))
+                batch, first, room = [], index, max_tokens
+            room -= len(tokens)
+        batch.append(_piece(request, first, len(request.data)))
     if batch:
         yield batch
 
@@ -92,14 +101,13 @@ def _in_order(requests: Sequence[PassRequest]) -> list[PassRequest]:
     return sorted(requests, key=lambda r: (tokens[r.model_id], r.rank, places[r.model_id], r.index))
 
 
-def _piece(request: PassRequest, first_datum: int, data: Sequence[Datum]) -> Piece:
-    num_tokens = sum(datum.model_input.length for datum in data)
-    return Piece(request.index, request.model_id, first_datum, tuple(data), num_tokens)
+def _piece(request: PassRequest, first: int, end: int) -> Piece:
+    return Piece(request.index, request.model_id, first, request.data[first:end], request.tokens[first:end])
 
 
 def pack(pieces: Sequence[Piece], device: torch.device) -> PackedRows:
     data = [datum for piece in pieces for datum in piece.data]
-    tokens = [datum.model_input.to_numpy() for datum in data]
+    tokens = [placed for piece in pieces for placed in piece.tokens]
     lengths = [len(t) for t in tokens]
     targets = [datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in data]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -108,8 +116,9 @@ def pack(pieces: Sequence[Piece], device: torch.device) -> PackedRows:
         for s, t in zip(starts, targets, strict=True)
     ]
     return PackedRows(
-        input_ids_T=torch.from_numpy(np.concatenate(tokens)).to(device),
-        position_ids_T=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device),
+        input_ids_T=torch.from_numpy(np.concatenate([t.ids_N for t in tokens])).to(device),
+        position_ids_T=torch.from_numpy(_positions(tokens)).to(device),
+        images=tuple(_image_rows(pieces, starts)),
         lengths=lengths,
         rows_M=torch.from_numpy(np.concatenate(rows)).to(device),
         targets_M=torch.from_numpy(np.concatenate([t.reshape(-1) for t in targets])).to(device),
@@ -117,6 +126,20 @@ def pack(pieces: Sequence[Piece], device: torch.device) -> PackedRows:
             sum(datum.loss_fn_inputs["target_tokens"].to_numpy().size for datum in piece.data) for piece in pieces
         ],
     )
+
+
+def _positions(tokens: Sequence[PlacedTokens]) -> np.ndarray:
+    if not any(t.images for t in tokens):
+        return np.concatenate([np.arange(len(t)) for t in tokens])
+    return np.concatenate([positions_of(len(t), t.images) for t in tokens], axis=1)
+
+
+def _image_rows(pieces: Sequence[Piece], starts: np.ndarray) -> Iterator[ImageRows]:
+    datums = ((piece.first_datum + i, placed) for piece in pieces for i, placed in enumerate(piece.tokens))
+    for start, (index, placed) in zip(starts.tolist(), datums, strict=True):
+        for image in placed.images:
+            where = f"data[{index}].model_input.chunks[{image.chunk_index}]"
+            yield ImageRows(image, at=start + image.start, first=0, end=image.length, where=where)
 
 
 def loss_inputs(piece: Piece, loss: Loss, config: Config, device: torch.device) -> LossInputs:

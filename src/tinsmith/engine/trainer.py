@@ -22,6 +22,7 @@ from tinsmith.engine.packing import PassRequest, Piece, micro_batches, pack
 from tinsmith.engine.request_losses import RequestLosses
 from tinsmith.engine.self_attention import plan_blocks
 from tinsmith.types.errors import NotFound, ServerError, TinsmithError
+from tinsmith.types.images import PlacedTokens, place_tokens
 from tinsmith.types.metrics import merge_metrics
 from tinsmith.types.operations import TrainItem
 from tinsmith.types.results import ForwardBackwardOutput, LossFnOutput
@@ -37,6 +38,8 @@ class _Request:
 
     item: TrainItem
     adapter: Adapter
+    tokens: tuple[PlacedTokens, ...]
+    """Of each datum's input."""
     passed: list[Piece] = field(default_factory=list)
     outputs: list[LossFnOutput] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -84,18 +87,22 @@ class Trainer:
             try:
                 adapter = _adapter_of(item, adapters)
                 adapter.check_trainable()
-                requests[index] = _Request(item, adapter)
+                requests[index] = _Request(item, adapter, self._place(item))
             except TinsmithError as error:
                 refused.append((index, error))
         if refused:
             yield refused
         work = [
-            PassRequest(index, request.item.model_id, request.adapter.spec.rank, request.item.data)
+            PassRequest(index, request.item.model_id, request.adapter.spec.rank, request.item.data, request.tokens)
             for index, request in requests.items()
         ]
         for pieces in micro_batches(work, max_tokens=self._max_tokens, share_passes=self._share_passes):
             if wanted := [piece for piece in pieces if piece.item in requests]:
                 yield from self._pass(wanted, requests)
+
+    def _place(self, item: TrainItem) -> tuple[PlacedTokens, ...]:
+        rule = self._base.card.images
+        return tuple(place_tokens(d.model_input, rule, f"data[{i}].model_input") for i, d in enumerate(item.data))
 
     def _pass(self, pieces: Sequence[Piece], requests: dict[int, _Request]) -> Generator[list[Finished]]:
         """All pieces at once or, if that fails, request by request. Requests that end are taken out of `requests`."""
@@ -162,7 +169,7 @@ class Trainer:
         layout = PassLayout(blocks=plan_blocks(rows.lengths, self._base.device))
         any_backward = any(not requests[p.item].item.forward_only for p in pieces)
         with torch.set_grad_enabled(any_backward):
-            hidden_TH = self._base.hidden(rows.input_ids_T, rows.position_ids_T, segments, layout)
+            hidden_TH = self._base.hidden(rows.input_ids_T, rows.position_ids_T, segments, layout, rows.images)
             logprobs_M = target_logprobs(hidden_TH, self._base.head, segments, rows.rows_M, rows.targets_M)
         grads, computed = [], []
         for piece, piece_logprobs in zip(pieces, logprobs_M.detach().split(rows.targets_per_piece), strict=True):

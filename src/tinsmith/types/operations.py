@@ -17,6 +17,7 @@ import numpy as np
 from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum
 from tinsmith.types.errors import InvalidInput
+from tinsmith.types.images import ImageRule
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
 from tinsmith.types.results import DrawnToken, ForwardBackwardOutput, SampleResponse
 from tinsmith.types.tensor import TensorData
@@ -61,6 +62,8 @@ class BaseModelCard:
     device: str
     eos_token_ids: tuple[int, ...]
     max_rank: int
+    images: ImageRule | None = None
+    """How it scales pictures; `None` if it reads text only."""
 
     @property
     def tokenizer_id(self) -> str:
