@@ -149,6 +149,10 @@ def _chunk(message: pb.Chunk, where: str) -> ModelInputChunk:
             image = message.image
             if image.format not in ("png", "jpeg"):
                 raise WireError(f"{where}.format must be 'png' or 'jpeg', not {image.format!r}")
+            if image.HasField("override_dimensions"):
+                raise WireError(
+                    f"{where}.override_dimensions is not supported; send the picture at the size it should be"
+                )
             expected = image.expected_tokens if image.HasField("expected_tokens") else None
             return ImageChunk(data=image.data, format=image.format, expected_tokens=expected)  # type: ignore[arg-type]
         case "dmel":

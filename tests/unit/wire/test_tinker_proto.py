@@ -218,3 +218,10 @@ def test_tokens_and_chunks_that_do_not_fit_the_wire_are_refused() -> None:
     pointer = ImageAssetPointerChunk(format="png", location="x")
     with pytest.raises(InvalidInput, match="image_asset_pointer"):
         wire.encode_train_request(request(Datum(ModelInput(chunks=[pointer]), {})))
+
+
+def test_dimensions_that_override_those_of_a_picture_are_refused_not_ignored() -> None:
+    image = pb.ImageChunk(data=b"x", format="png", override_dimensions=pb.ImageDimensions(width=2, height=2))
+    message = pb.ForwardBackwardRequest(data=[pb.Datum(model_input=[pb.Chunk(image=image)])])
+    with pytest.raises(wire.WireError, match=r"data\[0\].model_input\[0\].override_dimensions"):
+        wire.decode_train_request(message.SerializeToString())
