@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.numerics.vision import picture, plain_vision_model, reference_target_logprobs, save_vision_model
+from tests.numerics.vision import (
+    picture,
+    plain_vision_model,
+    reference_inputs,
+    reference_target_logprobs,
+    save_vision_model,
+)
 from tests.protocol.conftest import Server, running_server
 from tinsmith.types import Datum, EncodedTextChunk, ModelInput
 
@@ -45,7 +51,17 @@ for _ in range(3):
     losses.append(trained.result().metrics["loss:sum"])
     stepped.result()
 wrong = datum(text(given["before"]), image(expected_tokens=99), text(given["after"]))
+sampler = tinker.ServiceClient().create_sampling_client(base_model="acme/eyes")
+greedy = types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
+
+def sample(*chunks, **more):
+    return sampler.sample(types.ModelInput(chunks=list(chunks)), num_samples=1, sampling_params=greedy, **more)
+
+seen = sample(text(given["before"]), image(expected_tokens=15), text(given["after"]), include_prompt_logprobs=True)
 print(json.dumps({
+    "drawn": seen.result().sequences[0].tokens,
+    "prompt_logprobs": seen.result().prompt_logprobs,
+    "wrong_prompt": error_of(lambda: sample(text(given["before"]), image(expected_tokens=99))),
     "logprobs": forward.loss_fn_outputs[0]["logprobs"].data,
     "losses": losses,
     "wrong": error_of(lambda: client.forward([wrong], "cross_entropy")),
@@ -89,6 +105,16 @@ def test_pictures_train_through_the_official_sdk(
     assert told["losses"][0] > told["losses"][1] > told["losses"][2]
     assert "data[0].model_input.chunks[1].expected_tokens is 99" in told["wrong"]
     assert "as 15 tokens (3 x 5)" in told["wrong"]
+    assert "prompt.chunks[1].expected_tokens is 99" in told["wrong_prompt"]
+
+    inputs = reference_inputs(vision_folder, datum.model_input)
+    everything = torch.ones_like(inputs["input_ids"])
+    whole = plain_vision_model(vision_folder).generate(
+        **inputs, attention_mask=everything, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=159
+    )
+    assert told["drawn"] == whole[0, 25:].tolist()
+    is_none = [value is None for value in told["prompt_logprobs"]]
+    assert is_none == [True] + [False] * 3 + [True] * 15 + [False] * 6
 
 
 def _run(server: Server, python: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -366,9 +366,6 @@ def sampling_operation(
     Raises `InvalidInput` or `Unsupported`.
     """
     prompt = check_tokens(request.prompt, "prompt", card)
-    if prompt.images:
-        position = prompt.images[0].chunk_index
-        raise Unsupported(f"prompt.chunks[{position}] is of type 'image'; images are read in training data only")
     params = request.params
     check_count("num_samples", request.num_samples, 1, MAX_SAMPLES)
     check_count("topk_sample_logprobs", request.topk_sample_logprobs, 0, most_alternatives(card))
@@ -386,6 +383,7 @@ def sampling_operation(
     more_stop_tokens, _ = _stops(request.more_stop_tokens, card)
     return Sample(
         prompt=prompt.ids_N,
+        images=prompt.images,
         num_samples=request.num_samples,
         snapshot_id=snapshot_id,
         seed=draw_seed() if params.seed is None else params.seed % _SEED_RANGE,

@@ -46,6 +46,7 @@ from tinsmith.engine.sites import check_groups, open_sites, sites_in_words
 from tinsmith.engine.vision import ImageRows, VisionTower, check_sequence, own_logits, positions_of, reads_images
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import InvalidInput, TinsmithError, Unsupported
+from tinsmith.types.images import PlacedImage
 from tinsmith.types.operations import BaseModelCard, LoraSpec
 
 _ACTIVATIONS_SHARE = 0.5
@@ -143,6 +144,12 @@ class BaseModel:
             self._router.route(())
         hidden_TH: Tensor = output.last_hidden_state[0]
         return hidden_TH if self._hidden_scale == 1 else hidden_TH.float() * self._hidden_scale
+
+    def check_image(self, image: PlacedImage, where: str) -> None:
+        """Raises `InvalidInput` if the picture cannot be decoded, `Unsupported` if this model reads none."""
+        if self._vision is None:
+            raise Unsupported(f"{where} is of type 'image'; base model {self.card.name!r} reads text only")
+        self._vision.check(image, where)
 
     def backward(self, logprobs_M: Tensor, grad_M: Tensor, segments: Sequence[Segment]) -> None:
         """Carry dL/dlogprob through the model into the segments' gradient buffers.

@@ -31,6 +31,8 @@ class DecodeBatch:
         """The last drawn token; its key and value are not in the cache yet."""
         self.cached_S = np.zeros(capacity, np.int64)
         """How many tokens the cache holds."""
+        self.shift_S = np.zeros(capacity, np.int64)
+        """What to add to a token's index for its position."""
         self.topk_S = np.zeros(capacity, np.int64)
         self.table_SM = np.zeros((capacity, 1), np.int64)
         self._drawn_S = np.zeros(capacity, np.int64)
@@ -111,6 +113,7 @@ class DecodeBatch:
         self._joined_S[slot] = self._num_joined
         self.adapter_S[slot] = request.adapter
         self.cached_S[slot] = num_cached
+        self.shift_S[slot] = request.shift
         self.table_SM = _wide_enough(self.table_SM, len(blocks))
         self.table_SM[slot, : len(blocks)] = blocks
         self.topk_S[slot] = operation.topk_sample_logprobs

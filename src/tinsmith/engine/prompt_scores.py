@@ -142,9 +142,10 @@ class PromptScores:
         return 0 if last_n is None else max(0, self.end_row - last_n)
 
     def _prompt_pairs(self, first: int) -> _Pairs:
-        rows = np.arange(first, self.end_row)
+        tokens = self._operation.prompt[first + 1 :]
+        given = np.flatnonzero(tokens >= 0)
         scores = np.full(self.end_row + 1, np.nan, np.float32)
-        return _Pairs(rows, self._operation.prompt[first + 1 :], rows + 1, scores)
+        return _Pairs(first + given, tokens[given], first + given + 1, scores)
 
     def _parts(self, start: int, end: int) -> Sequence[tuple[_Pairs, slice]]:
         given = [(p, p.within(start, end)) for p in (self._logprobs, self._targets) if p is not None]

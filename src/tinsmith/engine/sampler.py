@@ -25,7 +25,7 @@ from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.loss_head import logits_of, target_logprobs
 from tinsmith.engine.prompt_scores import PromptScores, scores_of
 from tinsmith.engine.sampling_pass import PackedPass, pack_pass, segments_of
-from tinsmith.engine.sampling_request import Chunk, Pending, Prefill, Request, Sequence
+from tinsmith.engine.sampling_request import Chunk, Pending, Prefill, Request, Sequence, image_place
 from tinsmith.engine.stopping import Decoder, StopStrings
 from tinsmith.engine.token_choice import Choices, choose
 from tinsmith.types.errors import InvalidInput, ServerError, TinsmithError, UserError
@@ -108,6 +108,8 @@ class Sampler:
         request.sequences = [Sequence(request, index) for index in range(operation.num_samples)]
         try:
             self._check_possible(operation)
+            for image in operation.images:
+                self._base.check_image(image, image_place(image))
         except TinsmithError as error:
             self._tell(ticket, error)
             return
@@ -161,7 +163,7 @@ class Sampler:
                 f"a cache of {tokens} tokens; this engine's holds {room}"
             )
         if operation.stop_strings:
-            self._decoder.decode([int(operation.prompt[-1])])
+            self._decoder.decode([max(0, int(operation.prompt[-1]))])
 
     # ---- who takes part ----
 
@@ -295,7 +297,9 @@ class Sampler:
         if chunks or len(slots_B):
             packed = pack_pass(chunks, self._batch, slots_B, self._cache, self._base.device)
             self._cache.zero_stale()
-            hidden_TH = self._base.hidden(packed.ids_T, packed.positions_T, packed.segments, packed.layout)
+            hidden_TH = self._base.hidden(
+                packed.ids_T, packed.positions_T, packed.segments, packed.layout, packed.images
+            )
             self._batch.cached_S[slots_B] += 1
             num_rows, num_chunk_rows = len(hidden_TH), packed.num_chunk_rows
             self.tokens_prefilled += num_chunk_rows

@@ -24,12 +24,15 @@ from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.lora import LoraWeights, Segment
 from tinsmith.engine.sampling_request import Chunk
 from tinsmith.engine.self_attention import plan_blocks
+from tinsmith.engine.vision import ImageRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedPass:
     ids_T: Tensor
     positions_T: Tensor
+    """`[3, T]` if a prompt with pictures is among the chunks."""
+    images: tuple[ImageRows, ...]
     segments: list[Segment]
     layout: PassLayout
     chunks: list[Chunk]
@@ -50,7 +53,9 @@ def pack_pass(
     cached_B = batch.cached_S[slots_B]
     decode_slots_B = batch.table_SM[slots_B, cached_B // BLOCK_TOKENS] * BLOCK_TOKENS + cached_B % BLOCK_TOKENS
     ids_T = np.concatenate([*(c.prefill.pending.tokens[c.start : c.end] for c in ordered), batch.newest_S[slots_B]])
-    positions_T = np.concatenate([*(np.arange(c.start, c.end) for c in ordered), cached_B])
+    positions = [*(c.prefill.request.positions(c.start, c.end) for c in ordered), cached_B + batch.shift_S[slots_B]]
+    if any(p.ndim == 2 for p in positions):
+        positions = [np.broadcast_to(p, (3, p.shape[-1])) for p in positions]
     slots_T = np.concatenate([*(_slots(c) for c in ordered), decode_slots_B])
     fresh = [c.length for c in ordered if c.start == 0]
     tiles = plan_chunks(
@@ -73,7 +78,8 @@ def pack_pass(
     runs = [(c.prefill.request.weights, c.length) for c in ordered] + batch.runs(slots_B)
     return PackedPass(
         ids_T=torch.from_numpy(ids_T).to(device),
-        positions_T=torch.from_numpy(positions_T).to(device),
+        positions_T=torch.from_numpy(np.concatenate(positions, axis=-1)).to(device),
+        images=tuple(rows for first, c in zip(first_rows, ordered, strict=True) for rows in c.image_rows(first)),
         segments=segments_of(runs),
         layout=layout,
         chunks=ordered,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,8 @@ from tinsmith.engine.block_pool import BLOCK_TOKENS, end_key
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.prompt_scores import PromptScores
 from tinsmith.engine.stopping import StopStrings
+from tinsmith.engine.vision import ImageRows, positions_of
+from tinsmith.types.images import PlacedImage
 from tinsmith.types.operations import Sample
 from tinsmith.types.results import SampledSequence, SampleResponse, StopReason, TopkLogprobs
 
@@ -34,11 +37,29 @@ class Request:
     is_over: bool = False
     """Answered, with a result or an error."""
     scored_by: Prefill | None = None
+    prompt_positions_3N: np.ndarray | None = field(init=False)
+    """Where the prompt holds pictures; without them tokens are simply counted."""
+    shift: int = field(init=False, default=0)
+    """What to add to a drawn token's index for its position."""
+
+    def __post_init__(self) -> None:
+        images, num_tokens = self.operation.images, len(self.operation.prompt)
+        self.prompt_positions_3N = positions_of(num_tokens, images) if images else None
+        if self.prompt_positions_3N is not None:
+            self.shift = int(self.prompt_positions_3N.max()) + 1 - num_tokens
 
     @property
     def adapter(self) -> int:
         """Equal for equal weights, 0 for the base model; equal ranks lie next to each other."""
         return 0 if self.weights is None else (self.weights.layout.spec.rank << 48) | (id(self.weights) & (2**48 - 1))
+
+    def positions(self, start: int, end: int) -> np.ndarray:
+        """Of its tokens `[start, end)`, prompt and drawn: `[n]`, or `[3, n]` if the prompt holds pictures."""
+        if self.prompt_positions_3N is None:
+            return np.arange(start, end)
+        prompt_3N = self.prompt_positions_3N
+        drawn_n = np.arange(max(start, prompt_3N.shape[1]), end) + self.shift
+        return np.concatenate([prompt_3N[:, start:end], np.broadcast_to(drawn_n, (3, len(drawn_n)))], axis=1)
 
     def response(self) -> SampleResponse:
         scores = self.scores
@@ -140,3 +161,21 @@ class Chunk:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+    def image_rows(self, first_row: int) -> Iterator[ImageRows]:
+        """The rows of pictures among them; the chunk's own begin at packed row `first_row`."""
+        for image in self.prefill.request.operation.images:
+            start, end = max(self.start, image.start), min(self.end, image.end)
+            if start < end:
+                yield ImageRows(
+                    image,
+                    at=first_row + start - self.start,
+                    first=start - image.start,
+                    end=end - image.start,
+                    where=image_place(image),
+                )
+
+
+def image_place(image: PlacedImage) -> str:
+    """What errors call a picture of a prompt."""
+    return f"prompt.chunks[{image.chunk_index}]"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -71,6 +71,11 @@ class VisionTower:
             max_pixels=int(size["longest_edge"]),
         )
 
+    def check(self, image: PlacedImage, where: str) -> None:
+        """Raises `InvalidInput` if the picture cannot be decoded."""
+        if image.digest not in self._kept:
+            decoded(image.chunk, where)
+
     def features(self, image: PlacedImage, where: str) -> Tensor:
         """One row `[L, H]` per cell of the picture, frozen. Raises `InvalidInput` if it cannot be decoded."""
         kept = self._kept.get(image.digest)
@@ -89,21 +94,12 @@ class VisionTower:
     def patches(self, image: PlacedImage, where: str) -> tuple[Tensor, Tensor]:
         """What the tower takes: patches `[P, C]` fp32, and `[1, 3]` time, rows and columns of patches."""
         batch = self._processor.preprocess([decoded(image.chunk, where)], return_tensors="pt")
-        _, rows, columns = (batch["image_grid_thw"][0] // torch.tensor([1, self._merge, self._merge])).tolist()
-        if (rows, columns) != (image.rows, image.columns):
-            raise InvalidInput(
-                f"{where}.data was taken for {image.rows} x {image.columns} tokens, but decodes to {rows} x {columns}"
-            )
         return batch["pixel_values"], batch["image_grid_thw"]
 
     def put_rows(self, embeds_TH: Tensor, rows: Sequence[ImageRows]) -> None:
         for part in rows:
             features_LH = self.features(part.image, part.where)[part.first : part.end]
             embeds_TH[part.at : part.at + len(features_LH)] = features_LH.to(embeds_TH.dtype)
-
-    @property
-    def _merge(self) -> int:
-        return int(self._processor.merge_size)
 
     def _keep(self, digest: bytes, rows_LH: Tensor) -> None:
         self._kept[digest] = rows_LH
@@ -117,9 +113,17 @@ def decoded(chunk: ImageChunk, where: str) -> Image.Image:
     """The pixels, as RGB. Raises `InvalidInput` for bytes that are no such picture, or not all of one."""
     try:
         with Image.open(io.BytesIO(chunk.data), formats=[chunk.format]) as picture:
-            return picture.convert("RGB")
+            pixels = picture.convert("RGB")
+    except UnidentifiedImageError as error:  # whose text is about our buffer
+        raise InvalidInput(f"{where}.data cannot be decoded as a {chunk.format} file") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InvalidInput(f"{where}.data cannot be decoded as a {chunk.format} file: {error}") from error
+    if pixels.size != (chunk.width, chunk.height):
+        raise InvalidInput(
+            f"{where}.data decodes to {pixels.size[0]} x {pixels.size[1]} pixels, but its head says "
+            f"{chunk.width} x {chunk.height}"
+        )
+    return pixels
 
 
 def positions_of(num_tokens: int, images: Sequence[PlacedImage]) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum
 from tinsmith.types.errors import InvalidInput
-from tinsmith.types.images import ImageRule
+from tinsmith.types.images import ImageRule, PlacedImage
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
 from tinsmith.types.results import DrawnToken, ForwardBackwardOutput, SampleResponse
 from tinsmith.types.tensor import TensorData
@@ -184,7 +184,7 @@ class Sample:
     """
 
     prompt: np.ndarray
-    """Token ids, int64 `[N]`, N >= 1."""
+    """Token ids, int64 `[N]`, N >= 1; below zero in the rows of `images`, where no prompt log-probability is given."""
     num_samples: int
     snapshot_id: str | None
     """`None` samples the base model."""
@@ -204,6 +204,7 @@ class Sample:
     """Token ids to score, int64 `[N-1, K]`: row i at prompt position i + 1. Cells of -1 are skipped and answered 0."""
     prompt_alt_tokens_k: int = 0
     """How many tokens to draw, at `temperature` from the full vocabulary, at every prompt position but the first."""
+    images: tuple[PlacedImage, ...] = ()
     stream: bool = False
     """Tell the call's `on_token` of every token as it is drawn."""
 

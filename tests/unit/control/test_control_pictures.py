@@ -13,10 +13,10 @@ from PIL import Image
 
 from tinsmith.control.admission import num_train_tokens
 from tinsmith.control.pictures import MAX_PIXELS
-from tinsmith.control.requests import ForwardBackward
-from tinsmith.control.validation import check_training
+from tinsmith.control.requests import DrawSamples, ForwardBackward
+from tinsmith.control.validation import check_training, sampling_operation
 from tinsmith.runtime.fake import FAKE_CARD
-from tinsmith.types import Datum, EncodedTextChunk, ImageAssetPointerChunk, ImageChunk, ModelInput
+from tinsmith.types import Datum, EncodedTextChunk, ImageAssetPointerChunk, ImageChunk, ModelInput, SamplingParams
 from tinsmith.types.errors import InvalidInput, Unsupported
 from tinsmith.types.images import ImageRule
 
@@ -115,3 +115,16 @@ def test_a_request_weighs_its_expanded_tokens_and_what_will_be_refused_nothing()
         )
         == 2
     )
+
+
+def test_a_prompt_with_a_picture_reaches_the_engine_as_rows_and_places() -> None:
+    picture = ImageChunk(data=encoded(), format="png")
+    prompt = ModelInput(chunks=[TEXT, picture, TEXT])
+    request = DrawSamples(
+        sampling_session_id="s", seq_id=0, prompt=prompt, num_samples=1, params=SamplingParams(temperature=1.0)
+    )
+    asked = sampling_operation(request, CARD, None, int)
+    assert asked.prompt[[0, 1, 8, 9]].tolist() == [1, 2, 1, 2]
+    assert (asked.prompt[2:8] < 0).all()
+    assert [(i.start, i.end, i.chunk) for i in asked.images] == [(2, 8, picture)]
+    assert asked.max_tokens == CARD.max_context - 10
