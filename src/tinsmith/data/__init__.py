@@ -8,9 +8,11 @@ from tinsmith.data.dataset import ConversationDataset, TooLong, build_dataset
 from tinsmith.data.datum import to_datum
 from tinsmith.data.demo import DEMO_CONVERSATIONS
 from tinsmith.data.errors import DataError, RenderError
-from tinsmith.data.jsonl import ConversationFile, conversation_from_record, read_conversations
+from tinsmith.data.jsonl import ConversationFile, read_conversations
+from tinsmith.data.records import conversation_from_record
 from tinsmith.data.renderer import ChatTemplateRenderer
 from tinsmith.data.rendering import RenderedConversation, Renderer, SegmentRenderer, TrainOn
+from tinsmith.data.tables import load_hub_conversations, table_conversations
 from tinsmith.data.tokenizers import ChatTokenizer, load_tokenizer
 from tinsmith.data.trajectories import Trajectory, read_trajectories
 
@@ -42,9 +44,11 @@ __all__ = [
     "conversation_from_record",
     "epoch_order",
     "hold_out",
+    "load_hub_conversations",
     "load_tokenizer",
     "make_renderer",
     "read_conversations",
     "read_trajectories",
+    "table_conversations",
     "to_datum",
 ]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinsmith.data import Conversation, DataError, conversation_from_record, read_conversations
+from tinsmith.data import (
+    Conversation,
+    DataError,
+    Image,
+    Message,
+    Tool,
+    ToolCall,
+    conversation_from_record,
+    load_hub_conversations,
+    read_conversations,
+    table_conversations,
+)
 
 PAIR = (("user", "How?"), ("assistant", "So."))
 
@@ -57,8 +69,28 @@ def test_every_form_gives_the_same_conversation(record: dict[str, Any]) -> None:
             r"data.jsonl:2: field 'messages\[0\].role': role 'bot' is none of system, developer, user, assistant, tool",
         ),
         (
-            '{"messages": [{"role": "user", "content": "x", "tool_calls": []}]}',
-            r"data.jsonl:2: field 'messages\[0\].tool_calls' is not supported; it holds \[\]",
+            '{"messages": [{"role": "user", "contents": "x"}]}',
+            r"data.jsonl:2: field 'messages\[0\].contents' is not supported; it holds 'x'. did you mean 'content'\?",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}]}',
+            r"data.jsonl:2: field 'messages\[0\]': only an assistant's message has thinking or tool calls",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"function": 3}]}]}',
+            r"data.jsonl:2: field 'messages\[0\].tool_calls\[0\]' must be a call",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}',
+            r"data.jsonl:2: field 'messages\[0\].tool_calls\[0\].function.arguments' is no JSON",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x", "weight": -1}]}',
+            r"data.jsonl:2: field 'messages\[0\].weight': weight must be a number of at least 0, not -1.0",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}',
+            r"data.jsonl:2: field 'messages\[0\].content\[0\]' must be a part of type 'text' or 'image_url'",
         ),
         (
             '{"messages": [{"role": "user", "content": "x", "train": 1}]}',
@@ -68,7 +100,9 @@ def test_every_form_gives_the_same_conversation(record: dict[str, Any]) -> None:
             '{"messages": [{"role": "user", "content": "\\ud800"}]}',
             r"data.jsonl:2: field 'messages\[0\].content' is not valid Unicode at character 0",
         ),
-        ('{"messages": [], "tools": [1]}', r"data.jsonl:2: field 'tools' is not supported; it holds \[1\]"),
+        ('{"messages": [], "functions": [1]}', r"data.jsonl:2: field 'functions' is not supported; it holds \[1\]"),
+        ('{"messages": [], "tools": [1]}', r"data.jsonl:2: field 'tools\[0\]' must be a function with a name, not 1"),
+        ('{"mesages": []}', r"data.jsonl:2: no known form; .* did you mean 'messages'\?"),
     ],
 )
 def test_a_bad_line_is_named_with_its_field_and_value(tmp_path: Path, line: str, complaint: str) -> None:
@@ -121,7 +155,9 @@ MESSAGE = st.fixed_dictionaries(
 VALUE = LEAF | st.lists(LEAF | MESSAGE, max_size=3)
 
 
-@given(record=st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "tools", "y"]), VALUE, max_size=4))
+@given(
+    record=st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "functions", "y"]), VALUE, max_size=4)
+)
 def test_any_record_becomes_a_conversation_or_a_data_error(record: dict[str, Any]) -> None:
     with nullcontext() if _is_readable(record) else pytest.raises(DataError, match="f:1: "):
         assert conversation_from_record(record, source="f:1").messages
@@ -129,7 +165,7 @@ def test_any_record_becomes_a_conversation_or_a_data_error(record: dict[str, Any
 
 def _is_readable(record: dict[str, Any]) -> bool:
     """The rules again, written down as plainly as possible."""
-    if "tools" in record:
+    if "functions" in record:
         return False
     pair = (record.get("prompt"), record.get("completion"))
     if "messages" not in record:
@@ -149,3 +185,84 @@ def _are_messages(value: Any) -> bool:
         and item.get("train") in (None, True, False)
         for item in value
     )
+
+
+TALK_WITH_TOOLS: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "here?"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "Look.",
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}],
+        },
+        {"role": "tool", "content": "a kettle", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "A kettle.", "weight": 0.5},
+    ],
+    "tools": [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}],
+}
+EXPECTED = Conversation(
+    messages=(
+        Message(role="user", content="What is here?"),
+        Message(
+            role="assistant",
+            content="",
+            thinking="Look.",
+            tool_calls=(ToolCall(name="look", arguments={"at": 1}, id="c1"),),
+        ),
+        Message(role="tool", content="a kettle", tool_call_id="c1"),
+        Message(role="assistant", content="A kettle.", weight=0.5),
+    ),
+    tools=(Tool(function={"name": "look", "description": "Look.", "parameters": {}}),),
+)
+
+
+def test_tools_calls_thoughts_and_weights_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(TALK_WITH_TOOLS))
+    file = read_conversations(path)
+    assert file.conversations == (replace(EXPECTED, source=f"{path}:1"),)
+    assert file.ignored_keys == {}
+
+
+def test_a_picture_is_read_with_its_place(tmp_path: Path) -> None:
+    url = "data:image/png;base64,aGVsbG8="
+    parts = [{"type": "text", "text": "See "}, {"type": "image_url", "image_url": {"url": url}}]
+    record = {"messages": [{"role": "user", "content": parts}]}
+    message = conversation_from_record(record, source="f:1").messages[0]
+    assert message.content == "See "
+    assert message.images == (Image(data=b"hello", format="png", at=4),)
+    parts[1] = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+    with pytest.raises(DataError, match=r"f:1: field 'messages\[0\].content\[1\]' must hold a picture as a data URL"):
+        conversation_from_record(record, source="f:1")
+
+
+def test_parquet_gives_the_same_conversations_and_names_rows(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    plain = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "id": 7}
+    talk = {"messages": TALK_WITH_TOOLS["messages"][1:], "tools": json.dumps(TALK_WITH_TOOLS["tools"])}
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist([talk, plain]), path)
+    file = read_conversations(path)
+    assert file.conversations[0] == replace(EXPECTED, messages=EXPECTED.messages[1:], source=f"{path}:row 1")
+    assert file.conversations[1] == replace(
+        Conversation.of(("user", "Hi"), ("assistant", "Ho")), source=f"{path}:row 2"
+    )
+    pq.write_table(pa.Table.from_pylist([plain, {"messages": [{"role": "bot", "content": "x"}]}]), path)
+    with pytest.raises(DataError, match=r"data.parquet:row 2: field 'messages\[0\].role': role 'bot' is none of"):
+        read_conversations(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"data.parquet is no Parquet file"):
+        read_conversations(path)
+
+
+def test_a_hugging_face_data_set_is_read_from_its_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
+    talks = load_hub_conversations(str(tmp_path / "set"))
+    assert [message.content for talk in talks for message in talk.messages] == ["a", "b", "c", "d"]
+    assert talks[1].source == f"{tmp_path / 'set'}[train]:row 2"
+    with pytest.raises(DataError, match=r"rows:row 2: field 'completion' is missing beside 'prompt'"):
+        table_conversations([rows[0], {"prompt": "c", "completion": None}], name="rows")
