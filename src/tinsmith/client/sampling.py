@@ -124,7 +124,8 @@ class SamplerState:
 class _Request:
     body: Mapping[str, Any]
     """Of `asample`, but for the sequence number."""
-    is_large: bool
+    num_bytes: int
+    """Of the prompt, as a server reckons them."""
     prompt_tokens: int | None
     """`None` with pictures, whose tokens only the server counts."""
 
@@ -351,7 +352,7 @@ class SamplingClient:
         text_only = all(isinstance(chunk, EncodedTextChunk) for chunk in prompt.chunks)
         return _Request(
             body=body,
-            is_large=_prompt_bytes(prompt) > _LARGE_PROMPT_BYTES,
+            num_bytes=_prompt_bytes(prompt),
             prompt_tokens=prompt.length if text_only else None,
         )
 
@@ -439,12 +440,15 @@ class SamplingClient:
         timing = self._connection.config.timing
         body = {**request.body, "seq_id": seq_id}
         call = post("asample", body, pool=Pool.SAMPLE, headers={"X-Tinker-Sampling-Backpressure": "1"})
-        pause = timing.backpressure_pause_large if request.is_large else timing.backpressure_pause
+        is_large = request.num_bytes > _LARGE_PROMPT_BYTES
+        pause = timing.backpressure_pause_large if is_large else timing.backpressure_pause
         link = self._connection.link
         while True:
             try:
-                return await link.http.send_for(call, UntypedAPIFuture, link.sample_retry)
+                async with link.samples.offer(request.num_bytes):
+                    return await link.http.send_for(call, UntypedAPIFuture, link.sample_retry)
             except RateLimitError:
+                link.samples.refused()
                 await asyncio.sleep(pause)
 
     async def _next_seq_id(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import httpx2
 
-from tinsmith.client.budget import ByteBudget
+from tinsmith.client.budget import ByteBudget, SampleGate
 from tinsmith.client.config import PROTOCOL_VERSION, ClientConfig, ServerFlags
 from tinsmith.client.credentials import CommandKey, ExchangedToken, is_jwt
 from tinsmith.client.errors import APIStatusError, ConfigurationError, NotFoundError, TinkerError
@@ -77,6 +77,7 @@ class Link:
         """Why the server no longer knows the session, once a heartbeat has said so."""
         self.result_bytes = ByteBudget(self.flags.inflight_response_bytes_semaphore_size)
         self.submit_bytes = ByteBudget(self.flags.fwdbwd_dispatch_bytes_semaphore_size)
+        self.samples = SampleGate(self.flags.sample_dispatch_bytes_semaphore_size)
 
     @property
     def http(self) -> Http:
@@ -229,6 +230,7 @@ class Link:
         await self._fetch_settings(self._startup_retry())
         self.result_bytes = ByteBudget(self.flags.inflight_response_bytes_semaphore_size)
         self.submit_bytes = ByteBudget(self.flags.fwdbwd_dispatch_bytes_semaphore_size)
+        self.samples = SampleGate(self.flags.sample_dispatch_bytes_semaphore_size)
         self._configured = True
 
     def _use_command(self, http: Http) -> None:

@@ -24,6 +24,7 @@ from tinsmith.client import (
     TrainingClient,
 )
 from tinsmith.client.breaker import Breaker
+from tinsmith.client.budget import SampleGate
 from tinsmith.types import AdamParams, ModelInput, SamplingParams
 
 PROMPT = ModelInput.from_ints([1, 2, 3])
@@ -206,3 +207,35 @@ def test_mistakes_of_the_caller_do_not_open_it(training: TrainingClient, server:
         with pytest.raises(Exception, match="400"):
             training.optim_step(AdamParams()).result(5)
     assert training.optim_step(AdamParams()).result(5).metrics == {"step:sum": 1.0}
+
+
+# ---- offering samples ----
+
+
+def test_after_a_refusal_few_samples_are_offered_at_once_and_then_as_many_as_before() -> None:
+    now = [0.0]
+
+    async def most_at_once(gate: SampleGate, count: int) -> int:
+        inside, most = 0, 0
+
+        async def offer() -> None:
+            nonlocal inside, most
+            async with gate.offer(100):
+                inside += 1
+                most = max(most, inside)
+                await asyncio.sleep(0.001)
+                inside -= 1
+
+        await asyncio.gather(*(offer() for _ in range(count)))
+        return most
+
+    async def main() -> list[int]:
+        gate = SampleGate(10_000, clock=lambda: now[0])
+        before = await most_at_once(gate, 40)
+        gate.refused()
+        during = await most_at_once(gate, 40)
+        now[0] = 11.0
+        return [before, during, await most_at_once(gate, 200)]
+
+    # 100 of 100 bytes each fit into 10,000; while throttled a byte counts for 20, so 5 do
+    assert asyncio.run(main()) == [40, 5, 100]
