@@ -1,9 +1,9 @@
 """Terms to add to a custom loss: `regularized(loss, [RegularizerSpec(fn=l2(), weight=0.01, name="l2")])`.
 
 A regularizer is a function of the datums and their target log-probabilities, `[N]` or `[N, K]` each, like the loss
-itself; so its gradient is exact. Sums that stand for a whole distribution (entropy, KL) run over the targets given: with
-the likely tokens of each position as `[N, K]` targets they are those of the distribution, with one target per position
-a part of it.
+itself; so its gradient is exact. Sums that stand for a whole distribution (entropy, KL) run over the targets given:
+with the likely tokens of each position as `[N, K]` targets they are those of the distribution, with one target per
+position a part of it.
 """
 
 # N token positions, K alternatives per position
@@ -152,7 +152,8 @@ def gradient_penalty(base: CustomLoss, target: float = 1.0) -> Regularizer:
         loss, _ = base(data, logprobs)
         gradients = torch.autograd.grad(loss, logprobs, create_graph=True)
         norm = torch.cat([gradient.reshape(-1) for gradient in gradients]).norm()
-        return (norm - target).square()
+        penalty: torch.Tensor = (norm - target).square()
+        return penalty
 
     return term
 
