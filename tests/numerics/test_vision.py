@@ -23,6 +23,8 @@ from tests.numerics.vision import (
     save_vision_model,
     text,
 )
+from tinsmith.engine.fused import fuse_layers
+from tinsmith.engine.kernels import FusedKernels
 from tinsmith.types import Datum, ImageChunk, ModelInput
 from tinsmith.types.errors import InvalidInput, Unsupported
 from tinsmith.types.operations import SaveAdapter
@@ -113,6 +115,31 @@ def test_recomputed_layers_give_the_same_gradients_with_pictures(vision_folder: 
         driver.train(item("m", *mixed_data()))
         grads.append(torch.from_numpy(driver.grads("m")))
     assert relative(grads[1], grads[0]) <= 1e-6
+
+
+def test_fused_layers_change_nothing_and_leave_the_vision_tower_alone(vision_folder: Path) -> None:
+    results = []
+    for is_fused in (False, True):
+        driver = Driver(vision_folder)
+        driver.create("m")
+        driver.randomize("m")
+        if is_fused:
+            assert fuse_layers(driver.engine._base._language_model, FusedKernels()) == 2 * 4 + 1
+        (output,) = driver.train(item("m", *mixed_data()))
+        results.append((np.concatenate([x.to_numpy() for x in output.logprobs]), driver.grads("m")))
+    (plain, plain_grads), (fused, fused_grads) = results
+    assert np.abs(fused - plain).max() <= 1e-5
+    assert relative(torch.from_numpy(fused_grads), torch.from_numpy(plain_grads)) <= 1e-5
+
+
+def test_a_model_in_bfloat16_reads_pictures_too(vision_folder: Path) -> None:
+    outputs = []
+    for dtype in ("float32", "bfloat16"):
+        driver = Driver(vision_folder, dtype=dtype)
+        driver.create("m")
+        (output,) = driver.train(item("m", *mixed_data(), forward_only=True))
+        outputs.append(np.concatenate([x.to_numpy() for x in output.logprobs]))
+    assert 0 < np.abs(outputs[1] - outputs[0]).max() <= 0.1
 
 
 def test_two_tenants_in_one_pass_compute_what_each_computes_alone(vision_folder: Path) -> None:

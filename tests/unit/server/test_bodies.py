@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import struct
 from typing import Any
 
 import pytest
 
 from tests.unit.server.tinker_client import PROTOBUF, Client, OpenServer, sample_body, train_body
 from tinsmith.server.bodies import parse_json_object
+from tinsmith.server.tinker.decode import sample
 from tinsmith.server.tinker.legible import ids_in_json, ids_in_protobuf, ids_in_sample
+from tinsmith.types.errors import InvalidInput
 from tinsmith.types.operations import Sample
 from tinsmith.wire.compression import compress, decompress
 from tinsmith.wire.tinker_proto import WireError
@@ -110,6 +114,19 @@ def test_big_integers_stay_exact() -> None:
 
 
 # ---- samples ----
+
+
+def test_pictures_of_older_clients_may_say_their_size_if_it_is_true() -> None:
+    head = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", 24, 16)
+
+    def asked(**fields: int) -> Any:
+        chunk = {"type": "image", "data": base64.b64encode(head).decode(), "format": "png", **fields}
+        return sample({**sample_body("s", 0), "prompt": {"chunks": [chunk]}}).prompt.chunks[0]
+
+    chunk = asked(width=24, height=16, tokens=6)
+    assert (chunk.width, chunk.height, chunk.length) == (24, 16, 6)
+    with pytest.raises(InvalidInput, match=r"prompt\.chunks\[0\].*width is 25, but the picture's own width is 24"):
+        asked(width=25, height=16, tokens=6)
 
 
 @pytest.mark.parametrize(

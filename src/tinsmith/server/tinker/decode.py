@@ -252,7 +252,7 @@ def _model_input(value: Any, where: str) -> ModelInput:
 
 _CHUNK_FIELDS: dict[str, tuple[str, ...]] = {
     "encoded_text": ("tokens",),
-    "image": ("data", "format", "expected_tokens"),
+    "image": ("data", "format", "expected_tokens", "width", "height", "tokens"),  # the last three from older clients
     "image_asset_pointer": ("location", "format", "expected_tokens"),
     "dmel": ("dmel",),
 }
