@@ -19,6 +19,8 @@ from tinsmith.data.errors import DataError
 from tinsmith.data.records import FORM_KEYS, FORMS_TEXT, conversation_from_record, shown
 from tinsmith.data.tables import parquet_records
 
+__all__ = ["ConversationFile", "conversation_from_record", "conversations_of", "read_conversations", "read_records"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversationFile:

@@ -8,7 +8,9 @@ from tinsmith.kitchen.environments.environment import (
     StepResult,
     TaskSet,
 )
+from tinsmith.kitchen.environments.gymnasium_env import GymnasiumEnvironment, GymnasiumTasks, action_names
 from tinsmith.kitchen.environments.questions import QuestionEnvironment, QuestionTasks
+from tinsmith.kitchen.environments.reasoning import ReasoningGymTasks
 from tinsmith.kitchen.environments.rollouts import (
     Draw,
     Policy,
@@ -20,16 +22,20 @@ from tinsmith.kitchen.environments.rollouts import (
     roll_out_group,
 )
 from tinsmith.kitchen.environments.tools import PythonTool, ToolEnvironment
+from tinsmith.kitchen.environments.verifiers_tasks import VerifiersTasks
 
 __all__ = [
     "Draw",
     "Environment",
     "EnvironmentGroup",
+    "GymnasiumEnvironment",
+    "GymnasiumTasks",
     "Observation",
     "Policy",
     "PythonTool",
     "QuestionEnvironment",
     "QuestionTasks",
+    "ReasoningGymTasks",
     "Rollout",
     "RolloutGroup",
     "RolloutLimits",
@@ -38,6 +44,8 @@ __all__ = [
     "TaskSet",
     "ToolEnvironment",
     "Turn",
+    "VerifiersTasks",
+    "action_names",
     "roll_out",
     "roll_out_group",
 ]
