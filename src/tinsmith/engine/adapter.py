@@ -76,6 +76,23 @@ class Adapter:
         self.num_pending = 0
         self.step += 1
 
+    def copy(self) -> Adapter:
+        """Everything that later requests depend on, as it is now; shares nothing with the original."""
+        copied = Adapter(
+            self.model_id,
+            self.layout,
+            self.grads_P.device,
+            weights=self.weights.flat_P.clone(),
+            step=self.step,
+        )
+        copied.grads_P.copy_(self.grads_P)
+        copied.num_pending = self.num_pending
+        copied.corrupted = self.corrupted
+        copied.optimizer = AdamState(
+            self.optimizer.exp_avg_P.clone(), self.optimizer.exp_avg_sq_P.clone(), self.optimizer.count
+        )
+        return copied
+
     def snapshot(self) -> LoraWeights:
         """The present weights for sampling; later steps write to a copy."""
         return self.weights.freeze()

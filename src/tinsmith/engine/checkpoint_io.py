@@ -1,6 +1,7 @@
 """Checkpoint folders: PEFT's layout, optimizer state beside it, and a record with the hash of every file.
 
-    adapter_model.safetensors   adapter_config.json   [optimizer.safetensors]   checkpoint.json
+    adapter_model.safetensors   adapter_config.json   [optimizer.safetensors]   [gradients.safetensors]
+    checkpoint.json
 
 A folder appears under its name complete or not at all: everything is written to a temporary sibling, flushed to disk,
 then renamed. `checkpoint.json` names every other file with size and SHA-256; loading verifies them first.
@@ -30,10 +31,11 @@ from tinsmith.types.errors import CheckpointDamaged, InvalidInput, NotFound, Sto
 from tinsmith.types.operations import LoraSpec, SavedCheckpoint
 
 FORMAT = 1
-WEIGHTS, CONFIG, OPTIMIZER, RECORD = (
+WEIGHTS, CONFIG, OPTIMIZER, GRADIENTS, RECORD = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "optimizer.safetensors",
+    "gradients.safetensors",
     "checkpoint.json",
 )
 
@@ -46,6 +48,16 @@ class StoredAdapter:
     weights_P: Tensor
     optimizer: AdamState | None
     step: int
+    gradients: StoredGradients | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGradients:
+    """What lies between two optimizer steps."""
+
+    grads_P: Tensor
+    num_pending: int
+    corrupted: str | None
 
 
 def save_checkpoint(
@@ -53,6 +65,7 @@ def save_checkpoint(
     folder: Path,
     *,
     optimizer: bool,
+    gradients: bool = False,
     base_model: str,
     other_modules: Sequence[str],
     record: Mapping[str, Any],
@@ -64,7 +77,9 @@ def save_checkpoint(
     files = {WEIGHTS: _weights_file(adapter.weights), CONFIG: peft_config(adapter.layout, base_model, other_modules)}
     if optimizer:
         files[OPTIMIZER] = _optimizer_file(adapter)
-    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    if gradients:
+        files[GRADIENTS] = _gradients_file(adapter)
+        record = {**record, "corrupted": adapter.corrupted}
     described = {
         "format": FORMAT,
         **record,
@@ -72,14 +87,37 @@ def save_checkpoint(
         "lora": asdict(adapter.spec),
         "step": adapter.step,
         "digest": digest,
-        "files": entries,
+        "files": _hashed(files),
     }
     files[RECORD] = json.dumps(described, indent=2, sort_keys=True).encode()
     write_folder(folder, files)
     return SavedCheckpoint(size_bytes=sum(map(len, files.values())), digest=digest, step=adapter.step)
 
 
-def load_checkpoint(folder: Path, sites: tuple[LoraSite, ...], *, optimizer: bool) -> StoredAdapter:
+def save_weights(
+    weights: LoraWeights, folder: Path, *, base_model: str, other_modules: Sequence[str], digest: str
+) -> None:
+    """Frozen weights alone, as `load_checkpoint` reads them. Raises `StorageError`; nothing is left behind then."""
+    layout = weights.layout
+    files = {WEIGHTS: _weights_file(weights), CONFIG: peft_config(layout, base_model, other_modules)}
+    described = {
+        "format": FORMAT,
+        "base_model": base_model,
+        "lora": asdict(layout.spec),
+        "step": 0,
+        "digest": digest,
+        "files": _hashed(files),
+    }
+    write_folder(folder, files | {RECORD: json.dumps(described, indent=2, sort_keys=True).encode()})
+
+
+def _hashed(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    return {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+
+
+def load_checkpoint(
+    folder: Path, sites: tuple[LoraSite, ...], *, optimizer: bool, gradients: bool = False
+) -> StoredAdapter:
     """Raises `NotFound`, `CheckpointDamaged`, or `InvalidInput` if it does not fit this base model or request."""
     record = _verified_record(folder)
     spec = LoraSpec(**record["lora"])
@@ -97,7 +135,18 @@ def load_checkpoint(folder: Path, sites: tuple[LoraSite, ...], *, optimizer: boo
         for kind, flat_P in (("exp_avg", state.exp_avg_P), ("exp_avg_sq", state.exp_avg_sq_P)):
             for name, view in layout.named_views(flat_P):
                 _copy(stored, f"{kind}.{name}", view, folder)
-    return StoredAdapter(spec, weights_P, state, int(record["step"]))
+    pending = _stored_gradients(folder, layout, record) if gradients else None
+    return StoredAdapter(spec, weights_P, state, int(record["step"]), pending)
+
+
+def _stored_gradients(folder: Path, layout: LoraLayout, record: Mapping[str, Any]) -> StoredGradients:
+    if GRADIENTS not in record["files"]:
+        raise InvalidInput(f"checkpoint {folder.name!r} holds no gradients; it is no snapshot of a live model")
+    stored = load_file(folder / GRADIENTS)
+    grads_P = torch.empty(layout.num_parameters, dtype=torch.float32)
+    for name, view in layout.named_views(grads_P):
+        _copy(stored, f"gradient.{name}", view, folder)
+    return StoredGradients(grads_P, int(stored["num_pending"]), record.get("corrupted"))
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -142,6 +191,12 @@ def _optimizer_file(adapter: Adapter) -> bytes:
     for kind, flat_P in (("exp_avg", state.exp_avg_P), ("exp_avg_sq", state.exp_avg_sq_P)):
         tensors |= {f"{kind}.{n}": m.contiguous() for n, m in adapter.layout.named_views(flat_P.cpu())}
     return save(tensors, {"format": "pt"})
+
+
+def _gradients_file(adapter: Adapter) -> bytes:
+    named = adapter.layout.named_views(adapter.grads_P.cpu())
+    tensors = {f"gradient.{name}": matrix.contiguous() for name, matrix in named}
+    return save(tensors | {"num_pending": torch.tensor(adapter.num_pending)}, {"format": "pt"})
 
 
 def _verified_record(folder: Path) -> dict[str, Any]:

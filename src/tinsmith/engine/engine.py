@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 
 from tinsmith.engine.adapter import Adapter, optim_steps
 from tinsmith.engine.base_model import BaseModel
-from tinsmith.engine.checkpoint_io import load_checkpoint, save_checkpoint
+from tinsmith.engine.checkpoint_io import load_checkpoint, save_checkpoint, save_weights
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.tokenizer import load_decoder
 from tinsmith.engine.trainer import Finished, Trainer
+from tinsmith.types.crash_points import crash_point
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import AlreadyExists, NotFound, ServerError, TinsmithError
 from tinsmith.types.operations import (
@@ -43,6 +45,7 @@ from tinsmith.types.operations import (
     Sample,
     SaveAdapter,
     SavedCheckpoint,
+    SaveSnapshot,
     TrainItem,
 )
 from tinsmith.types.params import AdamParams
@@ -51,6 +54,8 @@ Outcome: TypeAlias = Answer | TinsmithError
 _Kind = TypeVar("_Kind", TrainItem, OptimStep)
 _MAX_LEAD_S = 0.25
 """How far one side's time account may fall behind: idle time is not saved up."""
+_WRITER_POLL_S = 0.002
+"""How long an engine with nothing else to do waits for its writer before it looks for new operations."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,11 +109,16 @@ class Engine:
         self._training: tuple[list[int], Generator[list[Finished]]] | None = None
         self._training_time_s = 0.0
         self._sampling_time_s = 0.0
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot-writer")
+        self._writes: dict[int, Future[Outcome]] = {}
+        """What is being written aside, by ticket."""
         self.card = self._base.card
 
     @property
     def has_work(self) -> bool:
-        return bool(self._queue or self._training or self._sampler.has_work or self._samples or self._done)
+        return bool(
+            self._queue or self._training or self._sampler.has_work or self._samples or self._done or self._writes
+        )
 
     def accept(self, ticket: int, operation: Operation) -> None:
         """Queue one operation; its outcome appears in a later `work`."""
@@ -136,8 +146,23 @@ class Engine:
             # how a prompt is cut must not depend on what else waits, where every bit counts
             step = partial(self._sampler.step, shared=has_training and not self._is_deterministic)
             self._sampling_time_s = self._timed(step, self._sampling_time_s, self._training_time_s)
+        elif self._writes and not self._done:
+            wait(self._writes.values(), timeout=_WRITER_POLL_S)
+        self._collect_writes()
         done, self._done = self._done, []
         return done
+
+    def _write_aside(self, ticket: int, write: Callable[[], Answer]) -> None:
+        """`write` must touch nothing that later operations touch."""
+
+        def attempt() -> Outcome:
+            return self._attempt("saving", write)
+
+        self._writes[ticket] = self._writer.submit(attempt)
+
+    def _collect_writes(self) -> None:
+        for ticket in [ticket for ticket, write in self._writes.items() if write.done()]:
+            self._done.append((ticket, self._writes.pop(ticket).result()))
 
     def own_process(self) -> None:
         """Make the most of a process that is the engine's alone; it must end by `os._exit`."""
@@ -168,15 +193,19 @@ class Engine:
             return
         match self._queue[0][1]:
             case TrainItem():
+                crash_point("engine.train")
                 tickets, items = self._take_all(TrainItem)
                 self._training = (tickets, self._trainer.run(items, self._adapters))
                 self._next_pass(*self._training)
             case OptimStep():
+                crash_point("engine.optim_step")
                 tickets, steps = self._take_all(OptimStep)
                 self._done.extend(zip(tickets, self._optim_steps(steps), strict=True))
+            case SaveAdapter(gradients=True) | SaveSnapshot():
+                self._save_aside(*self._queue.popleft())
             case _:
                 ticket, operation = self._queue.popleft()
-                self._done.append((ticket, self._outcome(operation)))
+                self._done.append((ticket, self._attempt(type(operation).__name__, partial(self._execute, operation))))
 
     def _next_pass(self, tickets: Sequence[int], passes: Generator[list[Finished]]) -> bool:
         try:
@@ -211,13 +240,32 @@ class Engine:
             outcomes[adapter.model_id] = outcome
         return [outcomes[step.model_id] for step in steps]
 
-    def _outcome(self, operation: Operation) -> Outcome:
+    @staticmethod
+    def _attempt(what: str, work: Callable[[], Answer]) -> Outcome:
         try:
-            return self._execute(operation)
+            return work()
         except TinsmithError as error:
             return error
         except (RuntimeError, MemoryError) as error:  # what torch raises for out-of-memory and device faults
-            return ServerError(f"{type(operation).__name__} failed on the device: {error}")
+            return ServerError(f"{what} failed on the device: {error}")
+
+    def _save_aside(self, ticket: int, operation: Operation) -> None:
+        """Copy what is to be saved, now; the copy is written by a thread of its own."""
+
+        def prepare() -> Answer:
+            if isinstance(operation, SaveSnapshot):
+                self._write_aside(
+                    ticket, partial(self._save_snapshot, operation, self._snapshot(operation.snapshot_id))
+                )
+            elif isinstance(operation, SaveAdapter):
+                self._write_aside(
+                    ticket, partial(self._save_adapter, operation, self._adapter(operation.model_id).copy())
+                )
+            return None
+
+        fault = self._attempt(type(operation).__name__, prepare)
+        if fault is not None:
+            self._done.append((ticket, fault))
 
     def _execute(self, operation: Operation) -> Answer:
         match operation:
@@ -232,7 +280,7 @@ class Engine:
                 self._adapters.pop(operation.model_id, None)
                 return None
             case SaveAdapter():
-                return self._save_adapter(operation)
+                return self._save_adapter(operation, self._adapter(operation.model_id))
             case PublishSnapshot():
                 return self._keep_snapshot(operation.snapshot_id, self._adapter(operation.model_id).snapshot())
             case LoadSnapshot():
@@ -249,7 +297,9 @@ class Engine:
         return self._adapters[model_id]
 
     def _load_adapter(self, operation: LoadAdapter) -> LoraSpec:
-        stored = load_checkpoint(Path(operation.folder), self._base.sites, optimizer=operation.optimizer)
+        stored = load_checkpoint(
+            Path(operation.folder), self._base.sites, optimizer=operation.optimizer, gradients=operation.gradients
+        )
         layout = self._base.layout(stored.spec)
         weights_P = stored.weights_P.to(self._base.device)
         adapter = Adapter(operation.model_id, layout, self._base.device, weights=weights_P, step=stored.step)
@@ -257,18 +307,39 @@ class Engine:
             adapter.optimizer.exp_avg_P.copy_(stored.optimizer.exp_avg_P)
             adapter.optimizer.exp_avg_sq_P.copy_(stored.optimizer.exp_avg_sq_P)
             adapter.optimizer.count = stored.optimizer.count
+        if stored.gradients is not None:
+            adapter.grads_P.copy_(stored.gradients.grads_P)
+            adapter.num_pending = stored.gradients.num_pending
+            adapter.corrupted = stored.gradients.corrupted
         self._adapters[operation.model_id] = adapter
         return stored.spec
 
-    def _save_adapter(self, operation: SaveAdapter) -> SavedCheckpoint:
+    def _save_adapter(self, operation: SaveAdapter, adapter: Adapter) -> SavedCheckpoint:
+        crash_point("engine.snapshot" if operation.gradients else "engine.save")
         return save_checkpoint(
-            self._adapter(operation.model_id),
+            adapter,
             Path(operation.folder),
             optimizer=operation.optimizer,
+            gradients=operation.gradients,
             base_model=self.card.name,
             other_modules=self._base.other_modules,
             record=operation.record,
         )
+
+    def _snapshot(self, snapshot_id: str) -> Snapshot:
+        if snapshot_id not in self._snapshots:
+            raise NotFound(f"sampler weights {snapshot_id!r} are not loaded")
+        return self._snapshots[snapshot_id]
+
+    def _save_snapshot(self, operation: SaveSnapshot, snapshot: Snapshot) -> str:
+        save_weights(
+            snapshot.weights,
+            Path(operation.folder),
+            base_model=self.card.name,
+            other_modules=self._base.other_modules,
+            digest=snapshot.digest,
+        )
+        return snapshot.digest
 
     def _load_snapshot(self, operation: LoadSnapshot) -> str:
         stored = load_checkpoint(Path(operation.folder), self._base.sites, optimizer=False)

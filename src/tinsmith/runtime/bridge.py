@@ -47,6 +47,10 @@ class OpenCalls:
         else:
             call.answer.set_result(outcome)
 
+    def deliver(self, finished: list[tuple[int, Any]]) -> None:
+        for ticket, outcome in finished:
+            self.resolve(ticket, outcome)
+
     def fail_all(self, reason: str) -> None:
         for ticket in list(self._calls):
             self.resolve(ticket, EngineDied(reason))
@@ -84,6 +88,7 @@ class RemoteEngine(ABC):
         self._to_engine.put([(call.ticket, op) for call, op in zip(calls, operations, strict=True)])
         return calls
 
-    def _deliver(self, finished: list[tuple[int, Any]]) -> None:
-        for ticket, outcome in finished:
-            self._calls.resolve(ticket, outcome)
+    def _renew(self) -> None:
+        """Begin with empty hands: what was asked of an engine before this one is not asked again."""
+        self._to_engine = queue.SimpleQueue()
+        self._calls = OpenCalls()

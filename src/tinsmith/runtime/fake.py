@@ -61,6 +61,7 @@ from tinsmith.types.operations import (
     Sample,
     SaveAdapter,
     SavedCheckpoint,
+    SaveSnapshot,
     TrainItem,
 )
 from tinsmith.types.results import (
@@ -136,6 +137,7 @@ class FakeEngine:
     def __init__(
         self, card: BaseModelCard = FAKE_CARD, *, delay_s: float = 0.0, start_error: UserError | None = None
     ) -> None:
+        self.num_starts = 0
         self.operations: list[Operation] = []
         self.bursts: list[tuple[Operation, ...]] = []
         self.delay_s = delay_s
@@ -160,6 +162,7 @@ class FakeEngine:
             SaveAdapter: self._save,
             PublishSnapshot: self._publish,
             LoadSnapshot: self._load_snapshot,
+            SaveSnapshot: self._save_snapshot,
             DropSnapshot: self._drop_snapshot,
             Sample: self._sample,
             CancelSample: self._cancel,
@@ -181,7 +184,10 @@ class FakeEngine:
     async def start(self) -> BaseModelCard:
         if self._start_error is not None:
             raise self._start_error
-        self._started = True
+        self._started, self._dead = True, None
+        self._adapters.clear()
+        self._snapshots.clear()
+        self.num_starts += 1
         for lane in self._lanes.values():
             lane.start()
         return self._card
@@ -273,10 +279,14 @@ class FakeEngine:
         self._adapters[operation.model_id] = _Adapter(_Weights(operation.lora))
 
     def _load(self, operation: LoadAdapter) -> LoraSpec:
-        weights = _read_folder(Path(operation.folder))
-        if operation.optimizer and not (Path(operation.folder) / "optimizer.safetensors").exists():
+        folder = Path(operation.folder)
+        weights = _read_folder(folder)
+        if operation.optimizer and not (folder / "optimizer.safetensors").exists():
             raise InvalidInput(f"checkpoint {operation.folder!r} has no optimizer state")
-        self._adapters[operation.model_id] = _Adapter(weights if operation.optimizer else replace(weights, step=0))
+        adapter = _Adapter(weights if operation.optimizer else replace(weights, step=0))
+        if operation.gradients:
+            adapter.gradient_norm, adapter.has_gradients = json.loads((folder / "gradients.json").read_text())
+        self._adapters[operation.model_id] = adapter
         return weights.lora
 
     def _drop(self, operation: DropAdapter) -> None:
@@ -308,8 +318,11 @@ class FakeEngine:
         return {"step_applied": float(applied), "grad_norm:mean": norm, "learning_rate:mean": rate}
 
     def _save(self, operation: SaveAdapter) -> SavedCheckpoint:
-        weights = self._adapter(operation.model_id).weights
-        return _write_folder(Path(operation.folder), weights, optimizer=operation.optimizer, record=operation.record)
+        adapter, folder = self._adapter(operation.model_id), Path(operation.folder)
+        saved = _write_folder(folder, adapter.weights, optimizer=operation.optimizer, record=operation.record)
+        if operation.gradients:
+            (folder / "gradients.json").write_text(json.dumps([adapter.gradient_norm, adapter.has_gradients]))
+        return saved
 
     def _publish(self, operation: PublishSnapshot) -> str:
         weights = self._adapter(operation.model_id).weights
@@ -320,6 +333,10 @@ class FakeEngine:
         weights = _read_folder(Path(operation.folder))
         self._snapshots[operation.snapshot_id] = weights
         return weights.digest
+
+    def _save_snapshot(self, operation: SaveSnapshot) -> str:
+        weights = self._snapshots[operation.snapshot_id]
+        return _write_folder(Path(operation.folder), weights, optimizer=False, record={}).digest
 
     def _drop_snapshot(self, operation: DropSnapshot) -> None:
         self._snapshots.pop(operation.snapshot_id, None)
@@ -366,7 +383,8 @@ class _Lane:
         return len(self._jobs)
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
 
     def put(self, job: _Job) -> None:
         self._jobs.append(job)

@@ -39,7 +39,9 @@ class EngineHandle(Protocol):
     def is_alive(self) -> bool: ...
 
     async def start(self) -> BaseModelCard:
-        """Load the base model. Raises `UserError` if it cannot be found or is not supported."""
+        """Load the base model; may be called again once the engine has died, for one with empty hands.
+
+        Raises `UserError` if it cannot be found or is not supported, `ServerError` if it dies meanwhile."""
         ...
 
     def submit(self, operation: Operation) -> EngineCall:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -12,7 +13,8 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tinsmith.runtime.bridge import RemoteEngine
+from tinsmith.runtime.bridge import OpenCalls, RemoteEngine
+from tinsmith.runtime.loop import Message
 from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import ServerError, TinsmithError
@@ -40,10 +42,11 @@ class ProcessEngine(RemoteEngine):
     async def start(self) -> BaseModelCard:
         loop = asyncio.get_running_loop()
         started: asyncio.Future[BaseModelCard] = loop.create_future()
-        channel = self._spawn()
-        threading.Thread(target=self._write, args=(channel,), name="tinsmith-to-engine", daemon=True).start()
+        self._renew()
+        channel, outbox, calls = self._spawn(), self._to_engine, self._calls
+        threading.Thread(target=self._write, args=(channel, outbox), name="tinsmith-to-engine", daemon=True).start()
         threading.Thread(
-            target=self._read, args=(channel, loop, started), name="tinsmith-from-engine", daemon=True
+            target=self._read, args=(channel, outbox, calls, loop, started), name="tinsmith-from-engine", daemon=True
         ).start()
         self._card = await started
         return self._card
@@ -77,22 +80,27 @@ class ProcessEngine(RemoteEngine):
         theirs.close()
         return Connection(ours.detach())
 
-    def _write(self, channel: Connection) -> None:
+    def _write(self, channel: Connection, outbox: queue.SimpleQueue[Message]) -> None:
         try:
-            while (message := self._to_engine.get()) is not None:
+            while (message := outbox.get()) is not None:
                 channel.send(message)
             channel.send(None)
         except (OSError, ValueError):
             return  # the child is gone; `_read` sees the end of the channel and fails every open call
 
     def _read(
-        self, channel: Connection, loop: asyncio.AbstractEventLoop, started: asyncio.Future[BaseModelCard]
+        self,
+        channel: Connection,
+        outbox: queue.SimpleQueue[Message],
+        calls: OpenCalls,
+        loop: asyncio.AbstractEventLoop,
+        started: asyncio.Future[BaseModelCard],
     ) -> None:
         reason = "it closed its channel"
         try:
             self._call(loop, _settle, started, channel.recv())
             while True:
-                self._call(loop, self._deliver, channel.recv())
+                self._call(loop, calls.deliver, channel.recv())
         except (EOFError, OSError) as error:
             reason = f"{reason} ({error})" if str(error) else reason
         child = self._child
@@ -103,8 +111,8 @@ class ProcessEngine(RemoteEngine):
             reason = f"exit status {code}"
         message = f"the engine of {self._source.name!r} died: {reason}"
         self._call(loop, _settle, started, ServerError(message))
-        self._call(loop, self._calls.fail_all, message)
-        self._to_engine.put(None)
+        self._call(loop, calls.fail_all, message)
+        outbox.put(None)
 
     @staticmethod
     def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: object) -> None:

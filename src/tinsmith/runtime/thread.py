@@ -27,6 +27,7 @@ class ThreadEngine(RemoteEngine):
     async def start(self) -> BaseModelCard:
         loop = asyncio.get_running_loop()
         started: asyncio.Future[BaseModelCard] = loop.create_future()
+        self._renew()
         self._thread = threading.Thread(target=self._run, args=(loop, started), name="tinsmith-engine", daemon=True)
         self._thread.start()
         self._card = await started
@@ -51,11 +52,13 @@ class ThreadEngine(RemoteEngine):
             return
         loop.call_soon_threadsafe(started.set_result, engine.card)
 
+        inbox, calls = self._to_engine, self._calls
+
         def send(finished: list[tuple[int, Any]]) -> None:
-            loop.call_soon_threadsafe(self._deliver, finished)
+            loop.call_soon_threadsafe(calls.deliver, finished)
 
         try:
-            run_engine(engine, self._to_engine, send)
+            run_engine(engine, inbox, send)
         except BaseException as error:  # noqa: BLE001 - the thread's boundary: open calls must fail, not hang
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._calls.fail_all, f"the engine stopped: {error!r}")
+                loop.call_soon_threadsafe(calls.fail_all, f"the engine stopped: {error!r}")

@@ -91,6 +91,8 @@ class LoadAdapter:
     model_id: str
     folder: str
     optimizer: bool
+    gradients: bool = False
+    """The folder was saved with `SaveAdapter.gradients`: the adapter goes on exactly where it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,9 @@ class SaveAdapter:
     model_id: str
     folder: str
     optimizer: bool
+    gradients: bool = False
+    """Keep what the next optimizer step would use, too. The adapter is copied in its turn and written aside: later
+    operations do not wait for the disk."""
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -163,6 +168,14 @@ class PublishSnapshot:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSnapshot:
     """The same from a checkpoint folder. Answer: the digest."""
+
+    snapshot_id: str
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSnapshot:
+    """Write a snapshot's weights to a folder that `LoadSnapshot` reads. Answer: the digest."""
 
     snapshot_id: str
     folder: str
@@ -241,6 +254,7 @@ Operation: TypeAlias = (
     | SaveAdapter
     | PublishSnapshot
     | LoadSnapshot
+    | SaveSnapshot
     | DropSnapshot
     | Sample
     | CancelSample
