@@ -25,6 +25,7 @@ from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.validation import check_ttl
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.crash_points import crash_point
 from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, TinsmithError
 from tinsmith.types.operations import BaseModelCard, LoraSpec, SaveAdapter, SavedCheckpoint
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 class SaveOrder:
     """What to save under which name."""
 
+    checkpoint_id: str | None = None
+    """Of a request that may be done again after a crash, always the same; `None` draws a new one."""
     model_id: str
     kind: str
     name: str
@@ -75,12 +78,16 @@ class CheckpointStore:
     async def save(self, order: SaveOrder, slot: EngineSlot) -> CheckpointRow:
         """Write, then register. Raises `AlreadyExists`, or what the engine or the registry met; then nothing changed.
 
-        A model's saves are asked for one after another.
+        A model's saves are asked for one after another. One that was registered already, before a crash, is answered
+        as it was.
         """
+        if order.checkpoint_id is not None and (done := await self.find_version(order.checkpoint_id)) is not None:
+            return done
         version = await self._registry.read(lambda c: _next_version(c, order, self._clock.time()))
         while (self._data_dir / _relative_folder(order, version)).exists():  # left by a save that was never registered
             version += 1
         draft = self._draft(order, version, slot.card)
+        crash_point("save.begun")
         saved: SavedCheckpoint = await slot.call(
             SaveAdapter(
                 model_id=order.model_id,
@@ -89,15 +96,21 @@ class CheckpointStore:
                 record=describe(draft),
             )
         )
+        crash_point("save.written")
         row = replace(draft, step=saved.step, digest=saved.digest, size_bytes=saved.size_bytes)
         await self._register(row, overwrite=order.overwrite)
+        crash_point("save.registered")
         return row
+
+    async def find_version(self, checkpoint_id: str) -> CheckpointRow | None:
+        """Whatever became of it since."""
+        return await self._registry.read(lambda c: records.checkpoint_by_id(c, checkpoint_id))
 
     def _draft(self, order: SaveOrder, version: int, card: BaseModelCard) -> CheckpointRow:
         """All that is known before the engine has written."""
         now = self._clock.time()
         return CheckpointRow(
-            checkpoint_id=self._ids.checkpoint_id(),
+            checkpoint_id=order.checkpoint_id or self._ids.checkpoint_id(),
             run_id=order.model_id,
             kind=order.kind,
             name=order.name,

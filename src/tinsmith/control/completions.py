@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -30,21 +30,29 @@ class _Log:
 
 
 class Completions:
-    """Entries are numbered from 1 in each group. One is kept until a reader's cursor has passed it or its result has
-    expired; numbers are never given out again."""
+    """Entries are numbered in each group, after what `first` says when it is first heard of.
 
-    def __init__(self) -> None:
+    One is kept until a reader's cursor has passed it or its result has expired; numbers are never given out again.
+    """
+
+    def __init__(self, first: Callable[[], int] = lambda: 0) -> None:
+        self._first = first
         self._logs: dict[Group, _Log] = {}
 
     def __len__(self) -> int:
         return sum(len(log.entries) for log in self._logs.values())
 
     def add(self, group: Group, completion: Completion) -> None:
-        log = self._logs.setdefault(group, _Log())
+        log = self._log(group)
         log.last += 1
         log.entries[completion.request_id] = (log.last, completion)
         log.changed.set()
         log.changed = asyncio.Event()
+
+    def _log(self, group: Group) -> _Log:
+        if group not in self._logs:
+            self._logs[group] = _Log(last=self._first())
+        return self._logs[group]
 
     def drop(self, group: Group, request_id: str) -> None:
         """Its result is no longer kept."""
@@ -60,7 +68,7 @@ class Completions:
 
         What `cursor` has passed is forgotten. A cursor of 0 starts from the oldest entry that is left.
         """
-        log = self._logs.setdefault(group, _Log())
+        log = self._log(group)
         while log.entries and next(iter(log.entries.values()))[0] <= cursor:
             log.entries.popitem(last=False)
         if not log.entries and timeout_s > 0:

@@ -7,17 +7,22 @@ from dataclasses import replace
 
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
+from tinsmith.control.journal import Journal, LossRecord
+from tinsmith.control.ledger import Entry, put
 from tinsmith.control.requests import CreateCustomLoss, ForwardBackward, ModelRequest, Rejected, Submission
-from tinsmith.control.sessions import SessionBook
+from tinsmith.control.sessions import Session, SessionBook
 from tinsmith.types.custom_loss import CustomLoss
-from tinsmith.types.errors import InvalidInput, NotFound, TinsmithError
+from tinsmith.types.errors import InvalidInput, NotFound, StorageError, TinsmithError
 
 CUSTOM = "custom"
 """The `loss_fn` of requests that name an uploaded loss by `loss_id` in their `loss_fn_config`."""
 
 
 class CustomLosses:
-    def __init__(self, *, sessions: SessionBook, futures: FutureStore, clock: Clock, max_per_session: int) -> None:
+    def __init__(
+        self, *, sessions: SessionBook, futures: FutureStore, clock: Clock, max_per_session: int, journal: Journal
+    ) -> None:
+        self._journal = journal
         self._sessions = sessions
         self._futures = futures
         self._clock = clock
@@ -42,10 +47,36 @@ class CustomLosses:
         session.custom_losses[loss_id] = request.loss
         self._sessions.touch(session_id, self._clock.monotonic())
         request_id = self._futures.open(
-            "CreateCustomLoss", key=key, fingerprint=fingerprint, session_id=session_id, subject=loss_id
+            "CreateCustomLoss",
+            key=key,
+            fingerprint=fingerprint,
+            session_id=session_id,
+            subject=loss_id,
+            is_durable=not self._journal.is_on,
         )
-        self._futures.resolve(request_id, loss_id)
+
+        def written(error: StorageError | None) -> None:
+            self._futures.commit(request_id, error)
+            if error is None:
+                self._futures.resolve(request_id, loss_id)
+            else:
+                session.custom_losses.pop(loss_id, None)
+
+        record = LossRecord(request_id=request_id, fingerprint=fingerprint, seq_id=seq_id, loss=request.loss)
+        self._journal.post([put(Entry(kind="loss", name=loss_id, session_id=session_id, value=record))], written)
         return Submission(request_id=request_id)
+
+    def restore(self, session: Session, loss_id: str, record: LossRecord) -> None:
+        """A loss that an earlier process was given."""
+        session.custom_losses[loss_id] = record.loss
+        self._futures.open(
+            "CreateCustomLoss",
+            key=("custom loss", session.session_id, record.seq_id),
+            fingerprint=record.fingerprint,
+            session_id=session.session_id,
+            request_id=record.request_id,
+        )
+        self._futures.resolve(record.request_id, loss_id)
 
     def attach(self, request: ModelRequest, session_id: str) -> ModelRequest:
         """A training request that names an uploaded loss, with that loss; `Rejected` if it cannot be found."""

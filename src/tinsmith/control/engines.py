@@ -19,6 +19,9 @@ class EngineSlot:
         self.handle = handle
         self.card = card
         self.dead: EngineDied | None = None
+        self.is_recovering = False
+        """It is dead, and will be started again."""
+        self._revived = asyncio.Event()
         self.on_death: Callable[[EngineSlot], None] = lambda slot: None
 
     def submit(self, operation: Operation) -> EngineCall:
@@ -28,6 +31,8 @@ class EngineSlot:
 
     def submit_all(self, operations: Sequence[Operation]) -> list[EngineCall]:
         """Raises `EngineDied` if the engine is gone."""
+        if self.dead is not None:
+            raise self.dead
         try:
             return self.handle.submit_all(operations)
         except EngineDied as error:
@@ -54,7 +59,29 @@ class EngineSlot:
     def declare_dead(self, error: EngineDied) -> None:
         if self.dead is None:
             self.dead = error
+            self._revived.clear()
             self.on_death(self)
+
+    @property
+    def pause_reason(self) -> str:
+        return f"the engine of {self.card.name!r} is being started again; what it worked on will be done again"
+
+    def revive(self) -> None:
+        """It has been started again, with empty hands."""
+        self.dead, self.is_recovering = None, False
+        self._revived.set()
+
+    def give_up(self) -> None:
+        """It will not be started again."""
+        self.is_recovering = False
+        self._revived.set()
+
+    async def settled(self) -> None:
+        """Wait while it is being started again. Raises `EngineDied` if it stays dead."""
+        while self.is_recovering:
+            await self._revived.wait()
+        if self.dead is not None:
+            raise self.dead
 
     def check_alive(self) -> None:
         """Notice an engine that went away while nothing was asked of it."""
@@ -103,7 +130,7 @@ class EngineBook:
             if name in self._slots:
                 slot = self._slots[name]
                 slot.check_alive()
-                if slot.dead is not None:
+                if slot.dead is not None and not slot.is_recovering:
                     raise slot.dead
                 return slot
         raise NotFound(f"no base model {base_model!r} on this server; it has: {', '.join(self._slots) or 'none'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from tinsmith.control.engines import EngineSlot
 from tinsmith.control.errors import ModelEnded
 from tinsmith.control.futures import ExternalSaved, FutureStore, SamplerSaved
 from tinsmith.control.identity import Clock
+from tinsmith.control.journal import Journal
+from tinsmith.control.ledger import Entry, put
 from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus, Work
 from tinsmith.control.records import CheckpointRow, RunRow
 from tinsmith.control.registry import RUNS, SAMPLERS, Registry
@@ -31,7 +34,14 @@ from tinsmith.control.requests import (
 from tinsmith.control.samplers import Sampler, SamplerBook
 from tinsmith.control.scheduler import OnAnswered, Turn
 from tinsmith.control.sessions import SessionBook
-from tinsmith.types.errors import AdapterCorrupted, InvalidInput, PayloadConflict, ServerError, TinsmithError
+from tinsmith.types.errors import (
+    AdapterCorrupted,
+    EngineDied,
+    InvalidInput,
+    PayloadConflict,
+    ServerError,
+    TinsmithError,
+)
 from tinsmith.types.operations import (
     CreateAdapter,
     DropAdapter,
@@ -55,6 +65,7 @@ class Executor:
     samplers: SamplerBook
     sessions: SessionBook
     clock: Clock
+    journal: Journal
     end_model: Callable[[Model, TinsmithError], None]
     """Fails what waits for a model, and forgets its adapter."""
 
@@ -75,7 +86,7 @@ class Executor:
         """Hand the turn to the engine, all of it at once."""
         model, work = turn[0]
         if not (work.is_training or work.is_step):
-            return [self._perform(model, work.operation)]
+            return [self._perform(model, work)]
         slot = _slot(model)
         calls = slot.submit_all([_engine_operation(work.operation) for _, work in turn])
         return [slot.answer(call) for call in calls]
@@ -93,6 +104,10 @@ class Executor:
         on_answered(model, work)
 
     def _fail(self, model: Model, work: Work, error: TinsmithError) -> None:
+        if isinstance(error, EngineDied) and model.slot is not None and model.slot.is_recovering:
+            return  # it will be done again
+        if isinstance(work.operation, SaveForSampler):
+            self.samplers.settle(_sampler_id(model, work.operation))
         self.futures.fail(work.request_id, error)
         if isinstance(error, AdapterCorrupted):
             self._note_corrupted(model)
@@ -102,19 +117,19 @@ class Executor:
     def _note_corrupted(self, model: Model) -> None:
         self.registry.post(lambda c: records.update_run(c, model.model_id, corrupted=True))
 
-    async def _perform(self, model: Model, operation: ModelOperation) -> object:
-        match operation:
+    async def _perform(self, model: Model, work: Work) -> object:
+        match operation := work.operation:
             case Creation():
                 return await self._create(model, operation)
             case SaveState():
-                return await self._save_state(model, operation)
+                return await self._save_state(model, operation, work.request_id)
             case SaveForSampler():
-                return await self._save_for_sampler(model, operation)
+                return await self._save_for_sampler(model, operation, work.request_id)
             case SaveExternal():
-                row = await self._save(model, operation, kind="external_weights", name=operation.name)
+                row = await self._save(model, operation, work.request_id, kind="external_weights", name=operation.name)
                 return ExternalSaved(path=row.path, size_bytes=row.size_bytes)
             case LoadState():
-                return await self._load_state(model, operation)
+                return await self._load_state(model, operation, work)
             case UnloadModel():
                 self.end_model(model, ModelEnded(f"model {model.model_id!r} was unloaded"))
                 return model.model_id
@@ -144,15 +159,17 @@ class Executor:
             created_at=now,
             last_request_at=now,
         )
-        await self.registry.write(lambda c: records.insert(c, RUNS, row))
+        await self.registry.write(lambda c: records.insert_if_new(c, RUNS, row))
+        model.snapshot_at = self.clock.monotonic()
+        model.snapshot_due = self.journal.is_on and creation.checkpoint is not None
         if model.status is ModelStatus.CREATING:
             model.status = ModelStatus.LIVE
         if creation.checkpoint is not None:
             return LoadWeightsResponse(path=creation.checkpoint.path, model_id=model.model_id)
         return model.model_id
 
-    async def _load_state(self, model: Model, operation: LoadState) -> LoadWeightsResponse:
-        row = await self.checkpoints.find(operation.path)
+    async def _load_state(self, model: Model, operation: LoadState, work: Work) -> LoadWeightsResponse:
+        row = await self._bound_checkpoint(model, operation, work)
         check_loadable(row, optimizer=operation.optimizer)
         check_base_model(row, _slot(model))
         folder = self.checkpoints.folder(row)
@@ -160,34 +177,54 @@ class Executor:
         lora: LoraSpec = await _slot(model).call(load)
         model.lora, model.parent = lora, row.checkpoint_id
         await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora), corrupted=False))
+        model.snapshot_due = self.journal.is_on  # the checkpoint need not be there for ever
         return LoadWeightsResponse(path=operation.path, model_id=model.model_id)
+
+    async def _bound_checkpoint(self, model: Model, operation: LoadState, work: Work) -> CheckpointRow:
+        """The version behind the path: the same if the request is done again, whatever was saved there meanwhile."""
+        if work.binding is not None and (row := await self.checkpoints.find_version(work.binding)) is not None:
+            return row
+        row = await self.checkpoints.find(operation.path)
+        if self.journal.is_on:
+            binding = Entry(
+                kind="binding",
+                name=work.request_id,
+                session_id=model.session_id,
+                model_id=model.model_id,
+                seq=model.queue.next_seq - 1,  # its own: nothing after it has begun
+                value=row.checkpoint_id,
+            )
+            await self.journal.write([put(binding)])
+        return row
 
     # ---- saving ----
 
-    async def _save_state(self, model: Model, operation: SaveState) -> str:
-        row = await self._save(model, operation, kind="weights", name=operation.name, overwrite=operation.overwrite)
+    async def _save_state(self, model: Model, operation: SaveState, request_id: str) -> str:
+        row = await self._save(
+            model, operation, request_id, kind="weights", name=operation.name, overwrite=operation.overwrite
+        )
         return row.path
 
-    async def _save_for_sampler(self, model: Model, operation: SaveForSampler) -> SamplerSaved:
+    async def _save_for_sampler(self, model: Model, operation: SaveForSampler, request_id: str) -> SamplerSaved:
         path = sampler_id = None
         if operation.name is not None:
-            path = (await self._save(model, operation, kind="sampler_weights", name=operation.name)).path
+            path = (await self._save(model, operation, request_id, kind="sampler_weights", name=operation.name)).path
         if operation.sampling_session_seq_id is not None:
-            sampler_id = await self._publish(
-                model, operation.sampling_session_seq_id, path, is_inflight=operation.kind == "inflight"
-            )
+            sampler_id = await self._publish(model, operation, path, request_id)
         return SamplerSaved(path=path, sampling_session_id=sampler_id)
 
     async def _save(
         self,
         model: Model,
         operation: SaveState | SaveForSampler | SaveExternal,
+        request_id: str,
         *,
         kind: str,
         name: str,
         overwrite: bool = False,
     ) -> CheckpointRow:
         order = SaveOrder(
+            checkpoint_id=_checkpoint_id(request_id) if self.journal.is_on else None,
             model_id=model.model_id,
             kind=kind,
             name=name,
@@ -203,15 +240,22 @@ class Executor:
         model.parent = row.checkpoint_id
         return row
 
-    async def _publish(self, model: Model, sampling_session_seq_id: int, path: str | None, *, is_inflight: bool) -> str:
-        """Bind the present weights to a new unnamed sampler; an inflight one takes the model's older ones with it."""
-        slot = _slot(model)
+    async def _publish(self, model: Model, operation: SaveForSampler, path: str | None, request_id: str) -> str:
+        """Bind the present weights to a new unnamed sampler; an inflight one takes the model's older ones with it.
+
+        Again to the one this request made before a crash.
+        """
+        slot, seq_id = _slot(model), operation.sampling_session_seq_id
         session = self.sessions.get_live(model.session_id)
-        sampler_id = sampler_name(model.session_id, sampling_session_seq_id)
-        if self.samplers.get(sampler_id) is not None:
-            raise PayloadConflict(
-                f"sampling_session_seq_id {sampling_session_seq_id} of session {model.session_id!r} was already used"
-            )
+        sampler_id = _sampler_id(model, operation)
+        known = self.samplers.get(sampler_id)
+        if known is not None and known.origin == request_id:
+            if known.snapshot_id == sampler_id:  # else it follows a newer one
+                await slot.call(PublishSnapshot(model_id=model.model_id, snapshot_id=sampler_id))
+            self.samplers.settle(sampler_id)
+            return sampler_id
+        if known is not None:
+            raise PayloadConflict(f"sampling_session_seq_id {seq_id} of session {model.session_id!r} was already used")
         digest: str = await slot.call(PublishSnapshot(model_id=model.model_id, snapshot_id=sampler_id))
         sampler = Sampler(
             sampler_id=sampler_id,
@@ -220,15 +264,28 @@ class Executor:
             snapshot_id=sampler_id,
             model_path=path,
             digest=digest,
-            inflight_of=model.model_id if is_inflight else None,
+            origin=request_id,
+            model_id=model.model_id,
+            inflight_of=model.model_id if operation.kind == "inflight" else None,
         )
         self.samplers.add(sampler)
         session.sampler_ids.append(sampler_id)
         row = sampler.row(self.clock.time())
-        self.registry.post(lambda c: records.insert(c, SAMPLERS, row))
+        self.registry.post(lambda c: records.insert_if_new(c, SAMPLERS, row))
         if session.ended is not None:  # it ended while the engine copied
             self.samplers.release([sampler_id])
+        self.samplers.settle(sampler_id)
         return sampler_id
+
+
+def _sampler_id(model: Model, operation: SaveForSampler) -> str:
+    seq_id = operation.sampling_session_seq_id
+    return "" if seq_id is None else sampler_name(model.session_id, seq_id)
+
+
+def _checkpoint_id(request_id: str) -> str:
+    """So that a save that is done again after a crash finds what it has done."""
+    return f"ckpt-{hashlib.blake2b(request_id.encode(), digest_size=8).hexdigest()}"
 
 
 def sampler_name(session_id: str, sampling_session_seq_id: int) -> str:

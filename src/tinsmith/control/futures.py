@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from tinsmith.control.completions import Completion, Completions, Group
 from tinsmith.control.errors import FutureExpired
 from tinsmith.control.identity import Clock, Ids
-from tinsmith.types.errors import NotFound, PayloadConflict, TinsmithError
+from tinsmith.types.errors import NotFound, PayloadConflict, StorageError, TinsmithError
 from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
 
 RequestType: TypeAlias = Literal[
@@ -44,6 +45,14 @@ class Outcome:
     """What the dialect that submitted the request wanted to have back with its end; control does not look at it."""
     encoded: dict[str, bytes] = field(default_factory=dict, compare=False)
     """A place for the server to keep encodings of the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    outcome: Outcome
+    key: Hashable | None
+    fingerprint: bytes
+    group: Group | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +110,9 @@ class _Promise:
     num_bytes: int = 0
     is_released: bool = False
     """Its client has the result; what was kept of it is gone."""
+    committed: asyncio.Future[None] | None = None
+    """Ends when the request is on disk; `None` once it is."""
+    fetched_at: float | None = None
 
 
 class FutureStore:
@@ -124,6 +136,8 @@ class FutureStore:
         self.completions = Completions()
         self.on_finish: Callable[[RequestSpan], None] = lambda span: None
         """Told of every request of a session that ends."""
+        self.keep_failure: Callable[[str, Callable[[StorageError | None], None]], None] | None = None
+        """Write the end of a request that failed at once, and tell when it is on disk."""
 
     def __len__(self) -> int:
         return len(self._promises)
@@ -157,13 +171,21 @@ class FutureStore:
         subject: str | None = None,
         context: Any = None,
         group: Group | None = None,
+        request_id: str | None = None,
+        is_durable: bool = True,
     ) -> str:
         """A new request id. `on_poll` is asked what an unfinished request waits for; `group` is where its end is
-        announced among others (`Completions`)."""
-        request_id = self._ids.request_id()
-        self._promises[request_id] = _Promise(
+        announced among others (`Completions`).
+
+        `request_id` is given for a request that an earlier process took. One that is not durable waits for `commit`.
+        """
+        request_id = request_id or self._ids.request_id()
+        promise = _Promise(
             request_type, key, fingerprint, on_poll, session_id, subject, context, group, self._clock.time()
         )
+        if not is_durable:
+            promise.committed = asyncio.get_running_loop().create_future()
+        self._promises[request_id] = promise
         if key is not None:
             self._by_key[key] = request_id
         return request_id
@@ -207,9 +229,51 @@ class FutureStore:
         self, request_type: RequestType, error: TinsmithError, context: Any = None, group: Group | None = None
     ) -> str:
         """The id of a request that fails at once."""
-        request_id = self.open(request_type, context=context, group=group)
+        keep = self.keep_failure
+        request_id = self.open(request_type, context=context, group=group, is_durable=keep is None)
         self.fail(request_id, error)
+        if keep is not None and self.knows(request_id):
+            keep(request_id, partial(self.commit, request_id))
         return request_id
+
+    def commit(self, request_id: str, error: StorageError | None) -> None:
+        """The request is on disk; or it could not be written, and was never taken."""
+        promise = self._promises.get(request_id)
+        if promise is None or promise.committed is None:
+            return
+        committed, promise.committed = promise.committed, None
+        if error is None:
+            committed.set_result(None)
+            return
+        committed.set_exception(error)
+        committed.exception()  # whoever waits gets it; it is no complaint if nobody does
+        if promise.outcome is None:
+            self._forget(request_id)
+            promise.outcome = Outcome(request_type=promise.request_type, error=error, subject=promise.subject)
+            promise.done.set()
+
+    async def durable(self, request_id: str) -> None:
+        """Returns once the request would survive a power failure. Raises `StorageError` if it was not taken."""
+        promise = self._promises.get(request_id)
+        if promise is not None and promise.committed is not None:
+            await asyncio.shield(promise.committed)
+
+    def is_spent(self, request_id: str, grace_s: float) -> bool:
+        """Whether its result was fetched at least `grace_s` ago, or is no longer kept."""
+        promise = self._promises.get(request_id)
+        if promise is None or promise.is_released:
+            return True
+        return promise.fetched_at is not None and promise.fetched_at <= self._clock.monotonic() - grace_s
+
+    def ended(self, request_id: str) -> Ended | None:
+        """The end of a request, and what it was opened under; `None` if it has none yet."""
+        promise = self._promises.get(request_id)
+        if promise is None or promise.outcome is None:
+            return None
+        return Ended(promise.outcome, promise.key, promise.fingerprint, promise.group)
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._promises
 
     def session_of(self, request_id: str) -> str | None:
         """The session whose client asks for this result, if that is known."""
@@ -233,6 +297,7 @@ class FutureStore:
             except TimeoutError:
                 pass  # answered below: still pending
         if promise.outcome is not None:
+            promise.fetched_at = self._clock.monotonic()
             return promise.outcome
         return Pending() if promise.on_poll is None else promise.on_poll()
 
@@ -277,12 +342,15 @@ class FutureStore:
 
     def _drop_oldest(self) -> None:
         _, request_id = self._finished.popleft()
+        self._retained_bytes -= self._forget(request_id).num_bytes
+
+    def _forget(self, request_id: str) -> _Promise:
         promise = self._promises.pop(request_id)
-        self._retained_bytes -= promise.num_bytes
         if promise.key is not None and self._by_key.get(promise.key) == request_id:
             del self._by_key[promise.key]
         if promise.group is not None:
             self.completions.drop(promise.group, request_id)
+        return promise
 
 
 def _span(request_id: str, promise: _Promise, finished_at: float | None) -> RequestSpan:

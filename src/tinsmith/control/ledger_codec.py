@@ -20,7 +20,7 @@ import zstandard
 from pydantic import BaseModel
 
 from tinsmith.control import requests as ask
-from tinsmith.control.futures import SamplerSaved
+from tinsmith.control.futures import ExternalSaved, SamplerSaved
 from tinsmith.types import custom_loss, datum, params
 from tinsmith.types.errors import ServerError, StorageError, TinsmithError, UserError
 from tinsmith.types.operations import LoraSpec
@@ -50,6 +50,7 @@ _records: dict[str, type[Any]] = {
         ask.ApplyOptimizer,
         ask.SaveState,
         ask.SaveForSampler,
+        ask.SaveExternal,
         ask.LoadState,
         ask.UnloadModel,
         ask.Rejected,
@@ -71,6 +72,7 @@ _records: dict[str, type[Any]] = {
         custom_loss.TorchConstant,
         LoraSpec,
         SamplerSaved,
+        ExternalSaved,
         LoadWeightsResponse,
         ForwardBackwardOutput,
         SampleResponse,
@@ -166,7 +168,7 @@ class _Writer:
 
     def _tensor(self, tensor: TensorData) -> dict[str, Any]:
         indices = tensor.csr_indices
-        tree = {_KIND: "tensor", "v": self._array(tensor.flat), "d": tensor.dtype, "s": tensor.shape}
+        tree: dict[str, Any] = {_KIND: "tensor", "v": self._array(tensor.flat), "d": tensor.dtype, "s": tensor.shape}
         if indices is not None:
             tree["i"] = [self._array(part) for part in indices]
         return tree

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.futures import Pending, RequestType
+from tinsmith.control.journal import SnapshotRecord
 from tinsmith.control.queues import ModelQueue
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.requests import (
@@ -74,6 +75,14 @@ class Work:
     """Whether validation has ended; the request's turn does not come before."""
     is_void: bool = False
     """It failed before its turn: its number is consumed, and nothing is done."""
+    is_durable: bool = True
+    """Whether it is in the ledger; its turn does not come before."""
+    binding: str | None = None
+    """Id of the checkpoint that the path in a `LoadState` stood for when its turn first came."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_checked and self.is_durable
 
     @property
     def is_training(self) -> bool:
@@ -113,6 +122,22 @@ class Model:
     last_request_at: float = 0.0
     is_dirty: bool = False
     """`last_request_at` is newer than the registry's."""
+    creation: Creation | None = None
+    creation_request_id: str = ""
+    journaled: dict[int, str] = field(default_factory=dict)
+    """Request ids by number, of those that the ledger would replay."""
+    snapshot: SnapshotRecord | None = None
+    snapshot_at: float = 0.0
+    """Monotonic seconds of the last snapshot, or of its creation."""
+    snapshot_due: bool = False
+    """It takes no turn until what runs is answered and a snapshot was ordered."""
+    is_saving: bool = False
+    """A snapshot is being written."""
+
+    @property
+    def first_seq(self) -> int:
+        """Where a replay begins."""
+        return 0 if self.snapshot is None else self.snapshot.next_seq
 
     @property
     def takes_requests(self) -> bool:
@@ -123,6 +148,8 @@ class Model:
         return not self.queue and not self.running
 
     def pending(self) -> Pending:
+        if self.slot is not None and self.slot.is_recovering:
+            return Pending(queue_state="paused_capacity", reason=self.slot.pause_reason)
         missing = self.queue.missing_seq
         if missing is not None:
             return Pending(reason=f"waiting for request seq {missing} of model {self.model_id!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -111,6 +111,21 @@ class ModelQueue(Generic[ItemT]):
         self._next = self._highest + 1
         self._gap_since = None
         return items
+
+    def withdraw(self, seq: int) -> None:
+        """As if it had never come; it may come again."""
+        self._waiting.pop(seq, None)
+        self._highest = max([self._next - 1, *self._waiting])
+        if self.missing_seq is None:
+            self._gap_since = None
+
+    def rewind(self, first_seq: int, items: Mapping[int, ItemT], now: float) -> None:
+        """Go back to `first_seq`: `items` were taken from there on, and wait again."""
+        self._next = first_seq
+        self._waiting.update(items)
+        self._highest = max([self._highest, first_seq - 1, *items])
+        self._gap_since = None
+        self._watch_gap(now)
 
     def _watch_gap(self, now: float) -> None:
         if self.missing_seq is None:

@@ -121,6 +121,11 @@ def insert(connection: sa.Connection, table: sa.Table, row: SessionRow | RunRow 
     connection.execute(sa.insert(table).values(**asdict(row)))
 
 
+def insert_if_new(connection: sa.Connection, table: sa.Table, row: RunRow | SamplerRow) -> None:
+    """Nothing if a row of this key exists: the request that wrote it is done again after a crash."""
+    connection.execute(sa.insert(table).prefix_with("OR IGNORE").values(**asdict(row)))
+
+
 def _fetch(connection: sa.Connection, query: sa.Select[Any], row_type: type[RowT]) -> list[RowT]:
     names = [f.name for f in fields(row_type)]
     return [row_type(**{name: row[name] for name in names}) for row in connection.execute(query).mappings()]
@@ -165,11 +170,16 @@ def end_session(connection: sa.Connection, session_id: str, at: float, reason: s
     )
 
 
-def end_everything(connection: sa.Connection, at: float, detail: str) -> None:
-    """What a stopped server left open."""
+def end_everything(connection: sa.Connection, at: float, detail: str, *, but: Collection[str] = ()) -> None:
+    """What a stopped server left open; not the sessions `but`, nor their runs."""
     values = {"ended_at": at, "end_reason": LOST, "end_detail": detail}
-    connection.execute(sa.update(SESSIONS).where(SESSIONS.c.ended_at.is_(None)).values(**values))
-    connection.execute(sa.update(RUNS).where(RUNS.c.ended_at.is_(None)).values(ended_at=at))
+    for table, more in ((SESSIONS, values), (RUNS, {"ended_at": at})):
+        left_open = table.c.ended_at.is_(None) & table.c.session_id.not_in(list(but))
+        connection.execute(sa.update(table).where(left_open).values(**more))
+
+
+def live_session_ids(connection: sa.Connection) -> set[str]:
+    return set(connection.execute(sa.select(SESSIONS.c.session_id).where(SESSIONS.c.ended_at.is_(None))).scalars())
 
 
 def run(connection: sa.Connection, run_id: str) -> RunRow | None:
@@ -223,6 +233,13 @@ def checkpoint(connection: sa.Connection, parsed: ParsedCheckpointTinkerPath, no
     """The current version behind a path, unless it has expired."""
     kind, _, name = parsed.checkpoint_id.partition("/")
     query = sa.select(CHECKPOINTS).where(_under(parsed.training_run_id, kind, name), _CURRENT, _alive(now))
+    rows = _fetch(connection, query, CheckpointRow)
+    return rows[0] if rows else None
+
+
+def checkpoint_by_id(connection: sa.Connection, checkpoint_id: str) -> CheckpointRow | None:
+    """A version, whatever became of it."""
+    query = sa.select(CHECKPOINTS).where(CHECKPOINTS.c.checkpoint_id == checkpoint_id)
     rows = _fetch(connection, query, CheckpointRow)
     return rows[0] if rows else None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.errors import SamplerGone
 from tinsmith.control.records import CheckpointRow, SamplerRow
-from tinsmith.types.errors import TinsmithError
+from tinsmith.types.errors import EngineDied, TinsmithError
 from tinsmith.types.operations import DropSnapshot, LoadSnapshot
 
 
@@ -31,6 +32,11 @@ class Sampler:
     gone: SamplerGone | None = None
     inflight_of: str | None = None
     """The model whose inflight samplers all sample one snapshot, the newest that any of them was made of."""
+    origin: str | None = None
+    """The request that published an unnamed one."""
+    model_id: str | None = None
+    weights_folder: str | None = None
+    """Where an unnamed one's weights were put aside, relative to the data directory."""
 
     @property
     def is_ephemeral(self) -> bool:
@@ -57,6 +63,27 @@ class SamplerBook:
         self._ephemeral: dict[str, deque[Sampler]] = {}
         self._inflight: dict[str, list[Sampler]] = {}
         self._pools: dict[str, SnapshotPool] = {}
+        self.expected: dict[str, str] = {}
+        """Samplers that will be published again, each with the model that does it."""
+        self.on_settled: Callable[[str], None] = lambda sampler_id: None
+        """Told when an expected sampler is there, or will never be."""
+        self.on_superseded: Callable[[Sampler], None] = lambda sampler: None
+
+    def __iter__(self) -> Iterator[Sampler]:
+        return iter(self._samplers.values())
+
+    def settle(self, sampler_id: str) -> None:
+        """An expected sampler is there, or will never be. Nothing for one that was not expected."""
+        if self.expected.pop(sampler_id, None) is not None:
+            self.on_settled(sampler_id)
+
+    def settle_all_of(self, model_id: str) -> None:
+        for sampler_id in [s for s, model in self.expected.items() if model == model_id]:
+            self.settle(sampler_id)
+
+    def engine_revived(self, slot: EngineSlot) -> None:
+        """It has none of the snapshots that it had."""
+        self.pool(slot).forget_loads()
 
     def get(self, sampler_id: str) -> Sampler | None:
         return self._samplers.get(sampler_id)
@@ -77,6 +104,18 @@ class SamplerBook:
             while len(newest) > self._ephemeral_per_session:
                 self._drop_oldest(newest)
 
+    def add_restored(self, sampler: Sampler) -> None:
+        """As `add`, for one that an earlier process had: an inflight one was bound to the newest before."""
+        if sampler.inflight_of is None:
+            self.add(sampler)
+            return
+        self._samplers[sampler.sampler_id] = sampler
+        self._inflight.setdefault(sampler.inflight_of, []).append(sampler)
+
+    def inflight(self, model_id: str) -> list[Sampler]:
+        """The inflight samplers of a model, oldest first; all sample the newest's snapshot."""
+        return list(self._inflight.get(model_id, []))
+
     def _follow(self, newest: Sampler, others: list[Sampler]) -> None:
         """Samples that are being drawn end with the weights they began with; the next ones have the new."""
         if others:
@@ -92,6 +131,7 @@ class SamplerBook:
             "unnamed samplers of a session; save weights under a name to keep them longer"
         )
         _drop(oldest)
+        self.on_superseded(oldest)
 
     def release(self, sampler_ids: list[str]) -> None:
         """Forget what engines hold for the samplers of an ended session."""
@@ -181,8 +221,15 @@ class SnapshotPool:
         return await asyncio.shield(entry.load)
 
     async def _load(self, snapshot_id: str, folder: str) -> str:
+        operation = LoadSnapshot(snapshot_id=snapshot_id, folder=folder)
         try:
-            digest: str = await self._slot.call(LoadSnapshot(snapshot_id=snapshot_id, folder=folder))
+            try:
+                digest: str = await self._slot.call(operation)
+            except EngineDied:
+                if not self._slot.is_recovering:
+                    raise
+                await self._slot.settled()
+                digest = await self._slot.call(operation)
         except TinsmithError:
             if (entry := self._entries.get(snapshot_id)) is not None:
                 entry.load = None
@@ -190,6 +237,10 @@ class SnapshotPool:
                     del self._entries[snapshot_id]
             raise
         return digest
+
+    def forget_loads(self) -> None:
+        for entry in self._entries.values():
+            entry.load = None
 
     def _entry(self, row: CheckpointRow) -> _Loaded:
         snapshot_id = checkpoint_snapshot_id(row)

@@ -16,13 +16,15 @@ from tinsmith.control.completions import Completion, Group
 from tinsmith.control.engines import EngineBook, EngineSlot, discard
 from tinsmith.control.errors import SamplerGone, SessionEnded
 from tinsmith.control.execution import sampler_name
-from tinsmith.control.futures import FutureStore
+from tinsmith.control.futures import FutureStore, Pending
 from tinsmith.control.identity import Clock, Ids
+from tinsmith.control.journal import Journal, SampleRecord, SamplerRecord
+from tinsmith.control.ledger import Entry, put
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import SAMPLERS, Registry
 from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
-from tinsmith.control.sessions import SessionBook
+from tinsmith.control.sessions import Session, SessionBook
 from tinsmith.control.usage import Meter
 from tinsmith.control.validation import MAX_SAMPLES, sampling_operation
 from tinsmith.types.errors import (
@@ -32,6 +34,7 @@ from tinsmith.types.errors import (
     Overloaded,
     PayloadConflict,
     ServerError,
+    StorageError,
     TinsmithError,
     UserError,
 )
@@ -50,10 +53,12 @@ class _Open:
     """A sample without an answer."""
 
     slot: EngineSlot
+    request: SampleRequest
     session_id: str
     prompt_tokens: int
     ticket: int | None = None
-    """`None` while its snapshot is being loaded."""
+    """`None` while its snapshot is being loaded, or its engine started again."""
+    is_loading: bool = False
 
 
 class Sampling:
@@ -69,9 +74,11 @@ class Sampling:
         clock: Clock,
         ids: Ids,
         meter: Meter,
+        journal: Journal,
         max_pending: int,
     ) -> None:
         self._meter = meter
+        self._journal = journal
         self._engines = engines
         self._sessions = sessions
         self._samplers = samplers
@@ -82,10 +89,16 @@ class Sampling:
         self._ids = ids
         self._max_pending = max_pending
         self._open: dict[str, _Open] = {}
+        self._num_unwritten = 0
+        """Samples that are not on disk yet."""
         self._num_attended = 0
         """Samples that a caller waits for in place."""
         self._loads: set[asyncio.Task[None]] = set()
         self._bindings: dict[str, tuple[str | None, str | None]] = {}
+        self._held: dict[str, list[str]] = {}
+        """Samples of samplers that are expected, by sampler."""
+        self._requests_held: dict[str, SampleRequest] = {}
+        samplers.on_settled = self._release_held
 
     # ---- sampling sessions ----
 
@@ -111,12 +124,15 @@ class Sampling:
         session = self._sessions.get_live(session_id)
         if self._is_known(sampler_id, base_model, model_path):  # a retry overtook this call while it loaded
             return sampler_id
-        self._bindings[sampler_id] = (base_model, model_path)
-        self._samplers.add(sampler)
-        session.sampler_ids.append(sampler_id)
+        self._adopt(session, sampler, (base_model, model_path))
         session.last_seen = self._clock.monotonic()
         await self._record(sampler)
         return sampler_id
+
+    def _adopt(self, session: Session, sampler: Sampler, bound_to: tuple[str | None, str | None]) -> None:
+        self._bindings[sampler.sampler_id] = bound_to
+        self._samplers.add(sampler)
+        session.sampler_ids.append(sampler.sampler_id)
 
     def _is_known(self, sampler_id: str, base_model: str | None, model_path: str | None) -> bool:
         if self._samplers.get(sampler_id) is None:
@@ -144,7 +160,19 @@ class Sampling:
 
     async def _record(self, sampler: Sampler) -> None:
         row = sampler.row(self._clock.time())
-        await self._registry.write(lambda c: records.insert(c, SAMPLERS, row))
+        await self._registry.write(lambda c: records.insert_if_new(c, SAMPLERS, row))
+        record = SamplerRecord(
+            base_model=sampler.slot.card.name,
+            bound_to=self._bindings[sampler.sampler_id],
+            checkpoint_id=None if sampler.checkpoint is None else sampler.checkpoint.checkpoint_id,
+            digest=sampler.digest,
+        )
+        entry = Entry(kind="sampler", name=sampler.sampler_id, session_id=sampler.session_id, value=record)
+        await self._journal.write([put(entry)])
+
+    def restore_sampler(self, session: Session, sampler: Sampler, record: SamplerRecord) -> None:
+        """One that an earlier process had."""
+        self._adopt(session, sampler, record.bound_to)
 
     def describe(self, sampler_id: str) -> GetSamplerResponse:
         """Raises `NotFound`. Knows the samplers of ended sessions too."""
@@ -187,19 +215,70 @@ class Sampling:
         if known is not None:
             return _receipt(known, request)
         self._check_room()
-        sampler = self._samplers.get(sampler_id)
-        session_id = None if sampler is None else sampler.session_id
-        request_id = self._futures.open(
-            "Sample", key=key, fingerprint=fingerprint, session_id=session_id, subject=sampler_id, group=group
+        if self._journal.is_on:
+            request = self._with_seed(request)
+        request_id = self._open_future(request, fingerprint, None)
+        self._num_unwritten += 1
+
+        def written(error: StorageError | None) -> None:
+            self._num_unwritten -= 1
+            self._futures.commit(request_id, error)
+            if error is None:
+                self._begin_or_fail(request_id, request)
+
+        session_id = self._session_of(sampler_id)
+        record = SampleRecord(fingerprint=fingerprint, request=request)
+        entry = Entry(kind="sample", name=request_id, session_id=session_id, value=record)
+        if self._journal.is_on:
+            self._journal.lone.add(request_id)
+        self._journal.post([put(entry)], written)
+        return _receipt(request_id, request)
+
+    def restore(self, request_id: str, record: SampleRecord) -> None:
+        """A sample that an earlier process took: it is drawn again, with the same seed."""
+        self._open_future(record.request, record.fingerprint, request_id)
+        self._journal.lone.add(request_id)
+        self._begin_or_fail(request_id, record.request)
+
+    def _open_future(self, request: SampleRequest, fingerprint: bytes, request_id: str | None) -> str:
+        sampler_id = request.sampling_session_id
+        return self._futures.open(
+            "Sample",
+            key=("sample", sampler_id, request.seq_id),
+            fingerprint=fingerprint,
+            session_id=self._session_of(sampler_id),
+            subject=sampler_id,
+            on_poll=lambda: self._pending(sampler_id),
+            group=client_group(sampler_id, request.seq_id),
+            request_id=request_id,
+            is_durable=request_id is not None or not self._journal.is_on,
         )
+
+    def _session_of(self, sampler_id: str) -> str | None:
+        sampler = self._samplers.get(sampler_id)
+        return None if sampler is None else sampler.session_id
+
+    def _pending(self, sampler_id: str) -> Pending:
+        sampler = self._samplers.get(sampler_id)
+        if sampler is not None and sampler.slot.is_recovering:
+            return Pending(queue_state="paused_capacity", reason=sampler.slot.pause_reason)
+        return Pending()
+
+    def _with_seed(self, request: SampleRequest) -> SampleRequest:
+        """With its seed drawn, so that it is the same sample if it is drawn again."""
+        if not isinstance(request, DrawSamples) or request.params.seed is not None:
+            return request
+        return replace(request, params=request.params.model_copy(update={"seed": self._ids.seed()}))
+
+    def _begin_or_fail(self, request_id: str, request: SampleRequest) -> None:
         try:
             self._begin(request_id, request)
         except TinsmithError as error:
+            self._open.pop(request_id, None)
             self._futures.fail(request_id, error)
-        return _receipt(request_id, request)
 
     def _check_room(self) -> None:
-        num_waiting = len(self._open) + self._num_attended
+        num_waiting = len(self._open) + self._num_unwritten + self._num_attended
         if num_waiting >= self._max_pending:
             raise Overloaded(f"{num_waiting} samples are waiting, the most this server takes; try again later")
 
@@ -240,18 +319,28 @@ class Sampling:
         return response
 
     def _begin(self, request_id: str, request: SampleRequest) -> None:
+        if request.sampling_session_id in self._samplers.expected:
+            self._held.setdefault(request.sampling_session_id, []).append(request_id)
+            self._requests_held[request_id] = request
+            return
         sampler = self._live_sampler(request.sampling_session_id)
         if isinstance(request, RejectedSample):
             raise request.error
         operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
         row = sampler.checkpoint
-        self._open[request_id] = _Open(sampler.slot, sampler.session_id, len(operation.prompt))
-        if row is None or self._samplers.pool(sampler.slot).touch_if_ready(row):
+        is_loaded = row is None or self._samplers.pool(sampler.slot).touch_if_ready(row)
+        opened = _Open(sampler.slot, request, sampler.session_id, len(operation.prompt), is_loading=not is_loaded)
+        self._open[request_id] = opened
+        if row is None or is_loaded:
             self._send(request_id, operation)
             return
         task = asyncio.create_task(self._load_and_send(request_id, operation, sampler, row))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
+
+    def _release_held(self, sampler_id: str) -> None:
+        for request_id in self._held.pop(sampler_id, []):
+            self._begin_or_fail(request_id, self._requests_held.pop(request_id))
 
     def _live_sampler(self, sampler_id: str) -> Sampler:
         sampler = self._samplers.get(sampler_id)
@@ -268,6 +357,7 @@ class Sampling:
         try:
             await self._load(sampler, row)
             if request_id in self._open:
+                self._open[request_id].is_loading = False
                 self._send(request_id, operation)
         except TinsmithError as error:
             self._finish(request_id, error)
@@ -284,6 +374,8 @@ class Sampling:
         try:
             call = self._open[request_id].slot.submit(operation)
         except EngineDied:
+            if self._open[request_id].slot.is_recovering:
+                return  # it is sent once the engine is there again
             self._open.pop(request_id, None)
             raise
         self._open[request_id].ticket = call.ticket
@@ -295,7 +387,8 @@ class Sampling:
             self._finish(request_id, EngineDied("the engine was closed"))
         elif (error := answer.exception()) is not None:
             self._note_death(request_id, error)
-            self._finish(request_id, error)
+            if not self._is_paused(request_id, error):
+                self._finish(request_id, error)
         else:
             if (sample := self._open.get(request_id)) is not None:
                 self._count(sample.session_id, sample.slot.card.name, sample.prompt_tokens, answer.result())
@@ -311,6 +404,32 @@ class Sampling:
         sample = self._open.get(request_id)
         if sample is not None and isinstance(error, EngineDied):
             sample.slot.declare_dead(error)
+
+    def _is_paused(self, request_id: str, error: BaseException) -> bool:
+        """Whether it will be sent again."""
+        sample = self._open.get(request_id)
+        if sample is None or not isinstance(error, EngineDied) or not sample.slot.is_recovering:
+            return False
+        sample.ticket = None
+        return True
+
+    def in_flight(self, slot: EngineSlot) -> list[str]:
+        """Samples that an engine draws."""
+        return [r for r, sample in self._open.items() if sample.slot is slot and sample.ticket is not None]
+
+    def waiting(self, slot: EngineSlot) -> list[str]:
+        """Samples that are to be sent again."""
+        paused = ((r, sample) for r, sample in self._open.items() if sample.slot is slot and not sample.is_loading)
+        return [request_id for request_id, sample in paused if sample.ticket is None]
+
+    def send_again(self, request_id: str) -> None:
+        """To an engine that was started again."""
+        sample = self._open.pop(request_id, None)
+        if sample is not None:
+            self._begin_or_fail(request_id, sample.request)
+
+    def fail(self, request_id: str, error: TinsmithError) -> None:
+        self._finish(request_id, error)
 
     def _finish(self, request_id: str, answer: SampleResponse | BaseException) -> None:
         self._open.pop(request_id, None)

@@ -85,12 +85,19 @@ class Scheduler:
         self._models: dict[str, Model] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._is_woken = False
+        self.is_held = False
+        """Whether all turns wait."""
+        self.suspects: set[str] = set()
+        """Requests that may have killed the engine: while there are any, one request goes at a time."""
+        self.take_snapshot: Callable[[Model], None] = lambda model: None
+        """Order a snapshot of a model; called when nothing of it runs."""
 
     def add(self, model: Model) -> None:
         self._models[model.model_id] = model
 
     def remove(self, model: Model) -> None:
         self._models.pop(model.model_id, None)
+        self.suspects.difference_update(model.journaled.values())
 
     def wake(self) -> None:
         """Look for work soon; what arrives in the same iteration of the loop can share a batch."""
@@ -105,7 +112,8 @@ class Scheduler:
 
     def _fill(self) -> None:
         self._is_woken = False
-        while self._slot.dead is None and len(self._running) < MAX_OUTSTANDING:
+        most = 1 if self.suspects else MAX_OUTSTANDING
+        while self._slot.dead is None and not self.is_held and len(self._running) < most:
             turn = self._next_turn()
             if not turn:
                 return
@@ -115,8 +123,13 @@ class Scheduler:
             task.add_done_callback(lambda _: self.wake())
 
     def _next_turn(self) -> Turn:
+        for model in self._models.values():
+            if model.snapshot_due and not model.running and not model.behind_barrier:
+                self.take_snapshot(model)
         candidates = [c for model in self._models.values() if (c := self._candidate(model)) is not None]
         counts = pick(candidates, self._max_batch_tokens)
+        if self.suspects:
+            counts = dict.fromkeys(list(counts)[:1], 1)
         turn: Turn = []
         for model_id, count in counts.items():
             model = self._models.pop(model_id)
@@ -132,7 +145,9 @@ class Scheduler:
     def _candidate(self, model: Model) -> Candidate | None:
         _skip_void(model, self._clock.monotonic())
         head = model.queue.head()
-        if head is None or not head.is_checked or model.behind_barrier or model.status is ModelStatus.ENDED:
+        if head is None or not head.is_ready or model.behind_barrier or model.status is ModelStatus.ENDED:
+            return None
+        if model.snapshot_due:
             return None
         if head.is_training:
             return Candidate(model.model_id, _train_tokens(model, self._max_batch_tokens))
@@ -150,6 +165,7 @@ class Scheduler:
     def _answered(self, model: Model, work: Work) -> None:
         if work.request_id not in model.running:
             return
+        self.suspects.discard(work.request_id)
         model.running.remove(work.request_id)
         if work.is_barrier:
             model.behind_barrier = False
@@ -157,7 +173,7 @@ class Scheduler:
 
 
 def _skip_void(model: Model, now: float) -> None:
-    while (head := model.queue.head()) is not None and head.is_void:
+    while (head := model.queue.head()) is not None and head.is_void and head.is_durable:
         model.queue.pop(now)
         model.pending_tokens -= head.num_tokens
 
@@ -167,7 +183,7 @@ def _train_tokens(model: Model, max_tokens: int) -> tuple[int, ...]:
     sizes: list[int] = []
     total = 0
     for work in model.queue.run():
-        if not (work.is_checked and work.is_training) or work.is_void or total > max_tokens:
+        if not (work.is_ready and work.is_training) or work.is_void or total > max_tokens:
             break
         sizes.append(work.num_tokens)
         total += work.num_tokens

@@ -18,7 +18,7 @@ from tinsmith.control import audit, records
 from tinsmith.control.audit import AuditEntry, EventType
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
-from tinsmith.control.completions import Completion
+from tinsmith.control.completions import Completion, Completions
 from tinsmith.control.copies import Copies, CopyOrder, check_destination
 from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
@@ -29,8 +29,11 @@ from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
 from tinsmith.control.janitor import Janitor
 from tinsmith.control.jobs import Jobs
+from tinsmith.control.journal import Journal, SessionRecord
+from tinsmith.control.ledger import Entry, Ledger, OnWritten, put
 from tinsmith.control.records import CheckpointRow, SessionRow
 from tinsmith.control.registry import SESSIONS, Registry
+from tinsmith.control.replay import Replay
 from tinsmith.control.requests import (
     CreateCustomLoss,
     CreateModel,
@@ -48,6 +51,8 @@ from tinsmith.control.session_search import FoundSession, SessionQuery, search
 from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.signing import Signer
+from tinsmith.control.snapshots import Snapshots
+from tinsmith.control.supervisor import Supervisor
 from tinsmith.control.traces import TraceLog, trace_document
 from tinsmith.control.training import Training
 from tinsmith.control.usage import Meter, StoredShare, UsageReport
@@ -84,31 +89,93 @@ class Control:
         self._engines = EngineBook(engines)
         self._lock = DataLock(settings.data_dir)
         self._registry = Registry(settings.data_dir / "registry.sqlite3")
+        self._ledger = Ledger(settings.data_dir / "ledger.sqlite3") if settings.ledger else None
+        self._journal = Journal(self._ledger)
+        self._supervisor: Supervisor | None = None
+        self._replay: Replay | None = None
+        self.on_fatal: Callable[[], None] = lambda: None
+        """Told when nothing more can be written for good: the process should end, and be started again."""
         self._sessions = SessionBook()
         self._state = "not started"
 
     # ---- life ----
 
     async def start(self) -> None:
-        """Lock the data folder, open the registry, start the engines.
+        """Lock the data folder, open the registry and the ledger, start the engines, go on where the last server was.
 
         Raises `UserError` if a base model cannot be loaded or the data folder is in use; nothing is left running then.
         """
         self._lock.acquire()
         try:
             secret = await asyncio.to_thread(self._registry.open)
-            at = self._clock.time()
-            await self._registry.write(lambda c: records.end_everything(c, at, "the server was stopped"))
+            await self._open_ledger()
             await self._engines.start()
         except BaseException:
-            await asyncio.to_thread(self._registry.close)
-            self._lock.release()
+            await self._close_stores()
             raise
         self._assemble(self._make_ids(secret))
         self.signer = Signer(secret, self._clock)
         await self._checkpoints.sweep_orphans()
+        try:
+            await self._go_on()
+        except BaseException:
+            await self._engines.close()
+            await self._close_stores()
+            raise
         self._janitor.start()
         self._state = "ready"
+
+    async def _open_ledger(self) -> None:
+        if self._ledger is None:
+            at = self._clock.time()
+            await self._registry.write(lambda c: records.end_everything(c, at, "the server was stopped"))
+            return
+        await asyncio.to_thread(self._ledger.open)
+        self._ledger.on_fatal = lambda: self.on_fatal()
+        self._ledger.start(asyncio.get_running_loop())
+
+    async def _close_stores(self) -> None:
+        if self._ledger is not None:
+            await asyncio.to_thread(self._ledger.close)
+        await asyncio.to_thread(self._registry.close)
+        self._lock.release()
+
+    async def _go_on(self) -> None:
+        """Bring back what was live when the last server ended. Raises `StorageError`."""
+        if self._ledger is None:
+            return
+        self._replay = Replay(
+            ledger=self._ledger,
+            journal=self._journal,
+            settings=self._settings,
+            engines=self._engines,
+            sessions=self._sessions,
+            samplers=self._samplers,
+            custom_losses=self._custom_losses,
+            training=self._training,
+            sampling=self._sampling,
+            futures=self._futures,
+            registry=self._registry,
+            checkpoints=self._checkpoints,
+            clock=self._clock,
+        )
+        self._supervisor = Supervisor(
+            settings=self._settings,
+            training=self._training,
+            sampling=self._sampling,
+            snapshots=self._snapshots,
+            replay=self._replay,
+            futures=self._futures,
+            journal=self._journal,
+            clock=self._clock,
+        )
+        self._snapshots.watch(self._engines)
+        await self._replay.restore()
+        await self._snapshots.sweep()
+
+    def _keep_failure(self, request_id: str, written: OnWritten) -> None:
+        if (ended := self._futures.ended(request_id)) is not None:
+            self._journal.keep_result(request_id, ended, written, self._clock.time())
 
     def _assemble(self, ids: Ids) -> None:
         settings, clock = self._settings, self._clock
@@ -123,6 +190,10 @@ class Control:
         self._traces = TraceLog()
         self._futures.on_finish = self._traces.add
         self._meter = Meter(self._registry, clock)
+        if self._journal.is_on:
+            self._futures.keep_failure = self._keep_failure
+            # cursors that clients have from an earlier server lie before all that this one gives out
+            self._futures.completions = Completions(first=lambda: int(clock.time() * 1000))
         self._checkpoints = CheckpointStore(
             registry=self._registry,
             data_dir=settings.data_dir,
@@ -145,6 +216,7 @@ class Control:
             futures=self._futures,
             clock=clock,
             max_per_session=settings.max_custom_losses_per_session,
+            journal=self._journal,
         )
         self._training = Training(
             settings=settings,
@@ -158,6 +230,16 @@ class Control:
             clock=clock,
             ids=ids,
             meter=self._meter,
+            journal=self._journal,
+        )
+        self._snapshots = Snapshots(
+            data_dir=settings.data_dir,
+            training=self._training,
+            samplers=self._samplers,
+            journal=self._journal,
+            clock=clock,
+            interval_s=settings.snapshot_interval_s,
+            max_requests=settings.snapshot_requests,
         )
         self._sampling = Sampling(
             engines=self._engines,
@@ -169,6 +251,7 @@ class Control:
             clock=clock,
             ids=ids,
             meter=self._meter,
+            journal=self._journal,
             max_pending=settings.max_pending_samples,
         )
         self._jobs = Jobs(self._futures)
@@ -183,22 +266,46 @@ class Control:
                 self._training.end_drained,
                 self._futures.expire,
                 self._registry.probe,
+                *self._chores_of_the_ledger(),
             ),
-            slow=(self._checkpoints.delete_expired, self._training.flush_activity, self._meter.flush),
+            slow=(
+                self._checkpoints.delete_expired,
+                self._training.flush_activity,
+                self._meter.flush,
+                self._sweep_snapshots,
+            ),
             interval_s=settings.sweep_interval_s,
         )
         for slot in self._engines:
             slot.on_death = self._engine_died
 
+    def _chores_of_the_ledger(self) -> tuple[Callable[[], object], ...]:
+        if self._ledger is None:
+            return ()
+        return (
+            self._training.retire,
+            self._snapshots.consider,
+            lambda: self._journal.trim(self._futures),
+            self._ledger.probe,
+        )
+
+    async def _sweep_snapshots(self) -> None:
+        if self._journal.is_on:
+            await self._snapshots.sweep()
+
     async def close(self) -> None:
-        """Take nothing more, let engines finish what they work on, fail what waits. Idempotent."""
+        """Take nothing more, let engines finish what they work on. What waits is failed, or with a ledger kept for the
+        next server. Idempotent."""
         if self._state != "ready":
             self._state = "closed"
             return
         self._state = "closed"
         await self._janitor.close()
-        for session in self._sessions.live:
-            self._end(session, "lost", "the server was stopped", drop=True)
+        if self._ledger is None:
+            for session in self._sessions.live:
+                self._end(session, "lost", "the server was stopped", drop=True)
+        else:
+            await self._pause()
         with contextlib.suppress(TimeoutError):  # the engines' close fails what is left
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._training.drain()
@@ -210,8 +317,18 @@ class Control:
         self._futures.fail_all(ServerError("the server was stopped"))
         await self._training.flush_activity()
         await self._meter.flush()
-        await asyncio.to_thread(self._registry.close)
-        self._lock.release()
+        await self._close_stores()
+
+    async def _pause(self) -> None:
+        """Begin nothing more; what is in the ledger is done by the next server."""
+        if self._supervisor is not None:
+            await self._supervisor.close()
+        for slot in self._engines:
+            self._training.scheduler(slot).is_held = True
+            slot.is_recovering = True
+            slot.on_death = lambda slot: None
+        if self._replay is not None:
+            await self._replay.close()
 
     @property
     def is_ready(self) -> bool:
@@ -225,7 +342,7 @@ class Control:
         for slot in self._engines:
             if slot.dead is not None:
                 return f"the engine of {slot.card.name!r} died: {slot.dead}"
-        return self._registry.fault
+        return self._journal.fault or self._registry.fault
 
     def base_models(self) -> list[BaseModelCard]:
         return [slot.card for slot in self._engines]
@@ -240,6 +357,8 @@ class Control:
 
     def _engine_died(self, slot: EngineSlot) -> None:
         error = slot.dead or EngineDied(f"the engine of {slot.card.name!r} is gone")
+        if self._supervisor is not None and self._supervisor.engine_died(slot, error):
+            return
         self._training.engine_died(slot, error)
         self._sampling.engine_died(slot, error)
 
@@ -257,6 +376,10 @@ class Control:
             display_name=request.display_name,
         )
         await self._registry.write(lambda c: records.insert(c, SESSIONS, row))
+        entry = Entry(
+            kind="session", name=row.session_id, session_id=row.session_id, value=SessionRecord(request=request)
+        )
+        await self._journal.write([put(entry)])
         self._sessions.add(
             row.session_id,
             self._clock.monotonic(),
@@ -305,6 +428,7 @@ class Control:
         for old in forgotten:
             self._sampling.forget(old.sampler_ids)
         at = self._clock.time()
+        self._journal.end_session(session.session_id, drop=drop)
         self._registry.post(lambda c: records.end_session(c, session.session_id, at, reason, detail))
 
     async def get_session(self, session_id: str) -> GetSessionResponse:
@@ -390,6 +514,13 @@ class Control:
         self._sampling.cancel(request_id)
 
     # ---- futures ----
+
+    async def durable(self, receipt: Submission) -> None:
+        """Returns once the request would survive a power failure; tell nobody of it before.
+
+        Raises `StorageError` if it could not be written, and was not taken.
+        """
+        await self._futures.durable(receipt.request_id)
 
     async def wait_future(self, request_id: str, timeout_s: float) -> Outcome | Pending:
         """Wait for at most `timeout_s`. Raises `FutureExpired`, or `NotFound` for an id that was never given out."""

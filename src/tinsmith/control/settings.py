@@ -39,5 +39,17 @@ class ControlSettings(BaseModel):
     when asked for."""
     superseded_versions_kept: int = Field(default=1, ge=0)
     """Versions of a checkpoint name kept on disk after an overwrite, the newest excluded."""
+    ledger: bool = False
+    """Keep what live sessions ask on disk, so that a killed server or engine goes on where it was."""
+    snapshot_interval_s: float = Field(default=60.0, gt=0)
+    """How long after a model's last snapshot its requests are kept to be replayed, before the next is taken."""
+    snapshot_requests: int = Field(default=500, ge=1)
+    """The same in requests."""
+    max_engine_restarts: int = Field(default=10, ge=0)
+    """How often within ten minutes a dead engine is started again."""
+    engine_backoff_s: float = Field(default=0.5, ge=0)
+    """Before the second restart in a row; doubled for each one more, up to 30 s."""
+    max_strikes: int = Field(default=3, ge=2)
+    """A request that was with the engine at so many of its deaths is failed."""
     sweep_interval_s: float = Field(default=1.0, gt=0)
     """How often the janitor looks for what has ended or expired."""

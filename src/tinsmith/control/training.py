@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,7 +21,10 @@ from tinsmith.control.errors import ModelEnded
 from tinsmith.control.execution import Executor, check_base_model, drop_adapter
 from tinsmith.control.futures import FutureStore, RequestType
 from tinsmith.control.identity import Clock, Ids
+from tinsmith.control.journal import FETCHED_GRACE_S, Journal, ModelRecord, RequestRecord, result_entry
+from tinsmith.control.ledger import Entry, mark_failed, put
 from tinsmith.control.models import REQUEST_TYPES, Creation, Model, ModelStatus, Work
+from tinsmith.control.queues import Gap
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.requests import (
@@ -46,6 +50,7 @@ from tinsmith.types.errors import (
     NotFound,
     Overloaded,
     ServerError,
+    StorageError,
     TinsmithError,
     UserError,
 )
@@ -76,9 +81,12 @@ class Training:
         clock: Clock,
         ids: Ids,
         meter: Meter,
+        journal: Journal,
     ) -> None:
         self._settings = settings
         self._meter = meter
+        self._journal = journal
+        self._samplers = samplers
         self._engines = engines
         self._sessions = sessions
         self._custom_losses = custom_losses
@@ -88,6 +96,8 @@ class Training:
         self._clock = clock
         self._ids = ids
         self._models: dict[str, Model] = {}
+        self.retired: list[Model] = []
+        """Ended, and still in the ledger."""
         self._checks: set[asyncio.Task[None]] = set()
         self._validator = ThreadPoolExecutor(max_workers=1, thread_name_prefix="validator")
         self._executor = Executor(
@@ -97,6 +107,7 @@ class Training:
             samplers=samplers,
             sessions=sessions,
             clock=clock,
+            journal=journal,
             end_model=self.end_model,
         )
         self._schedulers = {
@@ -106,11 +117,12 @@ class Training:
 
     async def _execute(self, turn: Turn, on_answered: OnAnswered) -> None:
         """Do a turn, and note what it used."""
+        counted = {work.request_id for _, work in turn if self._futures.ended(work.request_id) is not None}
         for _, work in turn:
             self._futures.start(work.request_id)
 
         def answered(model: Model, work: Work) -> None:
-            if self._futures.has_succeeded(work.request_id):
+            if work.request_id not in counted and self._futures.has_succeeded(work.request_id):
                 self._note_use(model, work)
             on_answered(model, work)
 
@@ -190,19 +202,67 @@ class Training:
             session_id=session_id,
             subject=model_id,
             context=context,
+            on_poll=model.pending,
+            is_durable=not self._journal.is_on,
         )
+        model.creation_request_id = request_id
         try:
             slot, creation = plan()
         except TinsmithError as error:
             model.status = ModelStatus.ENDED
             model.end = ModelEnded(f"model {model_id!r} could not be created: {error}")
             self._futures.fail(request_id, error)
+            self._journal_failure(request_id)
             return Submission(request_id=request_id, model_id=model_id)
-        model.slot = slot
-        model.queue.push(0, Work(request_id, creation), self._clock.monotonic())
+        model.slot, model.creation = slot, creation
+        work = Work(request_id, creation, is_durable=False)
+        model.queue.push(0, work, self._clock.monotonic())
         self._schedulers[slot].add(model)
-        self._schedulers[slot].wake()
+        self._journal_model(model, work, request_type, fingerprint)
         return Submission(request_id=request_id, model_id=model_id)
+
+    def _journal_failure(self, request_id: str) -> None:
+        ended = self._futures.ended(request_id)
+        if self._journal.is_on and ended is not None:
+            written = partial(self._futures.commit, request_id)
+            self._journal.keep_result(request_id, ended, written, self._clock.time())
+
+    def _journal_model(self, model: Model, work: Work, request_type: RequestType, fingerprint: bytes) -> None:
+        creation = model.creation
+        if creation is None or model.slot is None:
+            raise AssertionError(f"model {model.model_id!r} has nothing to be made of")
+        record = ModelRecord(
+            base_model=model.slot.card.name,
+            request_id=work.request_id,
+            request_type=request_type,
+            fingerprint=fingerprint,
+            lora=creation.lora,
+            checkpoint_id=None if creation.checkpoint is None else creation.checkpoint.checkpoint_id,
+            optimizer=creation.optimizer,
+            user_metadata=dict(model.user_metadata),
+        )
+
+        def written(error: StorageError | None) -> None:
+            self._futures.commit(work.request_id, error)
+            if error is None:
+                work.is_durable = True
+                self._schedulers[_slot(model)].wake()
+                return
+            self._schedulers[_slot(model)].remove(model)
+            self._models.pop(model.model_id, None)
+            session = self._sessions.find(model.session_id)
+            if session is not None and model.model_id in session.model_ids:
+                session.model_ids.remove(model.model_id)
+
+        entry = Entry(
+            kind="model",
+            name=model.model_id,
+            session_id=model.session_id,
+            model_id=model.model_id,
+            value=record,
+        )
+        model.journaled[0] = work.request_id
+        self._journal.post([put(entry)], written)
 
     def _check_new_model(self, model_id: str, model_seq_id: int) -> None:
         if model_seq_id < 0:
@@ -238,7 +298,7 @@ class Training:
             return Submission(request_id=self._futures.failed(request_type, error, context), model_id=model_id)
         num_tokens = num_train_tokens(request, _slot(model).card)
         self._check_room(model, seq, num_tokens)
-        request = self._custom_losses.attach(request, model.session_id)
+        asked, request = request, self._custom_losses.attach(request, model.session_id)
         request_id = self._futures.open(
             request_type,
             key=key,
@@ -247,9 +307,11 @@ class Training:
             session_id=model.session_id,
             subject=model_id,
             context=context,
+            is_durable=not self._journal.is_on,
         )
         work = Work(request_id, request, num_tokens)
         self._enqueue(model, seq, work)
+        self._journal_request(model, seq, work, asked, fingerprint)
         self._check(model, work, request)
         return Submission(request_id=request_id, model_id=model_id)
 
@@ -258,6 +320,38 @@ class Training:
         model.pending_tokens += work.num_tokens
         model.last_request_at, model.is_dirty = self._clock.time(), True
         self._sessions.touch(model.session_id, self._clock.monotonic())
+
+    def _journal_request(self, model: Model, seq: int, work: Work, asked: ModelRequest, fingerprint: bytes) -> None:
+        """Its turn does not come before it is on disk. One that cannot be written was never taken."""
+        if not self._journal.is_on:
+            return
+
+        def written(error: StorageError | None) -> None:
+            self._futures.commit(work.request_id, error)
+            if error is not None:
+                self._withdraw(model, seq, work)
+            elif model.status is not ModelStatus.ENDED:
+                work.is_durable = True
+                self._schedulers[_slot(model)].wake()
+
+        work.is_durable = False
+        model.journaled[seq] = work.request_id
+        record = RequestRecord(request_type=REQUEST_TYPES[type(asked)], fingerprint=fingerprint, request=asked)
+        entry = Entry(
+            kind="request",
+            name=work.request_id,
+            session_id=model.session_id,
+            model_id=model.model_id,
+            seq=seq,
+            value=record,
+        )
+        self._journal.post([put(entry)], written)
+
+    def _withdraw(self, model: Model, seq: int, work: Work) -> None:
+        model.journaled.pop(seq, None)
+        if model.status is not ModelStatus.ENDED:
+            model.queue.withdraw(seq)
+            model.pending_tokens -= work.num_tokens
 
     def submit_deferred(
         self, model_id: str, prepare: Callable[[], Awaitable[ForwardBackward]], context: Any = None
@@ -280,10 +374,12 @@ class Training:
         )
         work = Work(request_id, Deferred(model_id=model_id), is_checked=False)
         self._enqueue(model, seq, work)
-        self._start_check(self._prepare(model, work, prepare))
+        self._start_check(self._prepare(model, seq, work, prepare))
         return Submission(request_id=request_id, model_id=model_id)
 
-    async def _prepare(self, model: Model, work: Work, prepare: Callable[[], Awaitable[ForwardBackward]]) -> None:
+    async def _prepare(
+        self, model: Model, seq: int, work: Work, prepare: Callable[[], Awaitable[ForwardBackward]]
+    ) -> None:
         try:
             request = await prepare()
         except TinsmithError as error:
@@ -298,6 +394,7 @@ class Training:
             return
         work.operation, work.num_tokens = request, num_train_tokens(request, _slot(model).card)
         model.pending_tokens += work.num_tokens
+        self._journal_request(model, seq, work, request, b"")
         self._check(model, work, request)
 
     def _check_room(self, model: Model, seq: int, num_tokens: int) -> None:
@@ -390,6 +487,9 @@ class Training:
         for work in model.queue.clear():
             self._futures.fail(work.request_id, error)
         model.pending_tokens = 0
+        self._samplers.settle_all_of(model.model_id)
+        if self._journal.is_on:
+            self.retired.append(model)
         if model.slot is not None:
             drop_adapter(model)
             self._schedulers[model.slot].remove(model)
@@ -433,6 +533,63 @@ class Training:
             for work in gap.items:
                 model.pending_tokens -= work.num_tokens
                 self._futures.fail(work.request_id, error)
+            self._journal_gap(model, gap, error)
+
+    def _journal_gap(self, model: Model, gap: Gap[Work], error: TinsmithError) -> None:
+        """A replay gives the same numbers up."""
+        record = RequestRecord(
+            request_type="ForwardBackward", fingerprint=b"", request=None, last_seq=model.queue.next_seq - 1
+        )
+        entry = Entry(
+            kind="request",
+            name=f"gap:{model.model_id}:{gap.missing}",
+            session_id=model.session_id,
+            model_id=model.model_id,
+            seq=gap.missing,
+            value=record,
+            failure=error,
+        )
+        self._journal.note([put(entry), *(mark_failed("request", work.request_id, error) for work in gap.items)])
+
+    def retire(self) -> None:
+        """Let the ledger forget models that have ended; what they answered stays fetchable."""
+        for model in self.retired:
+            self._journal.end_model(model.model_id, self.results_of(model, None))
+        self.retired.clear()
+
+    def results_of(self, model: Model, before_seq: int | None) -> list[Entry]:
+        """Ends of requests before a number, of all if that is `None`, that somebody may still ask for."""
+        due = sorted(seq for seq in model.journaled if before_seq is None or seq < before_seq)
+        at, entries = self._clock.time(), []
+        for seq in due:
+            request_id = model.journaled[seq]
+            ended = self._futures.ended(request_id)
+            if ended is not None and not self._futures.is_spent(request_id, FETCHED_GRACE_S):
+                entries.append(result_entry(request_id, ended, at))
+        return entries
+
+    # ---- going on after a crash ----
+
+    @property
+    def models(self) -> list[Model]:
+        return list(self._models.values())
+
+    def scheduler(self, slot: EngineSlot) -> Scheduler:
+        return self._schedulers[slot]
+
+    def adopt(self, model: Model) -> None:
+        """A model that an earlier process had."""
+        self._models[model.model_id] = model
+        if model.status is not ModelStatus.ENDED:
+            self._schedulers[_slot(model)].add(model)
+
+    def requeue(self, model: Model, works: Mapping[int, Work]) -> None:
+        """Do these requests, from the model's first number on, again or for the first time."""
+        model.queue.rewind(model.first_seq, works, self._clock.monotonic())
+        for work in works.values():
+            model.pending_tokens += work.num_tokens
+            if not work.is_void and not isinstance(work.operation, Creation | Deferred):
+                self._check(model, work, work.operation)
 
     def engine_died(self, slot: EngineSlot, error: EngineDied) -> None:
         for model in list(self._models.values()):

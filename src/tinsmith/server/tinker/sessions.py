@@ -123,7 +123,9 @@ async def finish_session(session_id: str, body: FinishBody, service: ServiceDep)
 
 @router.post("/create_model")
 async def create_model(body: CreateModelBody, service: ServiceDep) -> Response:
-    return receipt_response(await service.control.create_model(decode.create_model(body)))
+    receipt = await service.control.create_model(decode.create_model(body))
+    await service.control.durable(receipt)
+    return receipt_response(receipt)
 
 
 @router.post("/get_info", response_model_exclude_none=True)

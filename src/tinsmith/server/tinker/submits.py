@@ -89,6 +89,7 @@ async def _submit(request: Request, body: bytes, work: Callable[[], tuple[ask.Mo
     try:
         asked, digest = await service.codecs.decode(request, body, work)
         receipt = service.control.submit(asked, digest)
+        await service.control.durable(receipt)
     except TinsmithError as error:
         return error_response(error)
     return receipt_response(receipt)
@@ -129,6 +130,7 @@ async def load_weights(request: Request) -> Response:
             raise InvalidInput("give either model_id and seq_id (load into a model) or session_id and model_seq_id")
         else:
             receipt = await service.control.create_model_from_checkpoint(decode.load_new_model(fields))
+        await service.control.durable(receipt)
     except TinsmithError as error:
         return error_response(error)
     return receipt_response(receipt)
@@ -145,6 +147,7 @@ async def create_custom_loss(request: Request) -> Response:
     try:
         asked, digest = await service.codecs.decode(request, body, work)
         receipt = service.control.create_custom_loss(asked, digest)
+        await service.control.durable(receipt)
     except TinsmithError as error:
         return error_response(error)
     return receipt_response(receipt)
@@ -161,6 +164,7 @@ async def asample(request: Request) -> Response:
     try:
         asked, digest = await service.codecs.decode(request, body, work)
         receipt = service.control.submit_sample(asked, digest)
+        await service.control.durable(receipt)
     except TinsmithError as error:
         return error_response(error)
     return json_response({"request_id": receipt.request_id, "sample_sequence_ids": receipt.sample_sequence_ids})

@@ -1,0 +1,220 @@
+"""What control writes into the ledger: one record per kind of entry, and the few ways they are written.
+
+    session   a session that is live                   sampler   one of a base model or of a checkpoint
+    model     how it came to be                        weights   an unnamed sampler's, on disk
+    request   of a model, in its order                 sample    asked for, and not fetched yet
+    binding   which version a path stood for           loss      that a user uploaded
+    snapshot  where a live model can go on from        result    of a request that is in no model's order any more
+
+A request is done only once its entry is on disk. With the ledger off, everything is "on disk" at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinsmith.control.completions import Group
+from tinsmith.control.futures import Ended, FutureStore, RequestType
+from tinsmith.control.ledger import Change, Entry, Ledger, OnWritten, put, remove
+from tinsmith.control.ledger_codec import recorded
+from tinsmith.control.requests import ModelRequest, NewSession, SampleRequest
+from tinsmith.types.custom_loss import CustomLoss
+from tinsmith.types.errors import StorageError
+from tinsmith.types.operations import LoraSpec
+
+logger = logging.getLogger(__name__)
+
+FETCHED_GRACE_S = 30.0
+"""How long a result that was fetched is still kept for a client whose reply was lost on the way."""
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRecord:
+    """Its name is the session's id."""
+
+    request: NewSession
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecord:
+    """Its name is the model's id."""
+
+    base_model: str
+    request_id: str
+    request_type: RequestType
+    fingerprint: bytes
+    lora: LoraSpec | None = None
+    """With its seed drawn; `None` for a model made from a checkpoint."""
+    checkpoint_id: str | None = None
+    optimizer: bool = False
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """Its name is the request's id, or `gap:…` for numbers that were given up."""
+
+    request_type: RequestType
+    fingerprint: bytes
+    request: ModelRequest | None
+    """`None` for numbers that never came and were given up."""
+    last_seq: int | None = None
+    """The last of the numbers that were given up."""
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRecord:
+    """Its name is the model's id."""
+
+    next_seq: int
+    """Everything before it is in the snapshot, and nothing from it on."""
+    folder: str
+    """Relative to the data directory."""
+    metrics: Mapping[str, float]
+    parent: str | None
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRecord:
+    """Its name is the request's id; its seed is drawn."""
+
+    fingerprint: bytes
+    request: SampleRequest
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerRecord:
+    """Its name is the sampler's id."""
+
+    base_model: str
+    bound_to: tuple[str | None, str | None]
+    """What was asked for: a base model, a path."""
+    checkpoint_id: str | None
+    digest: str | None
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRecord:
+    """Its name is the sampler's id."""
+
+    base_model: str
+    folder: str
+    model_id: str
+    model_path: str | None
+    digest: str | None
+    origin: str | None
+    """The request that published it."""
+    snapshot_id: str
+    """The sampler whose weights these are: its own, or the newest of an inflight one's model."""
+    inflight_of: str | None = None
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossRecord:
+    """Its name is the loss's id."""
+
+    request_id: str
+    fingerprint: bytes
+    seq_id: int
+    loss: CustomLoss
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRecord:
+    """Its name is the request's id; a failure stands beside it."""
+
+    request_type: RequestType
+    fingerprint: bytes
+    key: Hashable | None
+    subject: str | None
+    finished_at: float
+    group: Group | None = None
+    result: Any = None
+
+
+class Journal:
+    """The way to the ledger, or around it if there is none."""
+
+    def __init__(self, ledger: Ledger | None) -> None:
+        self.ledger = ledger
+        self.lone: set[str] = set()
+        """Request ids of samples and results: entries that go once they were fetched, or have expired."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.ledger is not None
+
+    @property
+    def fault(self) -> str | None:
+        return None if self.ledger is None else self.ledger.fatal or self.ledger.fault
+
+    def post(self, changes: Sequence[Change], on_written: OnWritten) -> None:
+        """`on_written` is told at once if there is no ledger."""
+        if self.ledger is None:
+            on_written(None)
+        else:
+            self.ledger.post(changes, on_written)
+
+    def note(self, changes: Sequence[Change]) -> None:
+        """As `post`, for what need not be waited for; a failure is logged."""
+        if self.ledger is not None:
+            self.ledger.post(changes, _log_failure)
+
+    async def write(self, changes: Sequence[Change]) -> None:
+        """On disk when it returns. Raises `StorageError`."""
+        if self.ledger is not None:
+            await self.ledger.write(changes)
+
+    def keep_result(self, request_id: str, ended: Ended, on_written: OnWritten, at: float) -> None:
+        """Of a request that failed before it got into any order."""
+        self.lone.add(request_id)
+        self.post([put(result_entry(request_id, ended, at))], on_written)
+
+    def end_session(self, session_id: str, *, drop: bool) -> None:
+        """`drop`: its models go with it; else each goes once it has done what waits."""
+        kept = "" if drop else " AND kind NOT IN ('model', 'request', 'binding', 'snapshot')"
+        self.note([remove(f"session_id = ?{kept}", session_id)])
+
+    def end_model(self, model_id: str, results: Sequence[Entry]) -> None:
+        """`results` stay fetchable."""
+        self.lone.update(entry.name for entry in results)
+        kinds = "('model', 'request', 'binding', 'snapshot')"
+        self.note([*map(put, results), remove(f"model_id = ? AND kind IN {kinds}", model_id)])
+
+    def trim(self, futures: FutureStore) -> None:
+        """Do away with samples and results that were fetched, or have expired."""
+        spent = [request_id for request_id in self.lone if futures.is_spent(request_id, FETCHED_GRACE_S)]
+        self.lone.difference_update(spent)
+        if spent:
+            self.note([remove("kind IN ('sample', 'result') AND name = ?", request_id) for request_id in spent])
+
+
+def result_entry(request_id: str, ended: Ended, at: float) -> Entry:
+    outcome = ended.outcome
+    record = ResultRecord(
+        request_type=outcome.request_type,
+        fingerprint=ended.fingerprint,
+        key=ended.key,
+        subject=outcome.subject,
+        finished_at=at,
+        group=ended.group,
+        result=outcome.result,
+    )
+    return Entry(kind="result", name=request_id, value=record, failure=outcome.error)
+
+
+def _log_failure(error: StorageError | None) -> None:
+    if error is not None:
+        logger.error("an entry of the ledger was not written: %s", error)

@@ -1,0 +1,232 @@
+"""Snapshots of live models: where a replay begins. Taken in the background, in the model's order of requests.
+
+A snapshot holds everything before one request and nothing after: the model takes no turn until what runs is answered,
+the engine is asked to copy the adapter, and goes on at once; the copy is written aside. Once it is on disk the ledger
+forgets the requests that it holds.
+
+`data_dir/snapshots/<model>/<number>/`, and `weights-<sampler>` beside it for unnamed samplers that a replay would not
+publish again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinsmith.control.engines import EngineSlot
+from tinsmith.control.identity import Clock
+from tinsmith.control.journal import Journal, SnapshotRecord, WeightsRecord
+from tinsmith.control.ledger import Change, Entry, put, remove
+from tinsmith.control.models import Model, ModelStatus
+from tinsmith.control.samplers import Sampler, SamplerBook
+from tinsmith.control.training import Training
+from tinsmith.types.crash_points import crash_point
+from tinsmith.types.errors import EngineDied, TinsmithError
+from tinsmith.types.operations import SaveAdapter, SaveSnapshot
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "snapshots"
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """Weights of an unnamed sampler that are being written."""
+
+    samplers: list[Sampler]
+    """All that sample these weights."""
+    folder: str
+    answer: Any
+
+
+class Snapshots:
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        training: Training,
+        samplers: SamplerBook,
+        journal: Journal,
+        clock: Clock,
+        interval_s: float,
+        max_requests: int,
+    ) -> None:
+        self._data_dir = data_dir
+        self._training = training
+        self._samplers = samplers
+        self._journal = journal
+        self._clock = clock
+        self._interval_s = interval_s
+        self._max_requests = max_requests
+        self._tasks: set[asyncio.Task[None]] = set()
+        samplers.on_superseded = self._superseded
+
+    def watch(self, slots: Iterable[EngineSlot]) -> None:
+        for slot in slots:
+            self._training.scheduler(slot).take_snapshot = self._take
+
+    def consider(self) -> None:
+        """Ask for a snapshot of every model whose replay would be long."""
+        now = self._clock.monotonic()
+        for model in self._training.models:
+            if model.slot is None or model.slot.dead is not None or not self._is_due(model, now):
+                continue
+            model.snapshot_due = True
+            self._training.scheduler(model.slot).wake()
+
+    def _is_due(self, model: Model, now: float) -> bool:
+        num_done = model.queue.next_seq - model.first_seq
+        if model.status is not ModelStatus.LIVE or model.is_saving or model.snapshot_due or num_done == 0:
+            return False
+        return num_done >= self._max_requests or now - model.snapshot_at >= self._interval_s
+
+    def _take(self, model: Model) -> None:
+        """Order it, with everything the model has done and nothing else. Nothing of the model runs."""
+        model.snapshot_due = False
+        if model.status is not ModelStatus.LIVE or model.slot is None or model.is_saving:
+            return
+        next_seq = model.queue.next_seq
+        folder = f"{FOLDER}/{model.model_id.replace(':', '~')}/{next_seq}"
+        if model.snapshot is not None and model.snapshot.folder == folder:
+            return
+        record = SnapshotRecord(next_seq=next_seq, folder=folder, metrics=dict(model.metrics), parent=model.parent)
+        path = self._data_dir / folder
+        shutil.rmtree(path, ignore_errors=True)  # left by one that was never in the ledger
+        operation = SaveAdapter(
+            model_id=model.model_id,
+            folder=str(path),
+            optimizer=True,
+            gradients=True,
+            record={"training_run_id": model.model_id, "next_seq": next_seq},
+        )
+        try:
+            saved = model.slot.submit(operation).answer
+            aside = [self._put_aside(model.slot, samplers) for samplers in self._unkept_samplers(model)]
+        except EngineDied:
+            return
+        model.is_saving = True
+        task = asyncio.create_task(self._complete(model, record, saved, aside))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _unkept_samplers(self, model: Model) -> list[list[Sampler]]:
+        """That only requests before the snapshot would publish again, by the weights they share."""
+        inflight = self._samplers.inflight(model.model_id)
+        shared = [inflight] if inflight and inflight[-1].weights_folder is None else []
+        return shared + [
+            [sampler]
+            for sampler in self._samplers
+            if sampler.model_id == model.model_id
+            and sampler.is_ephemeral
+            and sampler.gone is None
+            and sampler.weights_folder is None
+            and sampler.sampler_id not in self._samplers.expected
+        ]
+
+    def _put_aside(self, slot: EngineSlot, samplers: list[Sampler]) -> _Aside:
+        sampler = samplers[-1]
+        folder = f"{FOLDER}/weights-{sampler.sampler_id.replace(':', '~')}"
+        shutil.rmtree(self._data_dir / folder, ignore_errors=True)
+        operation = SaveSnapshot(snapshot_id=sampler.sampler_id, folder=str(self._data_dir / folder))
+        return _Aside(samplers, folder, slot.submit(operation).answer)
+
+    async def _complete(self, model: Model, record: SnapshotRecord, saved: Any, aside: list[_Aside]) -> None:
+        try:
+            await asyncio.gather(saved, *(one.answer for one in aside))
+            crash_point("snapshot.written")
+            if model.status is ModelStatus.ENDED:
+                await asyncio.to_thread(_remove, self._data_dir / record.folder)
+                return
+            await self._journal.write(self._changes(model, record, aside))
+            crash_point("snapshot.committed")
+            await self._committed(model, record, aside)
+        except EngineDied:
+            return
+        except TinsmithError as error:
+            logger.warning("no snapshot of model %r could be taken: %s", model.model_id, error)
+            model.snapshot_at = self._clock.monotonic()
+        finally:
+            model.is_saving = False
+
+    def _changes(self, model: Model, record: SnapshotRecord, aside: list[_Aside]) -> list[Change]:
+        def entry(kind: str, name: str, value: object) -> Entry:
+            return Entry(kind=kind, name=name, session_id=model.session_id, model_id=model.model_id, value=value)
+
+        results = self._training.results_of(model, record.next_seq)
+        self._journal.lone.update(result.name for result in results)
+        weights = [
+            Entry(
+                kind="weights",
+                name=sampler.sampler_id,
+                session_id=model.session_id,
+                value=WeightsRecord(
+                    base_model=sampler.slot.card.name,
+                    folder=one.folder,
+                    model_id=model.model_id,
+                    model_path=sampler.model_path,
+                    digest=sampler.digest,
+                    origin=sampler.origin,
+                    snapshot_id=one.samplers[-1].sampler_id,
+                    inflight_of=sampler.inflight_of,
+                ),
+            )
+            for one in aside
+            for sampler in one.samplers
+        ]
+        spent = "model_id = ? AND seq < ? AND kind IN ('request', 'binding')"
+        return [
+            *(put(result) for result in results),
+            *(put(one) for one in weights),
+            put(entry("snapshot", model.model_id, record)),
+            remove(spent, model.model_id, record.next_seq),
+        ]
+
+    async def _committed(self, model: Model, record: SnapshotRecord, aside: list[_Aside]) -> None:
+        old, model.snapshot = model.snapshot, record
+        model.snapshot_at = self._clock.monotonic()
+        for seq in [seq for seq in model.journaled if seq < record.next_seq]:
+            del model.journaled[seq]
+        for one in aside:
+            for sampler in one.samplers:
+                sampler.weights_folder = one.folder
+        if old is not None and old.folder != record.folder:
+            await asyncio.to_thread(_remove, self._data_dir / old.folder)
+
+    def _superseded(self, sampler: Sampler) -> None:
+        """Nobody can sample it any more."""
+        if sampler.weights_folder is not None:
+            self._journal.note([remove("kind = 'weights' AND name = ?", sampler.sampler_id)])
+            folder, sampler.weights_folder = self._data_dir / sampler.weights_folder, None
+            asyncio.get_running_loop().run_in_executor(None, _remove, folder)
+
+    async def sweep(self) -> None:
+        """Remove folders that no live model and no live sampler goes back to."""
+        kept = {model.snapshot.folder for model in self._training.models if model.snapshot and model.end is None}
+        kept |= {sampler.weights_folder for sampler in self._samplers if sampler.weights_folder is not None}
+        if any(model.is_saving for model in self._training.models):
+            return
+        root = self._data_dir / FOLDER
+        found = await asyncio.to_thread(lambda: [*root.glob("*/*"), *root.glob("weights-*")])
+        for path in found:
+            is_inside_weights = path.parent.name.startswith("weights-")
+            if not is_inside_weights and path.relative_to(self._data_dir).as_posix() not in kept:
+                await asyncio.to_thread(_remove, path)
+
+    async def drain(self) -> None:
+        """Wait for those that are being written."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass  # removed before
+    except OSError as error:
+        logger.warning("cannot remove snapshot folder %s: %s", folder, error)
