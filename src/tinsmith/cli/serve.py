@@ -47,6 +47,12 @@ def serve(
         Path | None,
         typer.Option(metavar="FOLDER", help="Keep what the OpenAI and Anthropic routes sample, token for token."),
     ] = None,
+    ledger: Annotated[
+        bool,
+        typer.Option(
+            help="Keep what live sessions ask on disk, so that a killed server or engine goes on where it was."
+        ),
+    ] = True,
     auto_create: Annotated[
         bool, typer.Option(help="Tinkerbell: make an adapter when a request names one that does not exist.")
     ] = True,
@@ -71,7 +77,7 @@ def serve(
         listener = bind(host, port)
         allow_many_connections()
         options = EngineOptions(dtype=dtype, device=device, deterministic=deterministic)
-        control = open_control(sources, options, data_dir or default_data_dir(), home="process")
+        control = open_control(sources, options, data_dir or default_data_dir(), home="process", ledger=ledger)
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)
         ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"

@@ -344,6 +344,11 @@ class Control:
                 return f"the engine of {slot.card.name!r} died: {slot.dead}"
         return self._journal.fault or self._registry.fault
 
+    @property
+    def fatal_reason(self) -> str | None:
+        """Why nothing more can be written for good, if that is so."""
+        return None if self._ledger is None else self._ledger.fatal
+
     def base_models(self) -> list[BaseModelCard]:
         return [slot.card for slot in self._engines]
 

@@ -19,15 +19,20 @@ DATA_DIR_VARIABLE = "TINSMITH_DATA_DIR"
 
 
 def open_control(
-    sources: Sequence[ModelSource], options: EngineOptions, data_dir: Path, home: EngineHome = "process"
+    sources: Sequence[ModelSource],
+    options: EngineOptions,
+    data_dir: Path,
+    home: EngineHome = "process",
+    *,
+    ledger: bool = False,
 ) -> Control:
-    """A `Control` with one engine per base model, nothing started yet. Raises `InvalidInput` if a name comes twice."""
+    """A `Control` with one engine per base model, nothing started yet; `ledger` lets it go on after a crash. Raises `InvalidInput` if a name comes twice."""
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise InvalidInput(f"base model {name!r} is given twice; give one of them another name with NAME=FOLDER")
     engines = [_engine(source, options, home) for source in sources]
-    return Control(ControlSettings(data_dir=data_dir), engines)
+    return Control(ControlSettings(data_dir=data_dir, ledger=ledger), engines)
 
 
 def _engine(source: ModelSource, options: EngineOptions, home: EngineHome) -> EngineHandle:

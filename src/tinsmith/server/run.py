@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from tinsmith.server.errors import is_loopback
 from tinsmith.server.service import Service
-from tinsmith.types.errors import InvalidInput
+from tinsmith.types.errors import InvalidInput, StorageError
 
 KEEP_ALIVE_S = 300
 BACKLOG = 4096
@@ -91,8 +91,10 @@ def run_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], Non
 async def serve_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Start what is behind the app, listen, call `on_ready`, and serve until SIGINT or SIGTERM.
 
-    Raises `UserError` if a base model cannot be loaded; nothing listened then.
+    Raises `UserError` if a base model cannot be loaded; nothing listened then. Raises `StorageError` once the disk under
+    the ledger failed for good: a server that is started again goes on with what is on it.
     """
+    control = app.state.service.control
     async with app.router.lifespan_context(app):
         config = uvicorn.Config(
             app,
@@ -106,7 +108,11 @@ async def serve_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACE_S,
         )
-        await _Server(config, app.state.service, on_ready).serve(sockets=[listener])
+        server = _Server(config, app.state.service, on_ready)
+        control.on_fatal = server.end
+        await server.serve(sockets=[listener])
+        if control.fatal_reason is not None:
+            raise StorageError(control.fatal_reason)
 
 
 class _Server(uvicorn.Server):
@@ -114,6 +120,9 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._on_ready = on_ready
+
+    def end(self) -> None:
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
