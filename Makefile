@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz cookbook compat check format bench docs serve clean
+.PHONY: help demo test faults fuzz cookbook compat check format bench docs serve clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ serve: $(VENV)/.installed ## Serve the model that ships on http://127.0.0.1:8000
 
 test: $(VENV)/.dev $(TINKER_VENV)/.installed ## Run all tests
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.dev $(TINKER_VENV)/.installed ## Kill servers and engines at every step and every named point
+	FAULTS=1 $(BIN)/python -m pytest tests/faults
 
 fuzz: $(VENV)/.dev ## Send generated requests to every operation of the OpenAPI document
 	$(BIN)/python scripts/fuzz_api.py

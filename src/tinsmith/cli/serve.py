@@ -53,6 +53,9 @@ def serve(
             help="Keep what live sessions ask on disk, so that a killed server or engine goes on where it was."
         ),
     ] = True,
+    snapshot_requests: Annotated[
+        int, typer.Option(min=1, help="Requests of a model after which it is put on disk, or after a minute.")
+    ] = 500,
     auto_create: Annotated[
         bool, typer.Option(help="Tinkerbell: make an adapter when a request names one that does not exist.")
     ] = True,
@@ -77,7 +80,8 @@ def serve(
         listener = bind(host, port)
         allow_many_connections()
         options = EngineOptions(dtype=dtype, device=device, deterministic=deterministic)
-        control = open_control(sources, options, data_dir or default_data_dir(), home="process", ledger=ledger)
+        recovery = {"ledger": ledger, "snapshot_requests": snapshot_requests}
+        control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery)
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)
         ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"

@@ -5,11 +5,14 @@ UserError
 ├── ModelEnded       the model was unloaded, failed to be created, or ended with its session
 ├── SamplerGone      the sampler's snapshot was dropped
 └── FutureExpired    the request existed; its result is no longer kept
+
+StorageError
+└── NotTaken         the request could not be written down, and was not begun: send it again
 """
 
 from __future__ import annotations
 
-from tinsmith.types.errors import UserError
+from tinsmith.types.errors import StorageError, UserError
 
 
 class SessionEnded(UserError):
@@ -25,4 +28,8 @@ class SamplerGone(UserError):
 
 
 class FutureExpired(UserError):
+    pass
+
+
+class NotTaken(StorageError):
     pass

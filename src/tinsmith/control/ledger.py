@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tinsmith.control import ledger_codec
+from tinsmith.control.errors import NotTaken
 from tinsmith.types.crash_points import crash_point
 from tinsmith.types.errors import StorageError, TinsmithError, UserError
 
@@ -138,9 +139,9 @@ class Ledger:
     def post(self, changes: Sequence[Change], on_written: OnWritten) -> None:
         """Do all changes in one transaction; `on_written` is told in the event loop. Never blocks."""
         if not self._is_open:
-            on_written(StorageError("the ledger is closed"))
+            on_written(NotTaken("the ledger is closed"))
         elif self.fatal is not None:
-            on_written(StorageError(self.fatal))
+            on_written(NotTaken(self.fatal))
         else:
             self._jobs.put(_Write(changes, on_written))
 
@@ -184,7 +185,7 @@ class Ledger:
     def _commit(self, connection: sqlite3.Connection, writes: list[_Write]) -> None:
         error: StorageError | None = None
         if self.fatal is not None:
-            error = StorageError(self.fatal)
+            error = NotTaken(self.fatal)
         elif any(write.changes for write in writes):
             try:
                 self._transact(connection, writes)
@@ -192,7 +193,7 @@ class Ledger:
                 error = self._note_failure(failure)
             except (TypeError, ValueError) as failure:
                 logger.exception("an entry could not be written to the ledger")
-                error = StorageError(f"an entry could not be written to the ledger: {failure}")
+                error = NotTaken(f"an entry could not be written to the ledger: {failure}")
             else:
                 self.fault = None
         if error is not None and len(writes) > 1 and self.fatal is None and self.fault is None:
@@ -222,7 +223,7 @@ class Ledger:
             self.fatal = reason
             logger.critical("%s; nothing more is taken", reason)
             self._call(self.on_fatal)
-        return StorageError(reason)
+        return NotTaken(reason)
 
     def _tell(self, writes: list[_Write], error: StorageError | None) -> None:
         def told() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tinsmith.control.service import Control
 from tinsmith.control.settings import ControlSettings
@@ -23,16 +23,18 @@ def open_control(
     options: EngineOptions,
     data_dir: Path,
     home: EngineHome = "process",
-    *,
-    ledger: bool = False,
+    **settings: Any,
 ) -> Control:
-    """A `Control` with one engine per base model, nothing started yet; `ledger` lets it go on after a crash. Raises `InvalidInput` if a name comes twice."""
+    """A `Control` with one engine per base model, nothing started yet; `settings` are of `ControlSettings`.
+
+    Raises `InvalidInput` if a name comes twice.
+    """
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise InvalidInput(f"base model {name!r} is given twice; give one of them another name with NAME=FOLDER")
     engines = [_engine(source, options, home) for source in sources]
-    return Control(ControlSettings(data_dir=data_dir, ledger=ledger), engines)
+    return Control(ControlSettings(data_dir=data_dir, **settings), engines)
 
 
 def _engine(source: ModelSource, options: EngineOptions, home: EngineHome) -> EngineHandle:

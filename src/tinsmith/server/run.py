@@ -91,8 +91,8 @@ def run_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], Non
 async def serve_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Start what is behind the app, listen, call `on_ready`, and serve until SIGINT or SIGTERM.
 
-    Raises `UserError` if a base model cannot be loaded; nothing listened then. Raises `StorageError` once the disk under
-    the ledger failed for good: a server that is started again goes on with what is on it.
+    Raises `UserError` if a base model cannot be loaded; nothing listened then. Raises `StorageError` once the disk
+    under the ledger failed for good: a server that is started again goes on with what is on it.
     """
     control = app.state.service.control
     async with app.router.lifespan_context(app):
