@@ -89,6 +89,8 @@ class Ledger:
         self._thread = threading.Thread(target=self._write_loop, name="ledger-writer", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open = False
+        self.num_opened = 0
+        """How often this file was opened, now included."""
 
     # ---- life ----
 
@@ -109,6 +111,7 @@ class Ledger:
                     f"the ledger {str(self.path)!r} has schema version {version}; this version of Tinsmith knows up "
                     f"to {SCHEMA_VERSION}. Upgrade Tinsmith, or give another data directory"
                 )
+            self.num_opened = _count_opening(connection)
             _preallocate(connection)
             connection.close()
         except sqlite3.Error as error:
@@ -301,6 +304,13 @@ def remove(condition: str, *arguments: object) -> Change:
 
 def _touch(connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE meta SET value = value WHERE key = 'schema_version'")
+
+
+def _count_opening(connection: sqlite3.Connection) -> int:
+    (count,) = connection.execute(
+        "INSERT INTO meta VALUES ('opened', '1') ON CONFLICT (key) DO UPDATE SET value = value + 1 RETURNING value"
+    ).fetchone()
+    return int(count)
 
 
 def _preallocate(connection: sqlite3.Connection) -> None:

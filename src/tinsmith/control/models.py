@@ -127,6 +127,8 @@ class Model:
     journaled: dict[int, str] = field(default_factory=dict)
     """Request ids by number, of those that the ledger would replay."""
     snapshot: SnapshotRecord | None = None
+    replayed_tokens: int = 0
+    """About how many training tokens a replay would compute."""
     snapshot_at: float = 0.0
     """Monotonic seconds of the last snapshot, or of its creation."""
     snapshot_due: bool = False

@@ -449,10 +449,11 @@ class Sampling:
         Raises `NotFound` for no sampler, `SessionEnded` for one of an earlier server process.
         """
         sampler = self._samplers.get(sampler_id)
-        if sampler is None:
+        if sampler is None and sampler_id not in self._samplers.expected:
             self.describe(sampler_id)
             raise SessionEnded(f"sampling session {sampler_id!r} ended with its session; create a new one")
-        self._sessions.touch(sampler.session_id, self._clock.monotonic())
+        if sampler is not None:
+            self._sessions.touch(sampler.session_id, self._clock.monotonic())
         return await self._futures.completions.read((sampler_id, client), cursor, timeout_s)
 
     def release(self, sampler_id: str, client: int, request_ids: Sequence[str]) -> None:

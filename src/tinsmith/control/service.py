@@ -240,6 +240,7 @@ class Control:
             clock=clock,
             interval_s=settings.snapshot_interval_s,
             max_requests=settings.snapshot_requests,
+            max_tokens=settings.snapshot_tokens,
         )
         self._sampling = Sampling(
             engines=self._engines,
@@ -343,6 +344,11 @@ class Control:
             if slot.dead is not None:
                 return f"the engine of {slot.card.name!r} died: {slot.dead}"
         return self._journal.fault or self._registry.fault
+
+    @property
+    def num_restarts(self) -> int:
+        """How many servers were there before on this ledger; without one, nothing of theirs is live."""
+        return 0 if self._ledger is None else self._ledger.num_opened - 1
 
     @property
     def fatal_reason(self) -> str | None:

@@ -45,6 +45,8 @@ class ControlSettings(BaseModel):
     """How long after a model's last snapshot its requests are kept to be replayed, before the next is taken."""
     snapshot_requests: int = Field(default=500, ge=1)
     """The same in requests."""
+    snapshot_tokens: int = Field(default=2_000_000, ge=1)
+    """The same in training tokens."""
     max_engine_restarts: int = Field(default=10, ge=0)
     """How often within ten minutes a dead engine is started again."""
     engine_backoff_s: float = Field(default=0.5, ge=0)

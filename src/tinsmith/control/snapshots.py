@@ -55,6 +55,7 @@ class Snapshots:
         clock: Clock,
         interval_s: float,
         max_requests: int,
+        max_tokens: int,
     ) -> None:
         self._data_dir = data_dir
         self._training = training
@@ -63,6 +64,7 @@ class Snapshots:
         self._clock = clock
         self._interval_s = interval_s
         self._max_requests = max_requests
+        self._max_tokens = max_tokens
         self._tasks: set[asyncio.Task[None]] = set()
         samplers.on_superseded = self._superseded
 
@@ -83,11 +85,12 @@ class Snapshots:
         num_done = model.queue.next_seq - model.first_seq
         if model.status is not ModelStatus.LIVE or model.is_saving or model.snapshot_due or num_done == 0:
             return False
-        return num_done >= self._max_requests or now - model.snapshot_at >= self._interval_s
+        is_long = num_done >= self._max_requests or model.replayed_tokens >= self._max_tokens
+        return is_long or now - model.snapshot_at >= self._interval_s
 
     def _take(self, model: Model) -> None:
         """Order it, with everything the model has done and nothing else. Nothing of the model runs."""
-        model.snapshot_due = False
+        model.snapshot_due, model.replayed_tokens = False, 0
         if model.status is not ModelStatus.LIVE or model.slot is None or model.is_saving:
             return
         next_seq = model.queue.next_seq

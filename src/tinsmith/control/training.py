@@ -335,6 +335,7 @@ class Training:
                 self._schedulers[_slot(model)].wake()
 
         work.is_durable = False
+        model.replayed_tokens += work.num_tokens
         model.journaled[seq] = work.request_id
         record = RequestRecord(request_type=REQUEST_TYPES[type(asked)], fingerprint=fingerprint, request=asked)
         entry = Entry(

@@ -23,6 +23,10 @@ from tinsmith.server.settings import ServerSettings
 T = TypeVar("T")
 
 
+_CLIENTS_PER_START = 10_000
+"""A server that is started again gives out numbers that no earlier one gave."""
+
+
 class Service:
     def __init__(self, control: Control, settings: ServerSettings) -> None:
         self.control = control
@@ -88,7 +92,7 @@ class Service:
 
     def next_client_number(self) -> int:
         """1, 2, … for clients that join a sampling session; the client that made it is 0."""
-        return next(self._client_numbers)
+        return self.control.num_restarts * _CLIENTS_PER_START + next(self._client_numbers)
 
     def drain(self) -> None:
         """The server is about to end: answer every open poll with "still pending" and hold no more, end chats."""
