@@ -54,7 +54,9 @@ class Server:
         self.start()
 
     def start(self) -> None:
+        # without a ledger, as servers of others are: one that has it would go on by itself
         command = [sys.executable, "-c", "import tinsmith.cli as c; c.main()", "serve", "--dtype", "float32"]
+        command += ["--no-ledger"]
         self._process = subprocess.Popen(
             [*command, "--port", str(self._port), "--data-dir", str(self._folder)], stdout=subprocess.PIPE, text=True
         )

@@ -352,6 +352,8 @@ class Replay:
             self._training.scheduler(model.slot).wake()
 
     def _works(self, model: Model, requests: Sequence[Entry], bindings: Mapping[str, str]) -> dict[int, Work]:
+        if model.slot is None:
+            raise AssertionError(f"model {model.model_id!r} has no engine")
         works: dict[int, Work] = {}
         for entry in requests:
             record: RequestRecord = entry.value
@@ -361,7 +363,7 @@ class Replay:
             works[entry.seq] = Work(
                 entry.name,
                 request,
-                num_train_tokens(request),
+                num_train_tokens(request, model.slot.card),
                 is_void=entry.failure is not None,
                 binding=bindings.get(entry.name),
             )
