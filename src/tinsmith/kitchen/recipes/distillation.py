@@ -51,8 +51,8 @@ class Distillation(Recipe):
     workflow = distillation
     config_type = DistillationConfig
     defaults = {
-        "data": DEMO_CONVERSATIONS, "num_rollouts": 25, "groups_per_batch": 32, "group_size": 2, "max_tokens": 32,
-        "learning_rate": 3e-3,
+        "data": DEMO_CONVERSATIONS, "num_rollouts": 24, "groups_per_batch": 24, "group_size": 4, "max_tokens": 16,
+        "learning_rate": 4e-3, "lr_schedule": "constant", "teacher_epochs": 3, "teacher_learning_rate": 2e-3,
     }  # fmt: skip
 
 
