@@ -14,8 +14,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from tinsmith.data import BatchPlan, ChatTemplateRenderer, Conversation, DataError, Message, hold_out, to_datum
-from tinsmith.data.jsonl import conversation_from_record
+from tinsmith.data import (
+    BatchPlan,
+    ChatTemplateRenderer,
+    Conversation,
+    DataError,
+    Message,
+    conversation_from_record,
+    hold_out,
+    to_datum,
+)
 from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.errors import ConfigError, GateFailed
 from tinsmith.kitchen.ports import Pending, Record, Sampler
