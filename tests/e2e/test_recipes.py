@@ -41,11 +41,11 @@ def test_ck_55_dpo_starts_at_ln_2_and_tells_held_out_pairs_apart(tmp_path: Path)
 
 
 def test_ck_55_math_rl_raises_its_reward_by_three_tenths(tmp_path: Path) -> None:
-    result = cook("math_rl", tmp_path / "run", num_rollouts=16)
+    result = cook("math_rl", tmp_path / "run", eval_size=0)
     assert mean(result.rows[-4:], "reward") > mean(result.rows[:2], "reward") + 0.3
     rollouts = RunFolder(result.output).rollouts()
     assert rollouts[0]["prompt"].startswith("user: What is ")
-    assert len(rollouts) == 16 * 24 * 8
+    assert len(rollouts) == 24 * 24 * 8
     assert "What is" in (result.output / "report.html").read_text()
 
 

@@ -81,8 +81,8 @@ class MathRl(Recipe):
     workflow = reinforcement
     config_type = ReinforcementConfig
     defaults = {
-        "environment": "addition", "num_rollouts": 20, "groups_per_batch": 24, "group_size": 8, "max_tokens": 8,
-        "learning_rate": 2e-3, "eval_size": 32,
+        "environment": "addition", "num_rollouts": 24, "groups_per_batch": 24, "group_size": 8, "max_tokens": 8,
+        "learning_rate": 2e-3, "lr_schedule": "constant", "eval_size": 32,
     }  # fmt: skip
 
 
@@ -93,5 +93,5 @@ class MultiTurnRl(Recipe):
     config_type = ReinforcementConfig
     defaults = {
         "environment": "addition_with_retries", "num_rollouts": 18, "groups_per_batch": 24, "group_size": 8,
-        "max_tokens": 8, "learning_rate": 2e-3, "eval_size": 32,
+        "max_tokens": 8, "learning_rate": 2e-3, "lr_schedule": "constant", "eval_size": 32,
     }  # fmt: skip
