@@ -5,17 +5,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
 from tinsmith.data import ChatTemplateRenderer, Message
-from tinsmith.kitchen.ports import Environment, EnvironmentSource, Outcome, Sampler
+from tinsmith.kitchen.ports import Environment, EnvironmentSource, Sampler
 from tinsmith.types import Datum, ModelInput, SampledSequence, SamplingParams, TensorData
 
+T = TypeVar("T")
 Overlong: TypeAlias = Literal["keep", "zero", "drop"]
 
 
@@ -139,7 +140,7 @@ async def _draw_group(
 ) -> tuple[Episode, ...]:
     """The first answers come from one request: they have one prompt."""
     environments = [spec.source.episode(task) for _ in range(spec.group_size)]
-    messages = [tuple(environment.start()) for environment in environments]
+    messages = [tuple(await _settled(environment.start())) for environment in environments]
     prompt = spec.renderer.generation_prompt(messages[0], source=f"task {task}")
     params = SamplingParams(
         max_tokens=spec.max_tokens, temperature=spec.temperature, seed=seed_of(group, 0, 0), stop=spec.renderer.stop
@@ -163,6 +164,10 @@ async def _draw_group(
     return tuple(await asyncio.gather(*playing))
 
 
+async def _settled(value: T | Awaitable[T]) -> T:
+    return await value if isinstance(value, Awaitable) else value
+
+
 def _params(params: SamplingParams, seed_of: Callable[..., int], group: int, index: int, turn: int) -> SamplingParams:
     return params.model_copy(update={"seed": seed_of(group, turn, index)})
 
@@ -182,7 +187,7 @@ async def _play(
     while True:
         turn = _turn(spec, prompt, sequence)
         turns.append(turn)
-        outcome: Outcome = environment.step(turn.text)
+        outcome = await _settled(environment.step(turn.text))
         reward += outcome.reward
         messages = (*messages, Message(role="assistant", content=turn.text), *outcome.messages)
         if outcome.done or len(turns) == spec.max_turns:

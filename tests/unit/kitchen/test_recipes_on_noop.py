@@ -28,6 +28,8 @@ from tinsmith.kitchen import (
 )
 from tinsmith.kitchen.adapters.noop_services import EvenDigits
 from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopFailure
+from tinsmith.kitchen.adapters.task_sets import TaskSetSource
+from tinsmith.kitchen.environments import QuestionTasks
 from tinsmith.kitchen.ports import SessionSpec
 from tinsmith.kitchen.telemetry import Event
 from tinsmith.observe import read_jsonl
@@ -249,3 +251,21 @@ def test_the_reference_of_a_preference_run_may_be_a_checkpoint(
     result = cook("dpo", "run", backend, reference=path)
     assert RunFolder(result.output).read_manifest()["data"]["reference"] == path
     assert result.rows[0].loss != pytest.approx(0.693147, abs=1e-3)
+
+
+def test_a_task_set_is_an_environment_of_the_reinforcement_workflow(
+    tiny_tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    tasks = QuestionTasks(pairs=[("A digit?", "7"), ("Another?", "3")], score=lambda a, b: float(a == b))
+    config = RECIPES["math_rl"].make({"output": tmp_path / "run", **SMALL["math_rl"], "eval_size": 0})
+    assert isinstance(config, TrainingConfig)
+    result = run_recipe(
+        RECIPES["math_rl"],
+        config,
+        lambda _config, _folder: NoopBackend(chat_tokenizer=tiny_tokenizer),
+        adapters={"environment": TaskSetSource(tasks)},
+    )
+    rows = RunFolder(result.output).rollouts()
+    assert {row["prompt"] for row in rows} == {"user: A digit?", "user: Another?"}
+    target = {"user: A digit?": "7", "user: Another?": "3"}
+    assert all(row["reward"] == float(row["answer"] == target[row["prompt"]]) for row in rows)

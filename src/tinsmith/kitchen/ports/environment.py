@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,12 +20,15 @@ class Outcome:
 
 
 class Environment(Protocol):
-    """One episode. Another one, made from the same index, goes the same way if it is given the same answers."""
+    """One episode. Another one, made from the same index, goes the same way if it is given the same answers.
 
-    def start(self) -> Sequence[Message]:
+    Both methods may be coroutines.
+    """
+
+    def start(self) -> Sequence[Message] | Awaitable[Sequence[Message]]:
         """The messages before the first answer."""
 
-    def step(self, answer: str) -> Outcome: ...
+    def step(self, answer: str) -> Outcome | Awaitable[Outcome]: ...
 
 
 class EnvironmentSource(Protocol):
