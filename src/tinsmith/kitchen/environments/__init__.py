@@ -1,5 +1,6 @@
 """Where answers earn rewards: one small protocol, ready-made environments, and rollouts with any policy."""
 
+from tinsmith.kitchen.environments.bridge import TaskSource, TextEpisode, sampler_policy
 from tinsmith.kitchen.environments.environment import (
     Environment,
     EnvironmentGroup,
@@ -42,10 +43,13 @@ __all__ = [
     "SameTask",
     "StepResult",
     "TaskSet",
+    "TaskSource",
+    "TextEpisode",
     "ToolEnvironment",
     "Turn",
     "VerifiersTasks",
     "action_names",
     "roll_out",
     "roll_out_group",
+    "sampler_policy",
 ]
