@@ -147,8 +147,9 @@ def _jsonl(folder: Path) -> tuple[DatasetStore, str]:
 
 
 def _parquet(folder: Path) -> tuple[DatasetStore, str]:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "rows.parquet")
     return FileDatasets(), str(folder / "rows.parquet")
 

@@ -10,7 +10,16 @@ from tests.faults.killing import Ended, daemon, run_script
 
 ROOT = Path(__file__).parents[2]
 
-at_length = pytest.mark.skipif("FAULTS" not in os.environ, reason="takes long; run by `make faults`")
+at_length = pytest.mark.at_length
+"""For tests that take minutes: left out but for `make faults`."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "FAULTS" in os.environ:
+        return
+    left_out = [item for item in items if item.get_closest_marker("at_length")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
