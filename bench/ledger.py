@@ -31,8 +31,8 @@ from tinsmith.types import AdamParams, Datum, LoraConfig, ModelInput
 
 SUBMITTERS = 64
 PER_SUBMITTER = 30
-STEPS = 30
-ROUNDS = 3
+STEPS = 10
+ROUNDS = 2
 
 
 def main() -> None:

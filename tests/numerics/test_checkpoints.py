@@ -146,3 +146,22 @@ def train(driver: Driver, model_id: str, steps: range) -> None:
         rng = np.random.default_rng(step)
         driver.train(item(model_id, *(random_datum(rng, 12) for _ in range(3))))
         driver.step(model_id, learning_rate=0.01, weight_decay=0.01)
+
+
+def test_a_snapshot_with_pending_gradients_goes_on_bitwise(qwen_folder: Path, tmp_path: Path) -> None:
+    straight, first, second = Driver(qwen_folder), Driver(qwen_folder), Driver(qwen_folder)
+    for driver in (straight, first):
+        driver.create("m", rank=3)
+        train(driver, "m", range(2))
+        driver.train(item("m", random_datum(np.random.default_rng(90), 12)))
+    folder = str(tmp_path / "c")
+    saved = first(SaveAdapter(model_id="m", folder=folder, optimizer=True, gradients=True))
+    train(first, "m", range(2, 3))  # what comes after is not in it
+    assert saved.step == 2
+    second(LoadAdapter(model_id="m", folder=folder, optimizer=True, gradients=True))
+    for driver in (straight, second):
+        train(driver, "m", range(3, 5))
+    assert np.array_equal(second.weights("m"), straight.weights("m"))
+    first(SaveAdapter(model_id="m", folder=str(tmp_path / "d"), optimizer=True))
+    with pytest.raises(InvalidInput, match="no gradients"):
+        second(LoadAdapter(model_id="m", folder=str(tmp_path / "d"), optimizer=True, gradients=True))
