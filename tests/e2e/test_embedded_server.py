@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +114,27 @@ async def test_a_url_that_cannot_be_served_says_why(url: str, named: str, tmp_pa
 
 def files_below(folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob("*")]
+
+
+ENDS_WHILE_THE_ENGINE_WORKS = """
+import tinsmith as tinker
+service = tinker.ServiceClient()
+trainer = service.create_lora_training_client(base_model="tinsmith/tiny", rank=8, seed=0).result()
+datum = tinker.Datum(tinker.ModelInput.from_ints([5] * 400), {"target_tokens": [5] * 400, "weights": [1.0] * 400})
+trainer.forward_backward([datum] * 8, "cross_entropy")
+service.close("success")
+"""
+
+
+def test_a_program_that_waits_for_nothing_ends_without_a_crash(tmp_path: Path) -> None:
+    environment = {**os.environ, "TINSMITH_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("TINKER_BASE_URL", None)
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_THE_ENGINE_WORKS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr

@@ -65,10 +65,14 @@ class Connection:
         with self._lock:
             if self._closing is None:
                 outcome = self.loop.run(_close(self.link, status, detail))
-                outcome.add_done_callback(lambda _: self.loop.stop())
+                self._farewell.closing()
+                outcome.add_done_callback(self._closed)
                 self._closing = APIFuture(outcome, self.loop)
-                self._farewell.cancel()
             return self._closing
+
+    def _closed(self, _: object) -> None:
+        self.loop.stop()
+        self._farewell.cancel()
 
     def join(self) -> None:
         """Wait, after `close`, for the thread to end."""
@@ -82,20 +86,32 @@ async def _close(link: Link, status: CloseStatus, detail: str | None) -> None:
         await link.shut_down()
 
 
+_EXIT_S = 10.0
+"""How long the end of the program waits for a connection to close."""
+
+
 class _Farewell:
-    """What is done for a connection that nobody closed. Holds its parts, never the connection itself."""
+    """What is done for a connection that nobody closed, or whose close nobody waited for.
+
+    Holds its parts, never the connection itself. A program must not end under an engine at work in its own process:
+    the interpreter takes such a thread away in the middle of a computation, and aborts.
+    """
 
     def __init__(self, loop: LoopThread, link: Link) -> None:
         self._loop = loop
         self._link = link
-        self._cancelled = False
+        self._is_closing = False
+
+    def closing(self) -> None:
+        """Somebody closes it: the end of the program only waits for that."""
+        self._is_closing = True
 
     def cancel(self) -> None:
-        self._cancelled = True
+        self._is_closing = True
         atexit.unregister(self.at_exit)
 
     def collected(self) -> None:
-        if not self._cancelled:
+        if not self._is_closing:
             self.cancel()
             session_open = self._link.is_left_open
             self._start("success")
@@ -103,10 +119,13 @@ class _Farewell:
                 self._report("was never closed")
 
     def at_exit(self) -> None:
+        if self._is_closing:
+            self._loop.join(timeout=_EXIT_S)
+            return
         crashed = getattr(sys, "last_value", None) is not None
         session_open = self._link.is_left_open
         self._start("errored" if crashed else "success")
-        self._loop.join(timeout=3.0)
+        self._loop.join(timeout=_EXIT_S)
         if session_open:
             self._report("was still open at exit")
 
