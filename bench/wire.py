@@ -124,7 +124,8 @@ def main() -> None:
         options = ("--base-model", f"bench={model}")
         with serving(data_dir, "bfloat16", *options) as server, official_client(server.url, lengths) as client:
             bench = Bench(model, 1 if arguments.quick else 3)
-            figures = through_http(bench, client, lengths) | idle_adapters(bench)
+            figures = through_http(bench, client, lengths)
+        figures |= idle_adapters(bench)  # when the server's engine is gone
     write_record(f"wire-{arguments.width}", f"Qwen3, {arguments.width} wide, {LAYERS} layers, random", figures)
 
 

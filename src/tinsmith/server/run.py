@@ -76,8 +76,13 @@ def allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+_SWITCH_S = 0.0005
+"""How long a thread that decodes may keep the interpreter from the event loop: Python's 5 ms add up over many turns."""
+
+
 def run_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """`serve_app` in an event loop of its own: uvloop's where there is one."""
+    sys.setswitchinterval(_SWITCH_S)
     try:
         import uvloop
 
