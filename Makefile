@@ -26,7 +26,8 @@ test: $(VENV)/.dev $(TINKER_VENV)/.installed ## Run all tests
 faults: $(VENV)/.dev $(TINKER_VENV)/.installed ## Kill servers and engines at every step and every named point
 	FAULTS=1 $(BIN)/python -m pytest tests/faults
 
-fuzz: $(VENV)/.dev ## Send generated requests to every operation of the OpenAPI document
+fuzz: $(VENV)/.dev ## Generated tests with new cases, and generated requests to every documented operation
+	EXPLORE=20 $(BIN)/python -m pytest tests/unit/data tests/unit/control tests/unit/wire tests/unit/test_tiny_model.py
 	$(BIN)/python scripts/fuzz_api.py
 
 check: $(VENV)/.dev ## Lint, types, import contracts, generated code

@@ -7,11 +7,12 @@ from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from tests.generated import examples
 from tinsmith.models import TINY, tiny_folder
 
 WEIGHTS: Final = tiny_folder() / "model.safetensors"
@@ -59,7 +60,7 @@ def test_special_tokens_have_the_ids_that_the_configs_name(tokenizer: PreTrained
 
 
 @given(text=st.text())
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_any_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text, split_special_tokens=True)) == text
 

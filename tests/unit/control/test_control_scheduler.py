@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.generated import examples
 from tinsmith.control.scheduler import Candidate, pick
 
 
@@ -30,7 +31,7 @@ def test_a_request_that_does_not_fit_is_not_overtaken_by_a_later_one_of_its_mode
     assert pick([Candidate("a", (50,)), Candidate("b", (80, 1))], 100) == {"a": 1}
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=20), min_size=1, max_size=6), st.integers(1, 100))
 def test_everything_is_served_and_a_waiting_model_within_one_round(queues: list[list[int]], budget: int) -> None:
     waiting = {str(i): list(sizes) for i, sizes in enumerate(queues)}

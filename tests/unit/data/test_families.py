@@ -9,9 +9,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.generated import examples
 from tests.unit.data.family_templates import FAMILIES, tokenizer_of
 from tinsmith.data import (
     ChatTemplateRenderer,
@@ -34,7 +35,7 @@ ONE_CALL = {"llama3_1", "gpt_oss"}
 CONTENT_BESIDE_CALL = CALLING - ONE_CALL
 TOOLED = CALLING - {"deepseek_v3", "deepseek_v3_thinking"}
 NAMES = sorted(FAMILIES)
-FUZZ = settings(max_examples=40, deadline=None)
+FUZZ = examples(40)
 
 LOOK = Tool.of(
     "look",

@@ -3,10 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from tests.generated import examples
 from tinsmith.data import ChatTemplateRenderer, Conversation, Message, RenderError
 from tinsmith.data.renderer import TrainOn
 
@@ -23,7 +24,7 @@ CONTENT = st.one_of(st.text(max_size=20), st.lists(HOSTILE | st.text(max_size=3)
 CONVERSATION = st.lists(CONTENT, min_size=2, max_size=6).map(
     lambda texts: Conversation.of(*(("user" if n % 2 == 0 else "assistant", text) for n, text in enumerate(texts)))
 )
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def template_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **options: object) -> list[int]:

@@ -144,7 +144,8 @@ class Qwen3Renderer(FamilyRenderer):
             self._write_thought(pieces, thinking, index)
         pieces.said(content, index)
         for number, call in enumerate(message.tool_calls):
-            pieces.end("\n" if content or number else "", index)
+            # the models' own templates ask whether there was content before its first newlines were stripped
+            pieces.end("\n" if message.content or number else "", index)
             pieces.end('<tool_call>\n{"name": "', index)
             pieces.said(call.name, index)
             pieces.end('", "arguments": ', index)
