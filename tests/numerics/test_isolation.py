@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.numerics.driver import Driver, item, random_datum, rl_datum, sample_operation
+from tinsmith.engine import adapter as adapter_module
 from tinsmith.engine import trainer as trainer_module
 from tinsmith.types.errors import AdapterCorrupted, NotFound, ServerError, TinsmithError
 from tinsmith.types.operations import CancelSample, OptimStep, PublishSnapshot, TrainItem
@@ -149,6 +150,47 @@ def test_optimizer_steps_taken_together_equal_steps_taken_alone_bitwise(qwen_fol
         together.all([OptimStep(model_id=name, params=params[name]) for name in TENANTS])
     for name in TENANTS:
         assert np.array_equal(together.weights(name), alone.weights(name))
+
+
+def test_a_step_without_memory_fails_alone_and_keeps_its_gradient(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(15)
+    for name in ("a", "b"):
+        driver.create(name)
+        driver.train(item(name, random_datum(rng, 20)))
+    driver(PublishSnapshot(model_id="b", snapshot_id="frozen"))
+    weights, grads = driver.weights("b"), driver.grads("b")
+    adapter = driver.engine._adapters["b"]
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "_writable_weights", lambda: (_ for _ in ()).throw(MemoryError("no room")))
+        first, second = driver.all([OptimStep(model_id=name, params=AdamParams()) for name in ("b", "a")])
+    assert isinstance(first, ServerError)
+    assert "no room" in str(first)
+    assert second["step_applied"] == 1
+    assert np.array_equal(driver.weights("b"), weights)
+    assert np.array_equal(driver.grads("b"), grads)
+    assert driver.step("b")["step_applied"] == 1
+
+
+def test_a_step_that_stops_half_way_is_never_trained_on(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(16)
+    for name in ("a", "b", "idle"):
+        driver.create(name)
+    for name in ("a", "b"):
+        driver.train(item(name, random_datum(rng, 20)))
+
+    def stop(steps: list[object]) -> None:
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_module, "adamw_steps", stop)
+        outcomes = driver.all([OptimStep(model_id=name, params=AdamParams()) for name in ("a", "idle", "b")])
+    assert [type(outcome) for outcome in outcomes] == [AdapterCorrupted, dict, AdapterCorrupted]
+    assert "device lost" in str(outcomes[0])
+    with pytest.raises(AdapterCorrupted, match="'a' refuses further training: its optimizer step failed"):
+        driver.train(item("a", random_datum(rng, 5)))
+    driver.train(item("idle", random_datum(rng, 5)))
 
 
 def test_two_steps_of_one_adapter_in_a_row_are_two_steps(driver: Driver) -> None:

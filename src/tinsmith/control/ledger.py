@@ -16,6 +16,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -194,7 +195,8 @@ class Ledger:
                 self._transact(connection, writes)
             except sqlite3.Error as failure:
                 error = self._note_failure(failure)
-            except (TypeError, ValueError) as failure:
+            except Exception as failure:
+                # the boundary of a write: whatever is wrong with an entry, the thread that writes all others goes on
                 logger.exception("an entry could not be written to the ledger")
                 error = NotTaken(f"an entry could not be written to the ledger: {failure}")
             else:
@@ -229,12 +231,8 @@ class Ledger:
         return NotTaken(reason)
 
     def _tell(self, writes: list[_Write], error: StorageError | None) -> None:
-        def told() -> None:
-            for write in writes:
-                write.on_written(error)
-
-        if writes:
-            self._call(told)
+        for write in writes:  # each by itself: one that fails in being told must not keep it from the others
+            self._call(partial(write.on_written, error))
 
     def _call(self, function: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():

@@ -259,7 +259,12 @@ class Control:
         self._catalogue = Catalogue(
             registry=self._registry, checkpoints=self._checkpoints, training=self._training, clock=clock
         )
-        self._janitor = Janitor(
+        self._janitor = self._make_janitor()
+        for slot in self._engines:
+            slot.on_death = self._engine_died
+
+    def _make_janitor(self) -> Janitor:
+        return Janitor(
             quick=(
                 self._check_engines,
                 self._training.give_up_gaps,
@@ -275,10 +280,8 @@ class Control:
                 self._meter.flush,
                 self._sweep_snapshots,
             ),
-            interval_s=settings.sweep_interval_s,
+            interval_s=self._settings.sweep_interval_s,
         )
-        for slot in self._engines:
-            slot.on_death = self._engine_died
 
     def _chores_of_the_ledger(self) -> tuple[Callable[[], object], ...]:
         if self._ledger is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinsmith.engine.lora import LoraLayout, LoraWeights, MatrixPair
 from tinsmith.engine.optimizer import AdamState, AdamStep, adamw_steps
-from tinsmith.types.errors import AdapterCorrupted
+from tinsmith.types.errors import AdapterCorrupted, ServerError, TinsmithError
 from tinsmith.types.operations import LoraSpec
 from tinsmith.types.params import AdamParams
 
@@ -41,9 +41,14 @@ class Adapter:
         return self.layout.spec
 
     def check_trainable(self) -> None:
-        """Raises `AdapterCorrupted` once a gradient was not finite."""
+        """Raises `AdapterCorrupted` once a gradient was not finite, or a step stopped half way."""
         if self.corrupted:
-            raise AdapterCorrupted(f"model {self.model_id!r} refuses further training: {self.corrupted}")
+            raise self.corrupt(self.corrupted)
+
+    def corrupt(self, reason: str) -> AdapterCorrupted:
+        """Refuse further training, with the error returned."""
+        self.corrupted = reason
+        return AdapterCorrupted(f"model {self.model_id!r} refuses further training: {reason}")
 
     def backup_grads(self) -> Tensor | None:
         """What `restore_grads` needs to undo the passes that follow; `None` stands for all zero."""
@@ -65,8 +70,7 @@ class Adapter:
             return None
         norm = float(torch.linalg.vector_norm(self.grads_P))
         if not norm < float("inf"):
-            self.corrupted = f"the gradient norm of step {self.step + 1} was {norm}"
-            self.check_trainable()
+            raise self.corrupt(f"the gradient norm of step {self.step + 1} was {norm}")
         return AdamStep(self._writable_weights(), self.grads_P, self.optimizer, params, norm)
 
     def stepped(self) -> None:
@@ -103,26 +107,35 @@ class Adapter:
         return self.weights.flat_P
 
 
-def optim_steps(due: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float] | AdapterCorrupted]:
+def optim_steps(due: Sequence[tuple[Adapter, AdamParams]]) -> list[dict[str, float] | TinsmithError]:
     """Advance different adapters by one AdamW step each, in one pass over all; their gradients are cleared.
 
     Returns metrics per adapter. Without gradients nothing moves (`step_applied` 0). One with a gradient that is not
-    finite does not move and is answered with the error.
+    finite, or whose step cannot be prepared, does not move and is answered with the error. If the pass itself fails,
+    half a step may stand: its adapters refuse further training.
     """
-    answers: list[dict[str, float] | AdapterCorrupted] = []
-    steps: list[tuple[Adapter, AdamStep]] = []
-    for adapter, params in due:
+    answers: list[dict[str, float] | TinsmithError] = []
+    steps: dict[int, AdamStep] = {}
+    for index, (adapter, params) in enumerate(due):
         try:
             step = adapter.due_step(params)
         except AdapterCorrupted as error:
             answers.append(error)
             continue
+        except (RuntimeError, MemoryError) as error:  # what torch raises for out-of-memory and device faults
+            answers.append(ServerError(f"the optimizer step failed on the device: {error}"))
+            continue
         norm = 0.0 if step is None else step.grad_norm
         applied = 0.0 if step is None else 1.0
         answers.append({"step_applied": applied, "grad_norm:mean": norm, "learning_rate:mean": params.learning_rate})
         if step is not None:
-            steps.append((adapter, step))
-    adamw_steps([step for _, step in steps])
-    for adapter, _ in steps:
-        adapter.stepped()
+            steps[index] = step
+    try:
+        adamw_steps(list(steps.values()))
+    except (RuntimeError, MemoryError) as error:
+        for index in steps:
+            answers[index] = due[index][0].corrupt(f"its optimizer step failed on the device: {error}")
+        return answers
+    for index in steps:
+        due[index][0].stepped()
     return answers

@@ -131,6 +131,31 @@ async def test_an_entry_that_cannot_be_written_fails_alone(tmp_path: Path) -> No
     ledger.close()
 
 
+async def test_an_entry_beyond_what_the_database_holds_fails_alone_and_the_writer_goes_on(tmp_path: Path) -> None:
+    ledger = _opened(tmp_path / "ledger.sqlite3")
+    writes = [ledger.write([put(Entry(kind="k", name=str(n), seq=2**70 if n == 1 else n))]) for n in range(3)]
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(*writes, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), NotTaken, type(None)]
+        await ledger.write([put(Entry(kind="k", name="after"))])
+    ledger.close()
+
+
+async def test_one_who_fails_in_being_told_keeps_it_from_nobody(tmp_path: Path) -> None:
+    ledger = _opened(tmp_path / "ledger.sqlite3")
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+
+    def fail(error: StorageError | None) -> None:
+        raise RuntimeError("cannot be told")
+
+    ledger.post([put(Entry(kind="k", name="a"))], fail)
+    async with asyncio.timeout(10):
+        await ledger.write([put(Entry(kind="k", name="b"))])
+    assert [str(context["exception"]) for context in complaints] == ["cannot be told"]
+    ledger.close()
+
+
 async def test_a_full_disk_refuses_writes_and_passes(tmp_path: Path) -> None:
     ledger = _opened(tmp_path / "ledger.sqlite3", max_pages=1100)
     await ledger.write([put(Entry(kind="k", name="kept", value=1))])
