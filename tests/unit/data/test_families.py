@@ -148,6 +148,21 @@ def test_tokens_equal_the_template_s(name: str, data: st.DataObject) -> None:
     assert prompt == template_tokens(renderer, asked, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_thinking"])
+def test_a_call_after_content_of_newlines_only_is_written_as_by_the_template(name: str) -> None:
+    call = ToolCall(name="look", arguments={}, id="functions.look:1")
+    conversation = Conversation(
+        messages=(
+            Message(role="user", content=""),
+            Message(role="assistant", content="\n", thinking="\n", tool_calls=(call,)),
+            Message(role="tool", content="", tool_call_id=call.id),
+            Message(role="assistant", content=""),
+        )
+    )
+    renderer = renderer_of(name)
+    assert list(renderer.render(conversation, "all_tokens").tokens) == template_tokens(renderer, conversation)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @FUZZ
 @given(data=st.data())
