@@ -1,4 +1,5 @@
-"""`Control`: everything the server may ask. It starts and ends the parts, keeps sessions, and hands requests on.
+"""`Control`: everything the server may ask. It starts and ends the parts, keeps sessions, and hands requests on; what
+is looked up is in its `library`.
 
 One event loop; plain (non-async) methods only touch memory. Errors of a queued request travel through its future.
 """
@@ -7,22 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
-from datetime import date
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-import sqlalchemy as sa
-
-from tinsmith.control import audit, records
-from tinsmith.control.audit import AuditEntry, EventType
+from tinsmith.control import records
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.completions import Completion, Completions
-from tinsmith.control.copies import Copies, CopyOrder, check_destination
+from tinsmith.control.copies import Copies
 from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
-from tinsmith.control.downloads import StoredFile, stored_files
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
@@ -31,7 +26,8 @@ from tinsmith.control.janitor import Janitor
 from tinsmith.control.jobs import Jobs
 from tinsmith.control.journal import Journal, SessionRecord
 from tinsmith.control.ledger import Entry, Ledger, OnWritten, put
-from tinsmith.control.records import CheckpointRow, SessionRow
+from tinsmith.control.library import Library
+from tinsmith.control.records import SessionRow
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.replay import Replay
 from tinsmith.control.requests import (
@@ -47,25 +43,20 @@ from tinsmith.control.requests import (
 )
 from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.sampling import Sampling
-from tinsmith.control.session_search import FoundSession, SessionQuery, search
 from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.signing import Signer
 from tinsmith.control.snapshots import Snapshots
 from tinsmith.control.supervisor import Supervisor
-from tinsmith.control.traces import TraceLog, trace_document
+from tinsmith.control.traces import TraceLog
 from tinsmith.control.training import Training
-from tinsmith.control.usage import Meter, StoredShare, UsageReport
+from tinsmith.control.usage import Meter
 from tinsmith.runtime.handle import EngineHandle
-from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.errors import EngineDied, NotFound, ServerError
 from tinsmith.types.operations import BaseModelCard
 from tinsmith.types.rest import (
     GetInfoResponse,
     GetSamplerResponse,
-    GetSessionResponse,
-    TrainingRun,
-    WeightsInfoResponse,
 )
 from tinsmith.types.results import DrawnToken, SampleResponse
 
@@ -201,13 +192,6 @@ class Control:
             clock=clock,
             superseded_versions_kept=settings.superseded_versions_kept,
         )
-        self._copies = Copies(
-            registry=self._registry,
-            checkpoints=self._checkpoints,
-            data_dir=settings.data_dir,
-            ids=ids,
-            clock=clock,
-        )
         self._samplers = SamplerBook(
             ephemeral_per_session=settings.ephemeral_samplers_per_session, max_loaded=settings.max_loaded_checkpoints
         )
@@ -256,8 +240,24 @@ class Control:
             max_pending=settings.max_pending_samples,
         )
         self._jobs = Jobs(self._futures)
-        self._catalogue = Catalogue(
-            registry=self._registry, checkpoints=self._checkpoints, training=self._training, clock=clock
+        self.library = Library(
+            registry=self._registry,
+            sessions=self._sessions,
+            futures=self._futures,
+            catalogue=Catalogue(
+                registry=self._registry, checkpoints=self._checkpoints, training=self._training, clock=clock
+            ),
+            checkpoints=self._checkpoints,
+            copies=Copies(
+                registry=self._registry,
+                checkpoints=self._checkpoints,
+                data_dir=settings.data_dir,
+                ids=ids,
+                clock=clock,
+            ),
+            traces=self._traces,
+            meter=self._meter,
+            clock=clock,
         )
         self._janitor = self._make_janitor()
         for slot in self._engines:
@@ -445,13 +445,6 @@ class Control:
         self._journal.end_session(session.session_id, drop=drop)
         self._registry.post(lambda c: records.end_session(c, session.session_id, at, reason, detail))
 
-    async def get_session(self, session_id: str) -> GetSessionResponse:
-        return await self._catalogue.session(session_id)
-
-    async def list_sessions(self, limit: int, offset: int) -> tuple[list[str], int]:
-        """Ids, newest first, and how many there are."""
-        return await self._catalogue.sessions(limit, offset)
-
     # ---- models and training ----
 
     async def create_model(self, request: CreateModel, *, context: Any = None) -> Submission:
@@ -551,95 +544,3 @@ class Control:
     def release_samples(self, sampler_id: str, client: int, request_ids: Sequence[str]) -> None:
         """The client has fetched these results; they are no longer kept."""
         self._sampling.release(sampler_id, client, request_ids)
-
-    # ---- records ----
-
-    async def get_training_run(self, run_id: str) -> TrainingRun:
-        return await self._catalogue.training_run(run_id)
-
-    async def list_training_runs(
-        self, limit: int, offset: int, project_id: str | None = None
-    ) -> tuple[list[TrainingRun], int]:
-        return await self._catalogue.training_runs(limit, offset, project_id)
-
-    async def list_checkpoints(self, run_id: str, kinds: Collection[str] = PATH_KINDS) -> list[Checkpoint]:
-        return await self._catalogue.checkpoints_of_run(run_id, kinds)
-
-    async def list_user_checkpoints(
-        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS
-    ) -> tuple[list[Checkpoint], int]:
-        return await self._catalogue.checkpoints(limit, offset, kinds)
-
-    async def weights_info(self, path: str) -> WeightsInfoResponse:
-        return await self._catalogue.weights_info(path)
-
-    async def find_checkpoint(self, path: str) -> CheckpointRow:
-        """The current version behind a path. Raises `InvalidInput` for no path, `NotFound` for no checkpoint."""
-        return await self._checkpoints.find(path)
-
-    async def delete_checkpoint(self, run_id: str, checkpoint_id: str) -> None:
-        """With all its versions. `checkpoint_id` is `<kind>/<name>`. Raises `NotFound`, `InvalidInput`."""
-        await self._checkpoints.delete(await self._checkpoints.find_in_run(run_id, checkpoint_id))
-
-    async def set_checkpoint_ttl(self, run_id: str, checkpoint_id: str, ttl_seconds: int | None) -> None:
-        """Counted from now; `None` keeps it for ever."""
-        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
-        await self._checkpoints.set_ttl(row, ttl_seconds)
-
-    async def set_published(self, run_id: str, checkpoint_id: str, public: bool) -> None:
-        """Idempotent."""
-        await self._checkpoints.set_public(await self._checkpoints.find_in_run(run_id, checkpoint_id), public)
-
-    async def copy_weights(self, order: CopyOrder, idempotency_key: str | None) -> str:
-        """The path of the copy. Raises `NotFound`, `InvalidInput`, `AlreadyExists`, `SessionEnded`."""
-        check_destination(order)
-        if order.session_id is not None:
-            self._sessions.get_live(order.session_id)
-        return await self._copies.copy(order, idempotency_key)
-
-    async def checkpoint_files(self, run_id: str, checkpoint_id: str) -> tuple[CheckpointRow, list[StoredFile]]:
-        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
-        return row, await asyncio.to_thread(stored_files, Path(self._checkpoints.folder(row)))
-
-    async def checkpoint_folder(self, path: str, purpose: str) -> Path:
-        """Where a checkpoint's files are; noted as read. Raises `NotFound`."""
-        row = await self._checkpoints.find(path)
-        self._checkpoints.note_read(row.path, purpose)
-        return Path(self._checkpoints.folder(row))
-
-    async def search_sessions(self, query: SessionQuery) -> list[FoundSession]:
-        """Newest first."""
-        now = self._clock.time()
-        return await self._registry.read(lambda c: search(c, query, now))
-
-    async def assign_project(self, session_id: str, project_id: str) -> None:
-        """Raises `NotFound`."""
-        at = self._clock.time()
-
-        def work(connection: sa.Connection) -> bool:
-            audit.note(connection, "project_session_assign", at, session_id=session_id, project_id=project_id)
-            return records.assign_project(connection, session_id, project_id)
-
-        if await self._registry.read(lambda c: records.session(c, session_id)) is None:
-            raise NotFound(f"no session {session_id!r}")
-        await self._registry.write(work)
-
-    async def trace(self, session_id: str) -> dict[str, Any]:
-        """What the session's requests did when, in Chrome's trace format. Raises `NotFound`, also for a session of an
-        earlier server process: traces are not kept over a restart."""
-        if self._find_session(session_id) is None:
-            raise NotFound(f"session {session_id!r} ended when the server was restarted; its trace is not kept")
-        spans = self._traces.spans(session_id) + self._futures.open_spans(session_id)
-        return await asyncio.to_thread(trace_document, session_id, spans, self._clock.time())
-
-    async def audit_log(self, event_type: EventType, day: date | None) -> list[AuditEntry]:
-        """Of one day (UTC), today by default; oldest first."""
-        chosen = day or records.moment(self._clock.time()).date()
-        await self._registry.flush()  # reads are noted without waiting
-        return await self._registry.read(lambda c: audit.entries(c, event_type, chosen))
-
-    async def usage(self, start: float, end: float) -> UsageReport:
-        return await self._meter.report(start, end)
-
-    async def stored_checkpoints(self, project_id: str | None) -> list[StoredShare]:
-        return await self._meter.stored(project_id)

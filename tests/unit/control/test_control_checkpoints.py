@@ -65,7 +65,7 @@ async def test_a_saved_state_is_listed_with_what_is_known_of_it(h: Harness, tmp_
     loss = await train(h, model_id, 1)
     path = await h.result(h.submit(save(model_id, 3, "step-1", ttl_seconds=3600, user_metadata={"k": "v"})))
     assert path == f"tinker://{model_id}/weights/step-1"
-    (listed,) = await h.control.list_checkpoints(model_id)
+    (listed,) = await h.control.library.list_checkpoints(model_id)
     assert (listed.checkpoint_id, listed.checkpoint_type, listed.tinker_path) == ("weights/step-1", "training", path)
     assert listed.user_metadata == {"k": "v"}
     assert listed.time.timestamp() == h.clock.now
@@ -77,7 +77,7 @@ async def test_a_saved_state_is_listed_with_what_is_known_of_it(h: Harness, tmp_
     assert (record["name"], record["version"], record["parent"], record["step"]) == ("step-1", 1, None, 1)
     assert record["metrics"]["loss:sum"] == pytest.approx(loss)
     assert (record["base_model"], record["tokenizer"]) == ("tinsmith/fake", "tinsmith/fake")
-    run = await h.control.get_training_run(model_id)
+    run = await h.control.library.get_training_run(model_id)
     assert run.last_checkpoint == listed
     assert (run.base_model, run.lora_rank, run.is_lora, run.user_metadata) == (
         "tinsmith/fake",
@@ -85,7 +85,7 @@ async def test_a_saved_state_is_listed_with_what_is_known_of_it(h: Harness, tmp_
         True,
         {"recipe": "sft"},
     )
-    info = await h.control.weights_info(path)
+    info = await h.control.library.weights_info(path)
     assert (info.base_model, info.lora_rank, info.train_mlp) == ("tinsmith/fake", 4, True)
 
 
@@ -99,7 +99,7 @@ async def test_a_name_that_is_taken_fails_unless_overwrite_is_asked(h: Harness, 
     sampler = SaveForSampler(model_id=model_id, seq_id=3, name="a")
     assert (await h.result(h.submit(sampler))).path == f"tinker://{model_id}/sampler_weights/a"
     await h.result(h.submit(save(model_id, 4, overwrite=True)))
-    weights = [c for c in await h.control.list_checkpoints(model_id) if c.checkpoint_type == "training"]
+    weights = [c for c in await h.control.library.list_checkpoints(model_id) if c.checkpoint_type == "training"]
     assert [c.user_metadata for c in weights] == [None]
     versions = await h.control._registry.read(lambda c: records.versions(c, model_id, "weights", "a"))
     assert [(v.version, v.superseded_at is None) for v in versions] == [(2, True), (1, False)]
@@ -114,7 +114,7 @@ async def test_an_overwrite_that_fails_leaves_the_old_checkpoint(h: Harness) -> 
     error = await h.error(h.submit(save(model_id, 2, overwrite=True)))
     assert isinstance(error, StorageError)
     assert error.category == "server"
-    assert len(await h.control.list_checkpoints(model_id)) == 1
+    assert len(await h.control.library.list_checkpoints(model_id)) == 1
     await from_checkpoint(h, session_id, 1, path, optimizer=True)
     await h.result(h.submit(save(model_id, 3, "b")))
 
@@ -168,7 +168,7 @@ async def test_a_live_model_takes_over_a_checkpoints_weights_and_shape(h: Harnes
     result = await h.result(h.submit(LoadState(model_id=large, seq_id=1, path=path, optimizer=False)))
     assert (result.path, result.model_id) == (path, large)
     assert h.control.model_info(large).lora_rank == 4
-    assert (await h.control.get_training_run(large)).lora_rank == 4
+    assert (await h.control.library.get_training_run(large)).lora_rank == 4
     assert await train(h, large, 2) == pytest.approx(0.8 * loss)
 
 
@@ -226,11 +226,11 @@ async def test_deleting_removes_the_checkpoint_its_versions_and_its_folder(h: Ha
     model_id = await h.model()
     for seq in (1, 2):
         await h.result(h.submit(save(model_id, seq, overwrite=True)))
-    await h.control.delete_checkpoint(model_id, "weights/a")
-    assert await h.control.list_checkpoints(model_id) == []
+    await h.control.library.delete_checkpoint(model_id, "weights/a")
+    assert await h.control.library.list_checkpoints(model_id) == []
     assert list((tmp_path / "data").rglob("checkpoint.json")) == []
     with pytest.raises(NotFound, match=f"no checkpoint 'tinker://{model_id}/weights/a'"):
-        await h.control.delete_checkpoint(model_id, "weights/a")
+        await h.control.library.delete_checkpoint(model_id, "weights/a")
     await h.result(h.submit(save(model_id, 3)))
     (row, *_) = await h.control._registry.read(lambda c: records.versions(c, model_id, "weights", "a"))
     assert row.version == 3
@@ -240,24 +240,27 @@ async def test_expired_checkpoints_vanish_at_once_and_are_swept_later(h: Harness
     model_id = await h.model()
     path = await h.result(h.submit(save(model_id, 1, ttl_seconds=3600)))
     await h.result(h.submit(save(model_id, 2, "kept", ttl_seconds=3600)))
-    await h.control.set_checkpoint_ttl(model_id, "weights/kept", None)
+    await h.control.library.set_checkpoint_ttl(model_id, "weights/kept", None)
     h.clock.advance(3600)
     with pytest.raises(NotFound, match="has expired"):
-        await h.control.weights_info(path)
-    assert [c.checkpoint_id for c in await h.control.list_checkpoints(model_id)] == ["weights/kept"]
+        await h.control.library.weights_info(path)
+    assert [c.checkpoint_id for c in await h.control.library.list_checkpoints(model_id)] == ["weights/kept"]
     await h.control.sweep()
     assert len(list((tmp_path / "data").rglob("checkpoint.json"))) == 1
     with pytest.raises(InvalidInput, match="ttl_seconds 5 is outside"):
-        await h.control.set_checkpoint_ttl(model_id, "weights/kept", 5)
+        await h.control.library.set_checkpoint_ttl(model_id, "weights/kept", 5)
 
 
 async def test_publishing_is_idempotent(h: Harness) -> None:
     model_id = await h.model()
     await h.result(h.submit(save(model_id, 1)))
     for public in (True, True, False, False):
-        await h.control.set_published(model_id, "weights/a", public)
-        assert [c.public for c in await h.control.list_checkpoints(model_id)] == [public]
-    for call in (h.control.set_published(model_id, "weights/x", True), h.control.list_checkpoints("sess-x:train:0")):
+        await h.control.library.set_published(model_id, "weights/a", public)
+        assert [c.public for c in await h.control.library.list_checkpoints(model_id)] == [public]
+    for call in (
+        h.control.library.set_published(model_id, "weights/x", True),
+        h.control.library.list_checkpoints("sess-x:train:0"),
+    ):
         with pytest.raises(NotFound):
             await call
 
@@ -269,17 +272,17 @@ async def test_lists_are_newest_first_and_paged_with_totals(h: Harness) -> None:
         h.clock.advance(1)
         models.append(await h.model(session_id, n))
         await h.result(h.submit(save(models[-1], 1, f"n{n}")))
-    runs, total = await h.control.list_training_runs(2, 0)
+    runs, total = await h.control.library.list_training_runs(2, 0)
     assert ([run.training_run_id for run in runs], total) == ([models[2], models[1]], 3)
-    runs, total = await h.control.list_training_runs(2, 2)
+    runs, total = await h.control.library.list_training_runs(2, 2)
     assert ([run.training_run_id for run in runs], total) == ([models[0]], 3)
-    checkpoints, total = await h.control.list_user_checkpoints(2, 1)
+    checkpoints, total = await h.control.library.list_user_checkpoints(2, 1)
     assert ([c.checkpoint_id for c in checkpoints], total) == (["weights/n1", "weights/n0"], 3)
-    assert await h.control.list_sessions(10, 0) == ([session_id], 1)
-    assert (await h.control.get_session(session_id)).training_run_ids == models
+    assert await h.control.library.list_sessions(10, 0) == ([session_id], 1)
+    assert (await h.control.library.get_session(session_id)).training_run_ids == models
     for limit, offset in ((-1, 0), (10, -1), (1001, 0)):
         with pytest.raises(InvalidInput):
-            await h.control.list_training_runs(limit, offset)
+            await h.control.library.list_training_runs(limit, offset)
 
 
 async def test_after_a_restart_runs_and_checkpoints_are_there_and_the_old_session_is_over(
@@ -296,11 +299,11 @@ async def test_after_a_restart_runs_and_checkpoints_are_there_and_the_old_sessio
         await h.result(h.submit(forward_backward(model_id, 6)))
         last = h.clock.now
     async with open_control() as h:
-        run = await h.control.get_training_run(model_id)
+        run = await h.control.library.get_training_run(model_id)
         assert run.last_checkpoint is not None
         assert run.last_checkpoint.tinker_path == path
         assert run.last_request_time.timestamp() == last
-        assert [c.tinker_path for c in await h.control.list_checkpoints(model_id)] == [path]
+        assert [c.tinker_path for c in await h.control.library.list_checkpoints(model_id)] == [path]
         with pytest.raises(SessionEnded, match="restarted"):
             h.control.heartbeat(session_id)
         with pytest.raises(NotFound):
@@ -392,7 +395,7 @@ async def test_a_full_disk_turns_readiness_off_until_a_write_succeeds(h: Harness
     assert "full" in str(error)
     assert not control.is_ready
     assert "full" in str(control.readiness_reason)
-    assert await control.list_checkpoints(model_id) == []
+    assert await control.library.list_checkpoints(model_id) == []
     assert list((tmp_path / "data").rglob("checkpoint.json")) == []
     await control.sweep()
     await control._registry.flush()

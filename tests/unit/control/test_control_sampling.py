@@ -96,7 +96,7 @@ async def test_a_snapshot_stays_as_it_was_while_the_model_trains_on(h: Harness) 
     assert await tokens(h, new) != before
     assert (old, new) == (f"{session_id}:sample:0", f"{session_id}:sample:1")
     assert h.control.sampler_digest(old) != h.control.sampler_digest(new)
-    assert (await h.control.get_session(session_id)).sampler_ids == [old, new]
+    assert (await h.control.library.get_session(session_id)).sampler_ids == [old, new]
 
 
 async def test_a_snapshot_is_taken_in_the_order_of_the_model(h: Harness) -> None:
@@ -197,7 +197,7 @@ async def test_a_sampler_whose_checkpoint_is_gone_and_unloaded_says_so(open_cont
         paths = [await saved(h, model_id, seq, f"n{seq}") for seq in (1, 2)]
         samplers = [await h.control.create_sampling_session(session_id, n, None, path) for n, path in enumerate(paths)]
         for seq in (1, 2):
-            await h.control.delete_checkpoint(model_id, f"sampler_weights/n{seq}")
+            await h.control.library.delete_checkpoint(model_id, f"sampler_weights/n{seq}")
         assert len(await tokens(h, samplers[1])) == 4
         error = await h.error(h.sample(draw(samplers[0])))
         assert isinstance(error, SamplerGone)

@@ -355,15 +355,15 @@ async def test_a_batch_that_fails_whole_fails_its_requests_and_the_models_go_on(
 
 async def test_a_corrupted_adapter_marks_its_run(h: Harness) -> None:
     model_id = await h.model()
-    assert not (await h.control.get_training_run(model_id)).corrupted
+    assert not (await h.control.library.get_training_run(model_id)).corrupted
     h.engine.fail_next(OptimStep, AdapterCorrupted("gradient is not finite"))
     assert isinstance(await h.error(h.submit(optim(model_id, 1))), AdapterCorrupted)
     await h.result(h.submit(SaveState(model_id=model_id, seq_id=2, name="after")))
-    assert (await h.control.get_training_run(model_id)).corrupted
+    assert (await h.control.library.get_training_run(model_id)).corrupted
     await h.result(
         h.submit(LoadState(model_id=model_id, seq_id=3, path=f"tinker://{model_id}/weights/after", optimizer=True))
     )
-    assert not (await h.control.get_training_run(model_id)).corrupted
+    assert not (await h.control.library.get_training_run(model_id)).corrupted
 
 
 # ---- endings ----

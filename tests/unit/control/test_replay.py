@@ -198,7 +198,7 @@ async def test_a_save_that_was_done_is_not_done_again(server: Server) -> None:
     async with running(server) as h:
         assert await h.result(save) == path
         await results(h, receipts)
-        _, total = await h.control.list_user_checkpoints(10, 0)
+        _, total = await h.control.library.list_user_checkpoints(10, 0)
         assert total == 1
         assert isinstance(await h.error(h.submit(SaveState(model_id=model_id, seq_id=4, name="a"))), AlreadyExists)
 

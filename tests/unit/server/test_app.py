@@ -99,7 +99,7 @@ async def test_an_unforeseen_error_is_logged_under_a_number_and_tells_nothing(
     async def broken(*_: Any) -> None:
         raise RuntimeError("the secret plan")
 
-    monkeypatch.setattr(client.app.state.service.control, "list_sessions", broken)
+    monkeypatch.setattr(client.app.state.service.control.library, "list_sessions", broken)
     answer = await client.get("sessions", headers={"x-api-key": "tml-secret-key"})
     assert answer.status_code == 500
     assert answer.headers["x-should-retry"] == "false"

@@ -46,7 +46,7 @@ async def test_the_adapter_is_named_by_its_digest(open_server: OpenServer, tmp_p
         save = {"model_id": model_id, "seq_id": 1, "path": "mine"}
         path = (await chat.result(await chat.post("save_weights_for_sampler", save)))["path"]
         await answer(chat.http, "chat/completions", {"model": path, "messages": HELLO, "max_tokens": 1})
-        row = await chat.app.state.service.control.find_checkpoint(path)
+        row = await chat.app.state.service.control.library.find_checkpoint(path)
         (kept,) = read_trajectories(tmp_path / "kept")
     assert kept.model == path
     assert kept.adapter_digest == row.digest

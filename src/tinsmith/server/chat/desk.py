@@ -52,7 +52,7 @@ class ChatDesk:
         """
         try:
             if model.startswith(CHECKPOINT_SCHEME):
-                row = await self._control.find_checkpoint(model)
+                row = await self._control.library.find_checkpoint(model)
                 card, key = self._card(row.base_model), row.checkpoint_id
                 sampler_id = await self._sampler(key, None, model)
             elif (base := self._find_card(model)) is not None:

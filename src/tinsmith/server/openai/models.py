@@ -24,7 +24,7 @@ MOST_CHECKPOINTS = 1000
 async def list_models(service: ServiceDep) -> dict[str, Any]:
     """Base models first, then named sampler checkpoints, the newest first."""
     models = [_entry(card.name, service.chat.started_at, card.max_context) for card in service.control.base_models()]
-    checkpoints, _ = await service.control.list_user_checkpoints(MOST_CHECKPOINTS, 0)
+    checkpoints, _ = await service.control.library.list_user_checkpoints(MOST_CHECKPOINTS, 0)
     models += [
         _entry(checkpoint.tinker_path, checkpoint.time.timestamp(), None)
         for checkpoint in checkpoints
@@ -57,7 +57,7 @@ def _checkpoint_path(model: str) -> str | None:
 
 async def _checkpoint(path: str, service: Service) -> dict[str, Any]:
     try:
-        row = await service.control.find_checkpoint(path)
+        row = await service.control.library.find_checkpoint(path)
     except (NotFound, InvalidInput) as error:
         raise BadField("model", error.message, code="model_not_found") from error
     return _entry(row.path, row.created_at, None)

@@ -56,7 +56,7 @@ async def search_sessions(body: SessionSearchBody, service: ServiceDep) -> Sessi
     owners = body.owner.owner_urns
     if owners is not None and LOCAL_USER not in owners:
         return SessionSearchResponse()
-    found = await service.control.search_sessions(
+    found = await service.control.library.search_sessions(
         SessionQuery(
             session_id=body.session_id,
             display_name=body.display_name,
@@ -111,7 +111,7 @@ def _summary(found: FoundSession) -> SessionSummary:
 @router.put("/sessions/{session_id}/project", status_code=204)
 async def assign_session_project(session_id: str, body: ProjectBody, service: ServiceDep) -> Response:
     """A project is a label here: any name will do."""
-    await service.control.assign_project(session_id, body.project_id)
+    await service.control.library.assign_project(session_id, body.project_id)
     return Response(status_code=204)
 
 
@@ -123,7 +123,7 @@ async def audit_log(
     service: ServiceDep, event_type: EventType = "all", day: Annotated[str | None, Query()] = None
 ) -> AuditLogResponse:
     """Of one day, midnight to midnight UTC; today by default."""
-    entries = await service.control.audit_log(event_type, None if day is None else _day(day))
+    entries = await service.control.library.audit_log(event_type, None if day is None else _day(day))
     return AuditLogResponse(entries=[_entry(entry) for entry in entries])
 
 
@@ -162,7 +162,7 @@ async def usage_events(
             f"ending_before {ending_before!r} must be after starting_on {starting_on!r}, "
             f"by at most {MAX_USAGE_SPAN.days} days"
         )
-    report = await service.control.usage(start.timestamp(), end.timestamp())
+    report = await service.control.library.usage(start.timestamp(), end.timestamp())
     return BillingUsageResponse(
         data=[_usage_event(event) for event in report.events],
         sessions={
@@ -214,7 +214,7 @@ def _usage_info(event: UsageEvent) -> UsageInfo:
 async def current_checkpoint_storage(
     service: ServiceDep, project_id: Annotated[str | None, Query()] = None
 ) -> CheckpointStorageResponse:
-    shares = await service.control.stored_checkpoints(project_id)
+    shares = await service.control.library.stored_checkpoints(project_id)
     return CheckpointStorageResponse(
         data=[
             CheckpointStorageItem(

@@ -46,18 +46,18 @@ KnownKinds = Annotated[Collection[str], Depends(_kinds_known_to)]
 async def list_training_runs(
     service: ServiceDep, limit: Limit = 20, offset: Offset = 0, project_id: Annotated[str | None, Query()] = None
 ) -> TrainingRunsResponse:
-    runs, total = await service.control.list_training_runs(limit, offset, project_id)
+    runs, total = await service.control.library.list_training_runs(limit, offset, project_id)
     return TrainingRunsResponse(training_runs=runs, cursor=Cursor(offset=offset, limit=limit, total_count=total))
 
 
 @router.get("/training_runs/{run_id}", response_model_exclude_none=True)
 async def get_training_run(run_id: str, service: ServiceDep) -> TrainingRun:
-    return await service.control.get_training_run(run_id)
+    return await service.control.library.get_training_run(run_id)
 
 
 @router.get("/training_runs/{run_id}/checkpoints", response_model_exclude_none=True)
 async def list_checkpoints(run_id: str, service: ServiceDep, kinds: KnownKinds) -> CheckpointsListResponse:
-    return CheckpointsListResponse(checkpoints=await service.control.list_checkpoints(run_id, kinds))
+    return CheckpointsListResponse(checkpoints=await service.control.library.list_checkpoints(run_id, kinds))
 
 
 @router.get("/checkpoints", response_model_exclude_none=True)
@@ -65,7 +65,7 @@ async def list_user_checkpoints(
     service: ServiceDep, kinds: KnownKinds, limit: Limit = 100, offset: Offset = 0
 ) -> CheckpointsListResponse:
     """Newest first."""
-    checkpoints, total = await service.control.list_user_checkpoints(limit, offset, kinds)
+    checkpoints, total = await service.control.library.list_user_checkpoints(limit, offset, kinds)
     return CheckpointsListResponse(
         checkpoints=checkpoints, cursor=Cursor(offset=offset, limit=limit, total_count=total)
     )
@@ -73,7 +73,7 @@ async def list_user_checkpoints(
 
 @router.post("/weights_info", response_model_exclude_none=True)
 async def weights_info(body: WeightsInfoBody, service: ServiceDep) -> WeightsInfoResponse:
-    return await service.control.weights_info(body.tinker_path)
+    return await service.control.library.weights_info(body.tinker_path)
 
 
 @router.post("/copy_weights")
@@ -88,29 +88,29 @@ async def copy_weights(
         model_seq_id=body.model_seq_id,
         ttl_seconds=body.ttl_seconds,
     )
-    return CopyWeightsResponse(tinker_path=await service.control.copy_weights(order, x_idempotency_key))
+    return CopyWeightsResponse(tinker_path=await service.control.library.copy_weights(order, x_idempotency_key))
 
 
 @router.delete(_CHECKPOINT, status_code=204)
 async def delete_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
-    await service.control.delete_checkpoint(run_id, f"{kind}/{name}")
+    await service.control.library.delete_checkpoint(run_id, f"{kind}/{name}")
     return Response(status_code=204)
 
 
 @router.put(f"{_CHECKPOINT}/ttl", status_code=204)
 async def set_checkpoint_ttl(run_id: str, kind: str, name: str, body: TtlBody, service: ServiceDep) -> Response:
-    await service.control.set_checkpoint_ttl(run_id, f"{kind}/{name}", body.ttl_seconds)
+    await service.control.library.set_checkpoint_ttl(run_id, f"{kind}/{name}", body.ttl_seconds)
     return Response(status_code=204)
 
 
 @router.post(f"{_CHECKPOINT}/publish", status_code=204)
 async def publish_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
     """Publishing twice is no error: the SDK would send a 409 again for minutes."""
-    await service.control.set_published(run_id, f"{kind}/{name}", True)
+    await service.control.library.set_published(run_id, f"{kind}/{name}", True)
     return Response(status_code=204)
 
 
 @router.delete(f"{_CHECKPOINT}/publish", status_code=204)
 async def unpublish_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
-    await service.control.set_published(run_id, f"{kind}/{name}", False)
+    await service.control.library.set_published(run_id, f"{kind}/{name}", False)
     return Response(status_code=204)

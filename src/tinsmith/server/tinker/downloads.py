@@ -46,7 +46,7 @@ async def external_weights_urls(
     run_id: str, kind: str, name: str, request: Request, service: ServiceDep
 ) -> ExternalWeightsUrlsResponse:
     """One link per file of an external checkpoint."""
-    row, files = await service.control.checkpoint_files(run_id, f"{kind}/{name}")
+    row, files = await service.control.library.checkpoint_files(run_id, f"{kind}/{name}")
     if row.kind != "external_weights":
         raise InvalidInput(f"{row.path!r} is no external checkpoint; make one with save_weights_external")
     links = {file.name: _signed_url(request, service, f"/files/{run_id}/{kind}/{name}/{file.name}") for file in files}
@@ -59,14 +59,14 @@ async def download_file(
     run_id: str, kind: str, name: str, file: str, service: ServiceDep, expires: Expires, signature: Signature
 ) -> Response:
     _check_link(service, f"/files/{run_id}/{kind}/{name}/{file}", expires, signature)
-    folder = await service.control.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "download")
+    folder = await service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "download")
     return FileResponse(await run_sync(stored_file, folder, file), media_type="application/octet-stream")
 
 
 @router.get(f"{_CHECKPOINT}/archive", status_code=302)
 async def archive_url(run_id: str, kind: str, name: str, request: Request, service: ServiceDep) -> Response:
     """For SDKs up to 0.25: they read the link from the redirection and do not follow it."""
-    await service.control.checkpoint_files(run_id, f"{kind}/{name}")
+    await service.control.library.checkpoint_files(run_id, f"{kind}/{name}")
     url, expires = _signed_url(request, service, f"/archives/{run_id}/{kind}/{name}")
     when = moment(expires)
     headers = {"location": url, "expires": format_datetime(when, usegmt=True)}
@@ -79,7 +79,7 @@ async def download_archive(
 ) -> Response:
     """A tar archive, made while it is sent."""
     _check_link(service, f"/archives/{run_id}/{kind}/{name}", expires, signature)
-    folder = await service.control.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "archive")
+    folder = await service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "archive")
     files = await run_sync(archive_files, folder)
     headers = {
         "content-length": str(tar_size(files)),
@@ -95,7 +95,7 @@ async def download_archive(
 async def export_trace(session_id: str, request: Request, service: ServiceDep) -> TraceExportResponse:
     """A link to a trace of the session's requests, as Perfetto and Chrome open it."""
     try:
-        await service.control.trace(session_id)
+        await service.control.library.trace(session_id)
     except TinsmithError as error:
         return TraceExportResponse(status="failed", error=error.message)
     return TraceExportResponse(status="ready", url=_signed_url(request, service, f"/traces/{session_id}")[0])
@@ -104,6 +104,6 @@ async def export_trace(session_id: str, request: Request, service: ServiceDep) -
 @router.get("/traces/{session_id}")
 async def download_trace(session_id: str, service: ServiceDep, expires: Expires, signature: Signature) -> Response:
     _check_link(service, f"/traces/{session_id}", expires, signature)
-    trace = await service.control.trace(session_id)
+    trace = await service.control.library.trace(session_id)
     headers = {"content-disposition": f'attachment; filename="{session_id}.json"'}
     return await run_sync(json_response, trace, 200, headers)

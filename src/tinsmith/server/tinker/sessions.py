@@ -106,13 +106,13 @@ async def session_heartbeat(request: Request) -> Response:
 
 @router.get("/sessions", response_model_exclude_none=True)
 async def list_sessions(service: ServiceDep, limit: Limit = 20, offset: Offset = 0) -> ListSessionsResponse:
-    sessions, total = await service.control.list_sessions(limit, offset)
+    sessions, total = await service.control.library.list_sessions(limit, offset)
     return ListSessionsResponse(sessions=sessions, cursor=Cursor(offset=offset, limit=limit, total_count=total))
 
 
 @router.get("/sessions/{session_id}", response_model_exclude_none=True)
 async def get_session(session_id: str, service: ServiceDep) -> GetSessionResponse:
-    return await service.control.get_session(session_id)
+    return await service.control.library.get_session(session_id)
 
 
 @router.post("/sessions/{session_id}/finish")

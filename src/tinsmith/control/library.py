@@ -1,0 +1,159 @@
+"""`Library`: what is looked up, taken away and tidied: sessions, runs, checkpoints, copies, traces, audit, usage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from tinsmith.control import audit, records
+from tinsmith.control.audit import AuditEntry, EventType
+from tinsmith.control.catalogue import Catalogue
+from tinsmith.control.checkpoints import CheckpointStore
+from tinsmith.control.copies import Copies, CopyOrder, check_destination
+from tinsmith.control.downloads import StoredFile, stored_files
+from tinsmith.control.futures import FutureStore
+from tinsmith.control.identity import Clock
+from tinsmith.control.records import CheckpointRow
+from tinsmith.control.registry import Registry
+from tinsmith.control.session_search import FoundSession, SessionQuery, search
+from tinsmith.control.sessions import SessionBook
+from tinsmith.control.traces import TraceLog, trace_document
+from tinsmith.control.usage import Meter, StoredShare, UsageReport
+from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
+from tinsmith.types.errors import NotFound
+from tinsmith.types.rest import GetSessionResponse, TrainingRun, WeightsInfoResponse
+
+
+class Library:
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        sessions: SessionBook,
+        futures: FutureStore,
+        catalogue: Catalogue,
+        checkpoints: CheckpointStore,
+        copies: Copies,
+        traces: TraceLog,
+        meter: Meter,
+        clock: Clock,
+    ) -> None:
+        self._registry = registry
+        self._sessions = sessions
+        self._futures = futures
+        self._catalogue = catalogue
+        self._checkpoints = checkpoints
+        self._copies = copies
+        self._traces = traces
+        self._meter = meter
+        self._clock = clock
+
+    # ---- sessions and runs ----
+
+    async def get_session(self, session_id: str) -> GetSessionResponse:
+        return await self._catalogue.session(session_id)
+
+    async def list_sessions(self, limit: int, offset: int) -> tuple[list[str], int]:
+        """Ids, newest first, and how many there are."""
+        return await self._catalogue.sessions(limit, offset)
+
+    async def search_sessions(self, query: SessionQuery) -> list[FoundSession]:
+        """Newest first."""
+        now = self._clock.time()
+        return await self._registry.read(lambda c: search(c, query, now))
+
+    async def assign_project(self, session_id: str, project_id: str) -> None:
+        """Raises `NotFound`."""
+        at = self._clock.time()
+
+        def work(connection: sa.Connection) -> bool:
+            audit.note(connection, "project_session_assign", at, session_id=session_id, project_id=project_id)
+            return records.assign_project(connection, session_id, project_id)
+
+        if await self._registry.read(lambda c: records.session(c, session_id)) is None:
+            raise NotFound(f"no session {session_id!r}")
+        await self._registry.write(work)
+
+    async def trace(self, session_id: str) -> dict[str, Any]:
+        """What the session's requests did when, in Chrome's trace format. Raises `NotFound`, also for a session of an
+        earlier server process: traces are not kept over a restart."""
+        if self._sessions.find(session_id) is None:
+            if await self._registry.read(lambda c: records.session(c, session_id)) is None:
+                raise NotFound(f"no session {session_id!r}")
+            raise NotFound(f"session {session_id!r} ended when the server was restarted; its trace is not kept")
+        spans = self._traces.spans(session_id) + self._futures.open_spans(session_id)
+        return await asyncio.to_thread(trace_document, session_id, spans, self._clock.time())
+
+    async def get_training_run(self, run_id: str) -> TrainingRun:
+        return await self._catalogue.training_run(run_id)
+
+    async def list_training_runs(
+        self, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[TrainingRun], int]:
+        return await self._catalogue.training_runs(limit, offset, project_id)
+
+    # ---- checkpoints ----
+
+    async def list_checkpoints(self, run_id: str, kinds: Collection[str] = PATH_KINDS) -> list[Checkpoint]:
+        return await self._catalogue.checkpoints_of_run(run_id, kinds)
+
+    async def list_user_checkpoints(
+        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS
+    ) -> tuple[list[Checkpoint], int]:
+        return await self._catalogue.checkpoints(limit, offset, kinds)
+
+    async def weights_info(self, path: str) -> WeightsInfoResponse:
+        return await self._catalogue.weights_info(path)
+
+    async def find_checkpoint(self, path: str) -> CheckpointRow:
+        """The current version behind a path. Raises `InvalidInput` for no path, `NotFound` for no checkpoint."""
+        return await self._checkpoints.find(path)
+
+    async def delete_checkpoint(self, run_id: str, checkpoint_id: str) -> None:
+        """With all its versions. `checkpoint_id` is `<kind>/<name>`. Raises `NotFound`, `InvalidInput`."""
+        await self._checkpoints.delete(await self._checkpoints.find_in_run(run_id, checkpoint_id))
+
+    async def set_checkpoint_ttl(self, run_id: str, checkpoint_id: str, ttl_seconds: int | None) -> None:
+        """Counted from now; `None` keeps it for ever."""
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+        await self._checkpoints.set_ttl(row, ttl_seconds)
+
+    async def set_published(self, run_id: str, checkpoint_id: str, public: bool) -> None:
+        """Idempotent."""
+        await self._checkpoints.set_public(await self._checkpoints.find_in_run(run_id, checkpoint_id), public)
+
+    async def copy_weights(self, order: CopyOrder, idempotency_key: str | None) -> str:
+        """The path of the copy. Raises `NotFound`, `InvalidInput`, `AlreadyExists`, `SessionEnded`."""
+        check_destination(order)
+        if order.session_id is not None:
+            self._sessions.get_live(order.session_id)
+        return await self._copies.copy(order, idempotency_key)
+
+    async def checkpoint_files(self, run_id: str, checkpoint_id: str) -> tuple[CheckpointRow, list[StoredFile]]:
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+        return row, await asyncio.to_thread(stored_files, Path(self._checkpoints.folder(row)))
+
+    async def checkpoint_folder(self, path: str, purpose: str) -> Path:
+        """Where a checkpoint's files are; noted as read. Raises `NotFound`."""
+        row = await self._checkpoints.find(path)
+        self._checkpoints.note_read(row.path, purpose)
+        return Path(self._checkpoints.folder(row))
+
+    # ---- what was done and used ----
+
+    async def audit_log(self, event_type: EventType, day: date | None) -> list[AuditEntry]:
+        """Of one day (UTC), today by default; oldest first."""
+        chosen = day or records.moment(self._clock.time()).date()
+        await self._registry.flush()  # reads are noted without waiting
+        return await self._registry.read(lambda c: audit.entries(c, event_type, chosen))
+
+    async def usage(self, start: float, end: float) -> UsageReport:
+        return await self._meter.report(start, end)
+
+    async def stored_checkpoints(self, project_id: str | None) -> list[StoredShare]:
+        return await self._meter.stored(project_id)
