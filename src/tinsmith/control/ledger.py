@@ -102,16 +102,17 @@ class Ledger:
         """
         try:
             connection = self._connect()
-            with connection:
-                connection.executescript(_SCHEMA)
-                insert = "INSERT OR IGNORE INTO meta VALUES ('schema_version', ?)"
-                connection.execute(insert, (str(SCHEMA_VERSION),))
-                (version,) = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-            if int(version) > SCHEMA_VERSION:
+            version = _stored_version(connection)
+            if version > SCHEMA_VERSION:
+                connection.close()
                 raise UserError(
                     f"the ledger {str(self.path)!r} has schema version {version}; this version of Tinsmith knows up "
                     f"to {SCHEMA_VERSION}. Upgrade Tinsmith, or give another data directory"
                 )
+            with connection:
+                connection.executescript(_SCHEMA)
+                insert = "INSERT OR IGNORE INTO meta VALUES ('schema_version', ?)"
+                connection.execute(insert, (str(SCHEMA_VERSION),))
             self.num_opened = _count_opening(connection)
             _preallocate(connection)
             connection.close()
@@ -298,6 +299,14 @@ def mark_failed(kind: str, name: str, failure: TinsmithError) -> Change:
 
 def remove(condition: str, *arguments: object) -> Change:
     return lambda connection: connection.execute(f"DELETE FROM entries WHERE {condition}", arguments)
+
+
+def _stored_version(connection: sqlite3.Connection) -> int:
+    """0 for a file that holds nothing yet."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+        return 0
+    row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+    return 0 if row is None else int(row[0])
 
 
 def _touch(connection: sqlite3.Connection) -> None:

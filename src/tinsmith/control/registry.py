@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import secrets
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +20,19 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from tinsmith.control import migrations
 from tinsmith.types.errors import StorageError, UserError
 
 logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
-SCHEMA_VERSION = 1
 _MAX_GROUP = 256
 """Writes committed together at most."""
 
+# Whoever changes a table adds a revision to `migrations/versions`.
 METADATA = sa.MetaData()
+BigInteger = sa.Integer().with_variant(sa.BigInteger(), "postgresql")
+"""64 bits; SQLite's integers are that wide by any name."""
 
 META = sa.Table("meta", METADATA, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text))
 
@@ -80,7 +85,7 @@ CHECKPOINTS = sa.Table(
     sa.Column("step", sa.Integer, nullable=False),
     sa.Column("metrics", sa.JSON, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("size_bytes", BigInteger, nullable=False),
     sa.Column("parent", sa.Text),
     sa.Column("user_metadata", sa.JSON),
     sa.Column("public", sa.Boolean, nullable=False),
@@ -96,6 +101,7 @@ CHECKPOINTS = sa.Table(
         "name",
         unique=True,
         sqlite_where=sa.text("superseded_at IS NULL AND deleted_at IS NULL"),
+        postgresql_where=sa.text("superseded_at IS NULL AND deleted_at IS NULL"),
     ),
 )
 
@@ -124,11 +130,11 @@ AUDIT = sa.Table(
 USAGE = sa.Table(
     "usage",
     METADATA,
-    sa.Column("hour", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("hour", BigInteger, primary_key=True, autoincrement=False),
     sa.Column("session_id", sa.Text, primary_key=True),
     sa.Column("base_model", sa.Text, primary_key=True),
     sa.Column("kind", sa.Text, primary_key=True),
-    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("tokens", BigInteger, nullable=False),
 )
 
 
@@ -138,7 +144,11 @@ class Registry:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fault: str | None = None
-        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"check_same_thread": False, "timeout": 30})
+        self._engine = sa.create_engine(
+            f"sqlite:///{path}",
+            connect_args={"check_same_thread": False, "timeout": 30},
+            hide_parameters=True,  # what users wrote stays out of errors
+        )
         sa.event.listen(self._engine, "connect", _configure_connection)
         sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -147,27 +157,42 @@ class Registry:
         self._closed = False
 
     def open(self) -> bytes:
-        """Create or check the schema and start writing; the secret kept with this database. Blocks.
+        """Create the schema, or upgrade an older one, and start writing; the secret kept with this database. Blocks.
 
         Raises `UserError` if a newer version of this software wrote the database.
         """
         try:
-            with self._engine.begin() as connection:
-                METADATA.create_all(connection)
-                rows = {row.key: row.value for row in connection.execute(sa.select(META))}
-                version = int(rows.get("schema_version", SCHEMA_VERSION))
-                if version > SCHEMA_VERSION:
-                    raise UserError(
-                        f"the registry {str(self.path)!r} has schema version {version}; this version of Tinsmith "
-                        f"knows up to {SCHEMA_VERSION}. Upgrade Tinsmith, or give another data directory"
-                    )
-                secret = rows.get("secret") or secrets.token_hex(32)
-                for key, value in {"schema_version": str(SCHEMA_VERSION), "secret": secret}.items():
-                    connection.execute(sa.insert(META).prefix_with("OR IGNORE").values(key=key, value=value))
-        except sa.exc.SQLAlchemyError as error:
+            with self._engine.connect() as connection:
+                self._prepare(connection)
+                with connection.begin():
+                    secret = _secret(connection)
+        except (sa.exc.SQLAlchemyError, OSError, sqlite3.Error) as error:
             raise StorageError(f"cannot open the registry {str(self.path)!r}: {error}") from error
         self._writer.start()
         return bytes.fromhex(secret)
+
+    def _prepare(self, connection: sa.Connection) -> None:
+        newest = migrations.newest_version()
+        with connection.begin():
+            version = migrations.stored_version(connection)
+            if version is None:
+                migrations.create(connection, METADATA)
+        if version is None or version == newest:
+            return
+        if version > newest:
+            raise UserError(
+                f"the registry {str(self.path)!r} has schema version {version}; this version of Tinsmith "
+                f"knows up to {newest}. Upgrade Tinsmith, or give another data directory"
+            )
+        copy = _back_up(self.path, version)
+        logger.warning("the registry is brought from schema version %d to %d; a copy is at %s", version, newest, copy)
+        pragma = connection.connection.cursor().execute  # outside of a transaction, where it has an effect
+        pragma("PRAGMA foreign_keys=OFF")  # tables are copied and dropped
+        with connection.begin():
+            migrations.upgrade(connection)
+            if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall():
+                raise StorageError(f"the upgrade of the registry leaves references without an end: {broken[:3]}")
+        pragma("PRAGMA foreign_keys=ON")
 
     async def write(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
         """Run `work` in a transaction; when this returns, its effects are on disk."""
@@ -192,7 +217,7 @@ class Registry:
     def probe(self) -> None:
         """If the last write failed, try a small one, so that `fault` ends when the disk is well again."""
         if self.fault is not None:
-            touch = sa.update(META).where(META.c.key == "schema_version").values(value=str(SCHEMA_VERSION))
+            touch = sa.update(META).where(META.c.key == "schema_version").values(value=META.c.value)
             self.post(lambda connection: connection.execute(touch))
 
     async def read(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
@@ -277,6 +302,30 @@ def _attempt(connection: sa.Connection, job: _Job) -> tuple[Any, BaseException |
         return None, error
     savepoint.commit()
     return result, None
+
+
+def _secret(connection: sa.Connection) -> str:
+    found = connection.execute(sa.select(META.c.value).where(META.c.key == "secret")).scalar()
+    if found is None:
+        found = secrets.token_hex(32)
+        connection.execute(sa.insert(META).values(key="secret", value=found))
+    return str(found)
+
+
+def _back_up(path: Path, version: int) -> Path:
+    """A copy of the database beside it, on disk when this returns. Raises `sqlite3.Error` or `OSError`."""
+    copy = path.with_name(f"{path.stem}.schema-{version}{path.suffix}")
+    temporary = copy.with_name(f".{copy.name}.partial")
+    temporary.unlink(missing_ok=True)
+    source, target = sqlite3.connect(path), sqlite3.connect(temporary)
+    try:
+        source.backup(target)
+    finally:
+        target.close()
+        source.close()
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    return temporary.replace(copy)
 
 
 def _configure_connection(connection: Any, _record: Any) -> None:

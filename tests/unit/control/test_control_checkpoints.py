@@ -340,17 +340,6 @@ async def test_what_an_interrupted_save_left_is_swept_at_the_next_start(
         assert not (run / "weights" / "b").exists()
 
 
-async def test_a_newer_database_is_refused(open_control: OpenControl, tmp_path: Path) -> None:
-    async with open_control():
-        pass
-    with sqlite3.connect(tmp_path / "data" / "registry.sqlite3") as database:
-        database.execute("UPDATE meta SET value = '2' WHERE key = 'schema_version'")
-    database.close()
-    with pytest.raises(UserError, match="has schema version 2; this version of Tinsmith knows up to 1"):
-        async with open_control():
-            raise AssertionError("it started")
-
-
 async def test_writes_are_durable_grouped_and_fail_alone(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "r.sqlite3")
     registry.open()
