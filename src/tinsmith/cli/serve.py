@@ -61,6 +61,7 @@ def serve(
     ] = True,
 ) -> None:
     """Serve the Tinker API; prints one line when ready and runs until Ctrl-C."""
+    from tinsmith.control.settings import HealthSettings
     from tinsmith.server.app import create_app
     from tinsmith.server.assemble import default_data_dir, open_control
     from tinsmith.server.run import allow_many_connections, bind, configure_logging, run_app, url_of
@@ -80,7 +81,7 @@ def serve(
         listener = bind(host, port)
         allow_many_connections()
         options = EngineOptions(dtype=dtype, device=device, deterministic=deterministic)
-        recovery = {"ledger": ledger, "snapshot_requests": snapshot_requests}
+        recovery = {"ledger": ledger, "snapshot_requests": snapshot_requests, "health": HealthSettings(is_on=True)}
         control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery)
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)

@@ -21,6 +21,7 @@ from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
+from tinsmith.control.health import Health
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
 from tinsmith.control.janitor import Janitor
 from tinsmith.control.jobs import Jobs
@@ -113,6 +114,7 @@ class Control:
             await self._engines.close()
             await self._close_stores()
             raise
+        await self._health.start()
         self._janitor.start()
         self._state = "ready"
 
@@ -178,6 +180,7 @@ class Control:
             max_retained=settings.max_retained_futures,
             max_retained_bytes=settings.max_retained_bytes,
         )
+        self._health = Health(engines=self._engines, settings=settings.health, data_dir=settings.data_dir, clock=clock)
         self._traces = TraceLog()
         self._futures.on_finish = self._traces.add
         self._meter = Meter(self._registry, clock)
@@ -304,6 +307,7 @@ class Control:
             self._state = "closed"
             return
         self._state = "closed"
+        await self._health.close()
         await self._janitor.close()
         if self._ledger is None:
             for session in self._sessions.live:
@@ -346,7 +350,7 @@ class Control:
         for slot in self._engines:
             if slot.dead is not None:
                 return f"the engine of {slot.card.name!r} died: {slot.dead}"
-        return self._journal.fault or self._registry.fault
+        return self._journal.fault or self._registry.fault or self._health.reason()
 
     @property
     def num_restarts(self) -> int:

@@ -7,6 +7,33 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 
+class HealthSettings(BaseModel):
+    """When a server calls itself ready, and when it ends an engine that hangs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    is_on: bool = False
+    """Watch engines and disk. Without it, an engine that is not dead is taken for well."""
+    probe_interval_s: float = Field(default=10.0, gt=0)
+    """An engine that had nothing to do for so long is asked for one token."""
+    token_within_s: float = Field(default=30.0, gt=0)
+    """An engine that waits for work must have produced a token within this time."""
+    silent_after_s: float = Field(default=4.0, gt=0)
+    """Without a pulse for so long, it does not count as ready; pulses come every second."""
+    hung_after_s: float = Field(default=60.0, gt=0)
+    """Without a pulse for so long, it is killed."""
+    slow_after_s: float = Field(default=120.0, gt=0)
+    """In one slice of work (a pass, a load, a save) for so long, it does not count as ready."""
+    stuck_after_s: float = Field(default=1800.0, gt=0)
+    """In one slice of work for so long, it is killed."""
+    disk_interval_s: float = Field(default=10.0, gt=0)
+    """How often a small file is written and synced."""
+    slow_disk_s: float = Field(default=10.0, gt=0)
+    """A write that takes longer turns readiness off."""
+    min_free_bytes: int = Field(default=64 * 2**20, ge=0)
+    """With less room in the data folder, the disk counts as full."""
+
+
 class ControlSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,3 +82,4 @@ class ControlSettings(BaseModel):
     """A request that was with the engine at so many of its deaths is failed."""
     sweep_interval_s: float = Field(default=1.0, gt=0)
     """How often the janitor looks for what has ended or expired."""
+    health: HealthSettings = HealthSettings()

@@ -21,6 +21,7 @@ import torch
 from tinsmith.engine.adapter import Adapter, optim_steps
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.checkpoint_io import load_checkpoint, save_checkpoint, save_weights
+from tinsmith.engine.figures import Figures
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.tokenizer import load_decoder
@@ -49,6 +50,7 @@ from tinsmith.types.operations import (
     TrainItem,
 )
 from tinsmith.types.params import AdamParams
+from tinsmith.types.pulse import Pulse
 
 Outcome: TypeAlias = Answer | TinsmithError
 _Kind = TypeVar("_Kind", TrainItem, OptimStep)
@@ -85,6 +87,9 @@ class Engine:
             # filling new memory is a debugging aid, and costs a pass each time
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._base = BaseModel(source, options)
+        self._options = options
+        self.figures = Figures()
+        self._num_pulses = 0
         self._is_deterministic = options.deterministic
         self._adapters: dict[str, Adapter] = {}
         self._snapshots: dict[str, Snapshot] = {}
@@ -92,6 +97,7 @@ class Engine:
             self._base,
             max_micro_batch_tokens=options.max_micro_batch_tokens,
             share_passes=not options.deterministic,
+            figures=self.figures,
         )
         self._done: list[tuple[int, Outcome]] = []
         self._sampler = Sampler(
@@ -102,6 +108,7 @@ class Engine:
             max_prefill_tokens=options.max_prefill_tokens,
             max_decode_batch=options.max_decode_batch,
             keep_prompts=not options.deterministic,
+            figures=self.figures,
         )
         self._samples: deque[_WaitingSample] = deque()
         """Only where no two requests may share a pass: the samples that wait for the one that is drawn."""
@@ -135,6 +142,10 @@ class Engine:
 
     def work(self) -> list[tuple[int, Outcome]]:
         """One slice of work: an operation, a micro-batch, or a sampling step. Returns what is finished."""
+        with self.figures.slice():
+            return self._work()
+
+    def _work(self) -> list[tuple[int, Outcome]]:
         if not self._is_deterministic:
             self._base.adopt_compiled_layers()
         if self._samples and not self._sampler.has_work:
@@ -177,6 +188,34 @@ class Engine:
             rss_bytes=psutil.Process().memory_info().rss,
             tokens_trained=self._trainer.tokens_trained,
             tokens_sampled=self._sampler.tokens_sampled,
+        )
+
+    def pulse(self) -> Pulse:
+        """May be called from any thread, at any time."""
+        self._num_pulses += 1
+        figures, device = self.figures, self._base.device
+        blocks, free = self._sampler.cache_blocks
+        return Pulse(
+            number=self._num_pulses,
+            slice_s=figures.slice_s,
+            num_slices=figures.num_slices,
+            phase_s=figures.phase_s(),
+            tokens_trained=self._trainer.tokens_trained,
+            tokens_prefilled=self._sampler.tokens_prefilled,
+            tokens_sampled=self._sampler.tokens_sampled,
+            num_training_passes=figures.num_training_passes,
+            num_decode_passes=figures.num_decode_passes,
+            num_decode_rows=figures.num_decode_rows,
+            training_pass_tokens_max=self._options.max_micro_batch_tokens,
+            decode_batch_max=self._options.max_decode_batch,
+            num_running=self._sampler.num_running,
+            num_waiting=self._sampler.num_waiting + len(self._samples),
+            num_adapters=len(self._adapters),
+            num_snapshots=len(self._snapshots),
+            cache_blocks=blocks,
+            cache_blocks_free=free,
+            rss_bytes=psutil.Process().memory_info().rss,
+            device_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,
         )
 
     @staticmethod
@@ -236,7 +275,9 @@ class Engine:
                 due.append((self._adapter(step.model_id), step.params))
             except NotFound as error:
                 outcomes[step.model_id] = error
-        for (adapter, _), outcome in zip(due, optim_steps(due), strict=True):
+        with self.figures.phase("optimizer"):
+            stepped = optim_steps(due)
+        for (adapter, _), outcome in zip(due, stepped, strict=True):
             outcomes[adapter.model_id] = outcome
         return [outcomes[step.model_id] for step in steps]
 

@@ -9,6 +9,7 @@ computed again later; their draws do not change, because they depend only on the
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
@@ -20,6 +21,7 @@ from torch import Tensor
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.block_pool import BASE_OWNER, BLOCK_TOKENS, PromptEnd, block_keys, blocks_for
 from tinsmith.engine.decode_batch import DecodeBatch
+from tinsmith.engine.figures import Figures
 from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.loss_head import logits_of, target_logprobs
@@ -59,11 +61,13 @@ class Sampler:
         max_prefill_tokens: int,
         max_decode_batch: int,
         keep_prompts: bool = True,
+        figures: Figures | None = None,
     ) -> None:
         self._base = base
         self._decoder = decoder
         self._tell = tell
         self._max_prefill_tokens = max_prefill_tokens
+        self._figures = figures or Figures()
         self._cache = KVCache(bytes_max=kv_cache_bytes, bytes_per_token=base.kv_bytes_per_token, device=base.device)
         self._pool = self._cache.blocks
         self._keep_prompts = keep_prompts
@@ -87,6 +91,11 @@ class Sampler:
         """Requests with a sequence in progress."""
         running = {s.request.ticket for s in self._batch.sequences if s is not None}
         return len(running.union(p.request.ticket for p in self._prefills))
+
+    @property
+    def cache_blocks(self) -> tuple[int, int]:
+        """All there are for sequences, and how many are free."""
+        return self._pool.num_blocks - 1, self._pool.num_free
 
     @property
     def num_waiting(self) -> int:
@@ -143,6 +152,7 @@ class Sampler:
         resumed, self._resumed = self._resumed, []
         if not chunks and not len(slots_B) and not resumed:
             return
+        began = time.perf_counter()
         try:
             with torch.inference_mode():
                 self._compute(chunks, slots_B, resumed)
@@ -152,6 +162,11 @@ class Sampler:
             requests = [c.prefill.request for c in chunks] + [s.request for s in running if s is not None]
             for request in requests:
                 self._fail(request, ServerError(f"sampling failed on the device: {error}"), tainted=True)
+        self._figures.sampling_pass(
+            time.perf_counter() - began,
+            prompt_rows=sum(chunk.length for chunk in chunks),
+            drawing_rows=len(slots_B) + len(resumed),
+        )
 
     def _check_possible(self, operation: Sample) -> None:
         """Raises `InvalidInput` if the cache can never hold it, `Unsupported` if its stop strings cannot be found."""

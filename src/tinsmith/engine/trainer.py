@@ -16,6 +16,7 @@ from torch import Tensor
 from tinsmith.engine.adapter import Adapter
 from tinsmith.engine.attention import PassLayout
 from tinsmith.engine.base_model import BaseModel
+from tinsmith.engine.figures import Figures
 from tinsmith.engine.lora import Segment
 from tinsmith.engine.loss_head import target_logprobs
 from tinsmith.engine.packing import PassRequest, Piece, micro_batches, pack
@@ -67,12 +68,15 @@ class _Request:
 class Trainer:
     """Runs training requests on one base model, a micro-batch at a time."""
 
-    def __init__(self, base: BaseModel, *, max_micro_batch_tokens: int, share_passes: bool = True) -> None:
+    def __init__(
+        self, base: BaseModel, *, max_micro_batch_tokens: int, share_passes: bool = True, figures: Figures | None = None
+    ) -> None:
         """Without `share_passes`, no pass ever holds two requests."""
         self._base = base
         self._max_tokens = max_micro_batch_tokens
         self._share_passes = share_passes
         self._losses = RequestLosses()
+        self._figures = figures or Figures()
         self.tokens_trained = 0
 
     def run(self, items: Sequence[TrainItem], adapters: Mapping[str, Adapter]) -> Generator[list[Finished]]:
@@ -164,25 +168,38 @@ class Trainer:
         self, pieces: Sequence[Piece], requests: Mapping[int, _Request]
     ) -> list[tuple[list[LossFnOutput], dict[str, float]]]:
         """Forward, losses, backward. Returns the outputs of every piece's datums, and its metrics."""
-        rows = pack(pieces, self._base.device)
-        segments = _segments(pieces, requests)
-        layout = PassLayout(blocks=plan_blocks(rows.lengths, self._base.device))
+        figures = self._figures
+        with figures.phase("pack"):
+            rows = pack(pieces, self._base.device)
+            segments = _segments(pieces, requests)
+            layout = PassLayout(blocks=plan_blocks(rows.lengths, self._base.device))
         any_backward = any(not requests[p.item].item.forward_only for p in pieces)
-        with torch.set_grad_enabled(any_backward):
+        with figures.phase("forward"), torch.set_grad_enabled(any_backward):
             hidden_TH = self._base.hidden(rows.input_ids_T, rows.position_ids_T, segments, layout, rows.images)
             logprobs_M = target_logprobs(hidden_TH, self._base.head, segments, rows.rows_M, rows.targets_M)
-        grads, computed = [], []
-        for piece, piece_logprobs in zip(pieces, logprobs_M.detach().split(rows.targets_per_piece), strict=True):
+        with figures.phase("loss"):
+            grads, computed = self._evaluate(pieces, requests, logprobs_M.detach().split(rows.targets_per_piece))
+        # groups whose rewards are all equal have no advantage anywhere: nothing to carry back
+        if any_backward and (grad_M := torch.cat(grads)).any():
+            with figures.phase("backward"):
+                self._base.backward(logprobs_M, grad_M, segments)
+        figures.num_training_passes += 1
+        self.tokens_trained += len(rows.input_ids_T)
+        return computed
+
+    def _evaluate(
+        self, pieces: Sequence[Piece], requests: Mapping[int, _Request], logprobs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[tuple[list[LossFnOutput], dict[str, float]]]]:
+        """dL/dlogprob `[M]` of every piece, and its outputs and metrics."""
+        grads: list[Tensor] = []
+        computed: list[tuple[list[LossFnOutput], dict[str, float]]] = []
+        for piece, piece_logprobs in zip(pieces, logprobs, strict=True):
             item = requests[piece.item].item
             value, grad, metrics = self._losses.evaluate(item, piece, piece_logprobs)
             grads.append(torch.zeros_like(grad) if item.forward_only else grad)
             figures = {"loss:sum": float(value), "tokens:sum": float(piece.num_tokens), **metrics}
             computed.append((_outputs(piece, piece_logprobs.cpu().numpy()), figures))
-        # groups whose rewards are all equal have no advantage anywhere: nothing to carry back
-        if any_backward and (grad_M := torch.cat(grads)).any():
-            self._base.backward(logprobs_M, grad_M, segments)
-        self.tokens_trained += len(rows.input_ids_T)
-        return computed
+        return grads, computed
 
 
 def _adapter_of(item: TrainItem, adapters: Mapping[str, Adapter]) -> Adapter:

@@ -14,6 +14,7 @@ from tinsmith.runtime.loop import Message
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import EngineDied, TinsmithError
 from tinsmith.types.operations import BaseModelCard, Operation
+from tinsmith.types.pulse import Pulse
 from tinsmith.types.results import DrawnToken
 
 
@@ -76,6 +77,13 @@ class RemoteEngine(ABC):
     @property
     @abstractmethod
     def is_alive(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def pulse(self) -> Pulse | None: ...
+
+    @abstractmethod
+    def kill(self) -> None: ...
 
     def submit(self, operation: Operation) -> EngineCall:
         (call,) = self.submit_all([operation])

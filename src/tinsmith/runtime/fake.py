@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tinsmith.runtime.handle import EngineCall
+from tinsmith.runtime.handle import EngineCall, Pulseless
 from tinsmith.types.errors import (
     AdapterCorrupted,
     CheckpointDamaged,
@@ -131,7 +131,7 @@ class _Job:
         return self.call.answer
 
 
-class FakeEngine:
+class FakeEngine(Pulseless):
     """An `EngineHandle`. `operations` lists what was submitted, in order; `bursts` what was submitted together."""
 
     def __init__(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tinsmith.types.operations import BaseModelCard, Operation
+from tinsmith.types.pulse import Pulse
 from tinsmith.types.results import DrawnToken
 
 
@@ -38,6 +39,15 @@ class EngineHandle(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
+    @property
+    def pulse(self) -> Pulse | None:
+        """The newest; `None` before the first, and of engines that give none."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, whatever it does, if that can be done: `is_alive` soon is false, and open calls fail."""
+        ...
+
     async def start(self) -> BaseModelCard:
         """Load the base model; may be called again once the engine has died, for one with empty hands.
 
@@ -55,3 +65,12 @@ class EngineHandle(Protocol):
     async def close(self) -> None:
         """Finish what is running, fail what waits, release the model. Idempotent."""
         ...
+
+
+class Pulseless:
+    """The part of an `EngineHandle` that cannot hang by itself, so that nobody need watch it."""
+
+    pulse: Pulse | None = None
+
+    def kill(self) -> None:
+        """There is nothing to kill."""

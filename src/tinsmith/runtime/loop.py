@@ -26,7 +26,7 @@ def run_engine(
     while True:
         try:
             while True:
-                message = inbox.get(block=not engine.has_work)
+                message = _next(engine, inbox)
                 if message is STOP:
                     return
                 for ticket, operation in message:
@@ -35,3 +35,11 @@ def run_engine(
             pass
         if finished := engine.work():
             send(finished)
+
+
+def _next(engine: Engine, inbox: queue.SimpleQueue[Message]) -> Message:
+    """Waits only if the engine has nothing to do. Raises `queue.Empty`."""
+    if engine.has_work:
+        return inbox.get(block=False)
+    with engine.figures.phase("idle"):
+        return inbox.get()

@@ -19,6 +19,7 @@ from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import ServerError, TinsmithError
 from tinsmith.types.operations import BaseModelCard
+from tinsmith.types.pulse import Pulse
 
 _CLOSE_S = 10.0
 """How long a closing engine may finish its slice of work before it is killed."""
@@ -30,6 +31,7 @@ class ProcessEngine(RemoteEngine):
     def __init__(self, source: ModelSource, options: EngineOptions) -> None:
         super().__init__(source, options)
         self._child: subprocess.Popen[bytes] | None = None
+        self._pulse: Pulse | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -39,10 +41,19 @@ class ProcessEngine(RemoteEngine):
     def pid(self) -> int | None:
         return None if self._child is None else self._child.pid
 
+    @property
+    def pulse(self) -> Pulse | None:
+        return self._pulse
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+
     async def start(self) -> BaseModelCard:
         loop = asyncio.get_running_loop()
         started: asyncio.Future[BaseModelCard] = loop.create_future()
         self._renew()
+        self._pulse = None
         channel, outbox, calls = self._spawn(), self._to_engine, self._calls
         threading.Thread(target=self._write, args=(channel, outbox), name="tinsmith-to-engine", daemon=True).start()
         threading.Thread(
@@ -100,7 +111,11 @@ class ProcessEngine(RemoteEngine):
         try:
             self._call(loop, _settle, started, channel.recv())
             while True:
-                self._call(loop, calls.deliver, channel.recv())
+                message = channel.recv()
+                if isinstance(message, Pulse):
+                    self._pulse = message
+                else:
+                    self._call(loop, calls.deliver, message)
         except (EOFError, OSError) as error:
             reason = f"{reason} ({error})" if str(error) else reason
         child = self._child

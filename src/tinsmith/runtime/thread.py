@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from tinsmith.runtime.bridge import RemoteEngine
@@ -11,6 +12,7 @@ from tinsmith.runtime.loop import STOP, run_engine
 from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.operations import BaseModelCard
+from tinsmith.types.pulse import Pulse
 
 
 class ThreadEngine(RemoteEngine):
@@ -19,10 +21,19 @@ class ThreadEngine(RemoteEngine):
     def __init__(self, source: ModelSource, options: EngineOptions) -> None:
         super().__init__(source, options)
         self._thread: threading.Thread | None = None
+        self._look: Callable[[], Pulse] | None = None
 
     @property
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive() and not self._is_closed
+
+    @property
+    def pulse(self) -> Pulse | None:
+        look = self._look
+        return None if look is None else look()
+
+    def kill(self) -> None:
+        """A thread cannot be killed."""
 
     async def start(self) -> BaseModelCard:
         loop = asyncio.get_running_loop()
@@ -39,6 +50,7 @@ class ThreadEngine(RemoteEngine):
         self._is_closed = True
         self._to_engine.put(STOP)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._look = None
         self._calls.fail_all("the engine was closed")
 
     def _run(self, loop: asyncio.AbstractEventLoop, started: asyncio.Future[BaseModelCard]) -> None:
@@ -50,6 +62,7 @@ class ThreadEngine(RemoteEngine):
         except BaseException as error:  # noqa: BLE001 - the thread's boundary: whatever it was, `start` must raise it
             loop.call_soon_threadsafe(started.set_exception, error)
             return
+        self._look = engine.pulse
         loop.call_soon_threadsafe(started.set_result, engine.card)
 
         inbox, calls = self._to_engine, self._calls

@@ -8,12 +8,15 @@ import queue
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from tinsmith.runtime.loop import STOP, Message, run_engine
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
+from tinsmith.types.pulse import PULSE_S, Pulse
 
 
 def main(arguments: list[str]) -> int:
@@ -34,8 +37,13 @@ def main(arguments: list[str]) -> int:
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
 
-    def send(finished: list[tuple[int, Any]]) -> None:
-        channel.send(finished)
+    one_at_a_time = threading.Lock()
+
+    def send(message: list[tuple[int, Any]] | Pulse) -> None:
+        with one_at_a_time:
+            channel.send(message)
+
+    threading.Thread(target=_beat, args=(engine.pulse, send), daemon=True).start()
 
     try:
         run_engine(engine, inbox, send)
@@ -48,6 +56,18 @@ def _log_to_stderr() -> None:
     """Warnings, and what our own engine says of itself; stdout belongs to the command that started us."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("tinsmith").setLevel(logging.INFO)
+
+
+def _beat(pulse: Callable[[], Pulse], send: Callable[[Pulse], None]) -> None:
+    """From a thread beside the engine's, so that a long pass is no silence."""
+    try:
+        while True:
+            send(pulse())
+            time.sleep(PULSE_S)
+    except OSError:
+        return  # the parent is gone
+    except Exception:
+        logging.getLogger(__name__).exception("the engine gives no pulse any more")
 
 
 def _receive(channel: Connection, inbox: queue.SimpleQueue[Message]) -> None:
