@@ -4,6 +4,8 @@ UserError
 ├── SessionEnded     the session was finished or stopped sending heartbeats
 ├── ModelEnded       the model was unloaded, failed to be created, or ended with its session
 ├── SamplerGone      the sampler's snapshot was dropped
+├── Unauthorized     no key, or one that is unknown, expired or revoked
+├── Forbidden        the key is good, and not for this
 └── FutureExpired    the request existed; its result is no longer kept
 
 StorageError
@@ -24,6 +26,14 @@ class ModelEnded(UserError):
 
 
 class SamplerGone(UserError):
+    pass
+
+
+class Unauthorized(UserError):
+    pass
+
+
+class Forbidden(UserError):
     pass
 
 

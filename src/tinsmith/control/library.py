@@ -78,6 +78,8 @@ class Library:
         if await self._registry.read(lambda c: records.session(c, session_id)) is None:
             raise NotFound(f"no session {session_id!r}")
         await self._registry.write(work)
+        if (session := self._sessions.find(session_id)) is not None:
+            session.project_id = project_id
 
     async def trace(self, session_id: str) -> dict[str, Any]:
         """What the session's requests did when, in Chrome's trace format. Raises `NotFound`, also for a session of an

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.registry import CHECKPOINTS, RUNS, SAMPLERS, SESSIONS
 from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint, ParsedCheckpointTinkerPath
 from tinsmith.types.errors import AlreadyExists
 
-LOCAL_OWNER = "local"
-"""The one owner while there are no accounts."""
+LOCAL_OWNER = LOCAL_USER_ID
 LOST = "lost"
 """How a session ended that its client did not finish."""
 

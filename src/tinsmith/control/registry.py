@@ -137,6 +137,58 @@ USAGE = sa.Table(
     sa.Column("tokens", BigInteger, nullable=False),
 )
 
+USERS = sa.Table(
+    "users",
+    METADATA,
+    sa.Column("user_id", sa.Text, primary_key=True),
+    sa.Column("role", sa.Text, nullable=False),
+    sa.Column("email", sa.Text),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("disabled_at", sa.Float),
+)
+
+PROJECTS = sa.Table(
+    "projects",
+    METADATA,
+    sa.Column("project_id", sa.Text, primary_key=True),
+    sa.Column("weight", sa.Float, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+MEMBERSHIPS = sa.Table(
+    "memberships",
+    METADATA,
+    sa.Column("project_id", sa.Text, sa.ForeignKey("projects.project_id"), primary_key=True),
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.user_id"), primary_key=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+KEYS = sa.Table(
+    "keys",
+    METADATA,
+    sa.Column("key_id", sa.Integer, primary_key=True),
+    sa.Column("user_id", sa.Text, sa.ForeignKey("users.user_id"), nullable=False, index=True),
+    sa.Column("prefix", sa.Text, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False, unique=True),
+    sa.Column("scopes", sa.JSON, nullable=False),
+    sa.Column("project_id", sa.Text, sa.ForeignKey("projects.project_id")),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("revoked_at", sa.Float),
+)
+
+QUOTAS = sa.Table(
+    "quotas",
+    METADATA,
+    sa.Column("subject", sa.Text, primary_key=True),
+    sa.Column("subject_id", sa.Text, primary_key=True),
+    sa.Column("tokens_per_minute", sa.Integer),
+    sa.Column("live_models", sa.Integer),
+    sa.Column("concurrent_samples", sa.Integer),
+    sa.Column("disk_bytes", sa.BigInteger),
+)
+
 
 class Registry:
     """Raises `StorageError` from every call if the disk refuses; `fault` then says why until a write succeeds."""

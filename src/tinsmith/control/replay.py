@@ -175,6 +175,8 @@ class Replay:
         self._sessions.add(
             entry.name,
             self._clock.monotonic(),
+            owner=request.owner,
+            project_id=request.project_id,
             timeout_s=request.timeout_s,
             orders_by_arrival=request.orders_by_arrival,
         )

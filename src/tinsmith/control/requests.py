@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.datum import Datum, ModelInput
 from tinsmith.types.errors import TinsmithError
@@ -20,6 +21,7 @@ class NewSession:
     sdk_version: str = ""
     project_id: str | None = None
     display_name: str | None = None
+    owner: str = LOCAL_USER_ID
     timeout_s: float | None = None
     """Silence after which the session ends; `None` takes the server's."""
     orders_by_arrival: bool = False

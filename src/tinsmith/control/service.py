@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from tinsmith.control import records
+from tinsmith.control.accounts import Accounts
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.completions import Completion, Completions
@@ -88,6 +89,7 @@ class Control:
         self.on_fatal: Callable[[], None] = lambda: None
         """Told when nothing more can be written for good: the process should end, and be started again."""
         self._sessions = SessionBook()
+        self.accounts = Accounts(self._registry, self._clock)
         self._state = "not started"
 
     # ---- life ----
@@ -101,6 +103,7 @@ class Control:
         try:
             secret = await asyncio.to_thread(self._registry.open)
             await self._open_ledger()
+            await self.accounts.start()
             await self._engines.start()
         except BaseException:
             await self._close_stores()
@@ -128,6 +131,7 @@ class Control:
         self._ledger.start(asyncio.get_running_loop())
 
     async def _close_stores(self) -> None:
+        await self.accounts.close()
         if self._ledger is not None:
             await asyncio.to_thread(self._ledger.close)
         await asyncio.to_thread(self._registry.close)
@@ -386,6 +390,7 @@ class Control:
         """Durable when it returns."""
         row = SessionRow(
             session_id=self._ids.session_id(),
+            owner=request.owner,
             created_at=self._clock.time(),
             tags=list(request.tags),
             user_metadata=dict(request.user_metadata),
@@ -401,6 +406,8 @@ class Control:
         self._sessions.add(
             row.session_id,
             self._clock.monotonic(),
+            owner=request.owner,
+            project_id=request.project_id,
             timeout_s=request.timeout_s,
             orders_by_arrival=request.orders_by_arrival,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from tinsmith.control.errors import SessionEnded
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.errors import NotFound
 
@@ -23,6 +24,9 @@ MAX_ENDED = 1000
 @dataclass(slots=True, eq=False, kw_only=True)
 class Session:
     session_id: str
+    owner: str = LOCAL_USER_ID
+    """Of everything in it."""
+    project_id: str | None = None
     last_seen: float
     """Monotonic seconds."""
     timeout_s: float | None = None
@@ -46,10 +50,22 @@ class SessionBook:
         return list(self._live.values())
 
     def add(
-        self, session_id: str, now: float, *, timeout_s: float | None = None, orders_by_arrival: bool = False
+        self,
+        session_id: str,
+        now: float,
+        *,
+        owner: str = LOCAL_USER_ID,
+        project_id: str | None = None,
+        timeout_s: float | None = None,
+        orders_by_arrival: bool = False,
     ) -> Session:
         session = Session(
-            session_id=session_id, last_seen=now, timeout_s=timeout_s, orders_by_arrival=orders_by_arrival
+            session_id=session_id,
+            owner=owner,
+            project_id=project_id,
+            last_seen=now,
+            timeout_s=timeout_s,
+            orders_by_arrival=orders_by_arrival,
         )
         self._live[session_id] = session
         return session
