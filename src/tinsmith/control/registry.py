@@ -183,10 +183,10 @@ QUOTAS = sa.Table(
     METADATA,
     sa.Column("subject", sa.Text, primary_key=True),
     sa.Column("subject_id", sa.Text, primary_key=True),
-    sa.Column("tokens_per_minute", sa.Integer),
+    sa.Column("tokens_per_minute", BigInteger),
     sa.Column("live_models", sa.Integer),
     sa.Column("concurrent_samples", sa.Integer),
-    sa.Column("disk_bytes", sa.BigInteger),
+    sa.Column("disk_bytes", BigInteger),
 )
 
 

@@ -156,9 +156,9 @@ async def test_a_new_server_opens_the_data_of_an_older_one(name: str, tmp_path: 
     restore(name, tmp_path / "data")
     expected = expected_of(name)
     async with running(Server(tmp_path / "data")) as h:
-        run = await h.control.get_training_run(expected["model_id"])
+        run = await h.control.library.get_training_run(expected["model_id"])
         assert run.base_model == "tinsmith/fake"
-        (checkpoint,) = await h.control.list_checkpoints(expected["model_id"])
+        (checkpoint,) = await h.control.library.list_checkpoints(expected["model_id"])
         assert checkpoint.tinker_path == expected["path"]
         session_id = await h.session()
         order = CreateModelFromCheckpoint(session_id=session_id, model_seq_id=0, path=expected["path"], optimizer=True)
