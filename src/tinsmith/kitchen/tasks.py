@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from tinsmith.data import Message
-from tinsmith.kitchen.ports import Environment, EnvironmentSource, Outcome
+from tinsmith.data import Message, ParsedAnswer
+from tinsmith.kitchen.ports import (
+    Environment,
+    EnvironmentGroup,
+    EnvironmentSource,
+    Observation,
+    SameTask,
+    StepResult,
+)
 
 LARGEST_TERM: Final = 20
 
@@ -23,17 +30,17 @@ class Sum(Environment):
     penalty: float = 0.0
     used: int = field(default=0, init=False)
 
-    def start(self) -> Sequence[Message]:
-        return [Message(role="user", content=f"What is {self.a} + {self.b}?")]
+    async def start(self) -> Observation:
+        return Observation(messages=(Message(role="user", content=f"What is {self.a} + {self.b}?"),))
 
-    def step(self, answer: str) -> Outcome:
+    async def step(self, answer: ParsedAnswer) -> StepResult:
         self.used += 1
-        if answer.strip() == str(self.a + self.b):
-            return Outcome(reward=1.0 - self.penalty * (self.used - 1), done=True)
+        if answer.message.content.strip() == str(self.a + self.b):
+            return StepResult(reward=1.0 - self.penalty * (self.used - 1))
         if self.used == self.tries:
-            return Outcome(reward=0.0, done=True)
+            return StepResult()
         again = Message(role="user", content=f"No. What is {self.a} + {self.b}?")
-        return Outcome(reward=0.0, done=False, messages=(again,))
+        return StepResult(done=False, messages=(again,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +51,22 @@ class Sums(EnvironmentSource):
     tries: int = 1
     penalty: float = 0.0
 
-    def episode(self, index: int) -> Environment:
+    def group(self, index: int, size: int) -> EnvironmentGroup:
         index = index % self.num_tasks if index >= 0 else index
         rng = Random(f"tinsmith/sums/{self.seed}/{index}")
-        return Sum(rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM), self.tries, self.penalty)
+        a, b = rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
+        return SameTask(make_one=lambda: Sum(a, b, self.tries, self.penalty), size=size, tags={"task": f"sums/{index}"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompt(Environment):
     messages: tuple[Message, ...]
 
-    def start(self) -> Sequence[Message]:
-        return self.messages
+    async def start(self) -> Observation:
+        return Observation(messages=self.messages)
 
-    def step(self, answer: str) -> Outcome:
-        return Outcome(reward=0.0, done=True)
+    async def step(self, answer: ParsedAnswer) -> StepResult:
+        return StepResult()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +75,9 @@ class Prompts(EnvironmentSource):
 
     prompts: tuple[tuple[Message, ...], ...]
 
-    def episode(self, index: int) -> Environment:
-        return _Prompt(self.prompts[index % len(self.prompts)])
+    def group(self, index: int, size: int) -> EnvironmentGroup:
+        prompt = self.prompts[index % len(self.prompts)]
+        return SameTask(make_one=lambda: _Prompt(prompt), size=size, tags={"task": f"prompts/{index}"})
 
 
 ENVIRONMENTS: Final[dict[str, Callable[[int], EnvironmentSource]]] = {

@@ -28,7 +28,6 @@ from tinsmith.kitchen import (
 )
 from tinsmith.kitchen.adapters.noop_services import EvenDigits
 from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopFailure
-from tinsmith.kitchen.adapters.task_sets import TaskSetSource
 from tinsmith.kitchen.environments import QuestionTasks
 from tinsmith.kitchen.ports import SessionSpec
 from tinsmith.kitchen.telemetry import Event
@@ -263,7 +262,7 @@ def test_a_task_set_is_an_environment_of_the_reinforcement_workflow(
         RECIPES["math_rl"],
         config,
         lambda _config, _folder: NoopBackend(chat_tokenizer=tiny_tokenizer),
-        adapters={"environment": TaskSetSource(tasks)},
+        adapters={"environment": tasks},
     )
     rows = RunFolder(result.output).rollouts()
     assert {row["prompt"] for row in rows} == {"user: A digit?", "user: Another?"}

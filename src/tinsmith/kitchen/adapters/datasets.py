@@ -23,30 +23,10 @@ class FileDatasets(DatasetStore):
         path = Path(name)
         if path.is_dir():
             return self._folder(path)
-        return self._parquet(path) if path.suffix == ".parquet" else self._lines(path)
-
-    def _lines(self, path: Path) -> Dataset:
         records, sha256 = read_records(path)
         return Dataset(
             name=str(path), records=tuple(Record(values=row, source=source) for row, source in records), sha256=sha256
         )
-
-    def _parquet(self, path: Path) -> Dataset:
-        try:
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise DataError(
-                f"reading {str(path)!r} needs the package pyarrow; install it, or convert to JSONL"
-            ) from error
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read the data file {str(path)!r}: {error.strerror}") from error
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: no Parquet file: {error}") from error
-        return dataset_of(str(path), rows, sha256=hashlib.sha256(content).hexdigest())
 
     def _folder(self, path: Path) -> Dataset:
         texts = sorted(path.glob("*.txt"))

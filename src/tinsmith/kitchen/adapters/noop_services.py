@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinsmith.data import DEMO_CONVERSATIONS, ChatTokenizer, Message, load_tokenizer
+from tinsmith.data import DEMO_CONVERSATIONS, ChatTokenizer, Message, ParsedAnswer, load_tokenizer
 from tinsmith.kitchen.adapters.datasets import FileDatasets, MemoryDatasets
 from tinsmith.kitchen.adapters.evaluators import ExactMatch
 from tinsmith.kitchen.adapters.noop_training import NoopBackend
@@ -19,6 +19,7 @@ from tinsmith.kitchen.ports import (
     Dataset,
     EmbeddingClient,
     Environment,
+    EnvironmentGroup,
     EnvironmentSource,
     Feedback,
     FeedbackClient,
@@ -27,8 +28,10 @@ from tinsmith.kitchen.ports import (
     MetricRow,
     MetricsStore,
     ModelRegistry,
-    Outcome,
+    Observation,
     RegisteredModel,
+    SameTask,
+    StepResult,
     TokenizerClient,
     VectorStore,
 )
@@ -65,21 +68,21 @@ class EvenDigit(Environment):
     index: int
     turns: int = 0
 
-    def start(self) -> Sequence[Message]:
-        return [Message(role="user", content=f"An even digit, please, for task {self.index}.")]
+    async def start(self) -> Observation:
+        return Observation(messages=(Message(role="user", content=f"An even digit, please, for task {self.index}."),))
 
-    def step(self, answer: str) -> Outcome:
+    async def step(self, answer: ParsedAnswer) -> StepResult:
         self.turns += 1
-        reward = 0.5 if answer.strip()[-1:] in tuple("02468") else 0.0
+        reward = 0.5 if answer.message.content.strip()[-1:] in tuple("02468") else 0.0
         said = () if self.turns == 2 else (Message(role="user", content="Another one."),)
-        return Outcome(reward=reward, done=self.turns == 2, messages=said)
+        return StepResult(reward=reward, done=self.turns == 2, messages=said)
 
 
 class EvenDigits(EnvironmentSource):
     """What the noop backend's samples, digits that the seed draws, are sometimes right about."""
 
-    def episode(self, index: int) -> Environment:
-        return EvenDigit(index)
+    def group(self, index: int, size: int) -> EnvironmentGroup:
+        return SameTask(make_one=lambda: EvenDigit(index), size=size, tags={"task": f"even digits/{index}"})
 
 
 @dataclass(slots=True)

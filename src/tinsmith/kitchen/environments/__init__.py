@@ -1,14 +1,6 @@
 """Where answers earn rewards: one small protocol, ready-made environments, and rollouts with any policy."""
 
-from tinsmith.kitchen.environments.bridge import TaskSource, TextEpisode, sampler_policy
-from tinsmith.kitchen.environments.environment import (
-    Environment,
-    EnvironmentGroup,
-    Observation,
-    SameTask,
-    StepResult,
-    TaskSet,
-)
+from tinsmith.kitchen.environments.bridge import TaskSource, sampler_policy
 from tinsmith.kitchen.environments.gymnasium_env import GymnasiumEnvironment, GymnasiumTasks, action_names
 from tinsmith.kitchen.environments.questions import QuestionEnvironment, QuestionTasks
 from tinsmith.kitchen.environments.reasoning import ReasoningGymTasks
@@ -22,13 +14,25 @@ from tinsmith.kitchen.environments.rollouts import (
     roll_out,
     roll_out_group,
 )
+from tinsmith.kitchen.environments.sequences import DrawnSequence, join_turns
 from tinsmith.kitchen.environments.tools import PythonTool, ToolEnvironment
 from tinsmith.kitchen.environments.verifiers_tasks import VerifiersTasks
+from tinsmith.kitchen.ports.environment import (
+    Environment,
+    EnvironmentGroup,
+    EnvironmentSource,
+    Observation,
+    SameTask,
+    StepResult,
+    TaskSet,
+)
 
 __all__ = [
     "Draw",
+    "DrawnSequence",
     "Environment",
     "EnvironmentGroup",
+    "EnvironmentSource",
     "GymnasiumEnvironment",
     "GymnasiumTasks",
     "Observation",
@@ -44,11 +48,11 @@ __all__ = [
     "StepResult",
     "TaskSet",
     "TaskSource",
-    "TextEpisode",
     "ToolEnvironment",
     "Turn",
     "VerifiersTasks",
     "action_names",
+    "join_turns",
     "roll_out",
     "roll_out_group",
     "sampler_policy",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from tinsmith.data import DataError, Message, ParsedAnswer
-from tinsmith.kitchen.environments.environment import EnvironmentGroup, Observation, SameTask, StepResult
+from tinsmith.kitchen.ports.environment import EnvironmentGroup, Observation, SameTask, StepResult
 
 Describe: TypeAlias = Callable[[Any], str]
 ReadAction: TypeAlias = Callable[[str], Any]

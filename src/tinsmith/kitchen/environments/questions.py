@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from tinsmith.data import Message, ParsedAnswer
-from tinsmith.kitchen.environments.environment import EnvironmentGroup, Observation, SameTask, StepResult
+from tinsmith.kitchen.ports.environment import EnvironmentGroup, Observation, SameTask, StepResult
 
 Score: TypeAlias = Callable[[str, str], float]
 """`score(answer, target)`; the `score` method of every evaluator is one. It may block: it runs in a thread."""

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any, Final
 
 from tinsmith.data import DataError
-from tinsmith.kitchen.environments.environment import EnvironmentGroup, SameTask
 from tinsmith.kitchen.environments.questions import QuestionEnvironment
+from tinsmith.kitchen.ports.environment import EnvironmentGroup, SameTask
 
 _ANSWER: Final = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 ANSWER_INSTRUCTIONS: Final = "Give the final answer alone between <answer> and </answer>."

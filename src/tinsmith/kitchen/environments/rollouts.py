@@ -19,8 +19,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from tinsmith.data import Message, ParsedAnswer, Renderer, Tool
-from tinsmith.kitchen.environments.environment import Environment, EnvironmentGroup
-from tinsmith.types import Datum, ModelInput, TensorData
+from tinsmith.kitchen.environments.sequences import DrawnSequence, join_turns
+from tinsmith.kitchen.ports.environment import Environment, EnvironmentGroup
+from tinsmith.types import Datum, StopReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class Draw:
     """Of `tokens`, under the policy that drew them."""
     weights: str | None = None
     """Which weights drew it: a digest, a path, a step."""
+    stop_reason: StopReason = "stop"
+    """`length` where it was cut off."""
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.logprobs):
@@ -72,6 +75,14 @@ class Turn:
     answer: ParsedAnswer
     reward: float
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.draw.tokens
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        return self.draw.logprobs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
@@ -98,7 +109,16 @@ class Rollout:
     @property
     def num_splits(self) -> int:
         """How often a prompt does not go on with what was drawn before."""
-        return max(len(_merged(self.turns)) - 1, 0)
+        return max(len(self.sequences()) - 1, 0)
+
+    @property
+    def is_overlong(self) -> bool:
+        """Whether an answer was cut off, or there was no room for another."""
+        return self.ending == "overlong" or any(turn.draw.stop_reason == "length" for turn in self.turns)
+
+    def sequences(self) -> list[DrawnSequence]:
+        """What was drawn, joined as far as prompts go on from what came before."""
+        return join_turns(self.turns)
 
     def data(self, advantage: float | Sequence[float]) -> list[Datum]:
         """For `importance_sampling`, `ppo` or `cispo`: drawn tokens have the advantage, the rest has none.
@@ -108,8 +128,8 @@ class Rollout:
         per_turn = [advantage] * len(self.turns) if isinstance(advantage, (int, float)) else list(advantage)
         if len(per_turn) != len(self.turns):
             raise ValueError(f"{len(per_turn)} advantages for {len(self.turns)} turns")
-        of_turn = {id(turn): value for turn, value in zip(self.turns, per_turn, strict=True)}
-        return [_datum(turns, [of_turn[id(turn)] for turn in turns]) for turns in _merged(self.turns)]
+        of_turn = np.asarray([*per_turn, 0.0])  # the last is of tokens that were given, whose turn is -1
+        return [sequence.datum(of_turn[sequence.turns_N]) for sequence in self.sequences()]
 
     def record(self) -> dict[str, object]:
         """What a person wants to read of it, ready for JSON."""
@@ -163,14 +183,20 @@ async def roll_out(
 
 
 async def roll_out_group(
-    group: EnvironmentGroup, policy: Policy, renderer: Renderer, limits: RolloutLimits | None = None
+    group: EnvironmentGroup,
+    policy: Policy | Sequence[Policy],
+    renderer: Renderer,
+    limits: RolloutLimits | None = None,
 ) -> RolloutGroup:
     """All episodes of a group at the same time, in the order of `make`; then the group's own rewards.
 
-    Raises what `make` and `rewards` raise, and `ValueError` for another count of rewards than of episodes.
+    One policy plays them all, or one each. Raises what `make` and `rewards` raise, and `ValueError` for another count
+    of policies or rewards than of episodes.
     """
     environments = group.make()
-    rollouts = await asyncio.gather(*(roll_out(one, policy, renderer, limits) for one in environments))
+    policies = list(policy) if isinstance(policy, Sequence) else [policy] * len(environments)
+    playing = zip(environments, policies, strict=True)
+    rollouts = await asyncio.gather(*(roll_out(one, own, renderer, limits) for one, own in playing))
     extra = await group.rewards(rollouts)
     if len(extra) != len(rollouts):
         raise ValueError(f"the group gave {len(extra)} rewards to {len(rollouts)} rollouts")
@@ -262,38 +288,6 @@ def _continued(
     end = rendered.index(stop, start) + 1
     is_same = renderer.parse_answer(rendered[start:end]) == last.answer
     return [*drawn, *rendered[end:]] if is_same else rendered
-
-
-def _merged(turns: Sequence[Turn]) -> list[list[Turn]]:
-    """Runs of turns, each of whose prompts goes on with all that came before it."""
-    runs: list[list[Turn]] = []
-    for turn in turns:
-        last = runs[-1][-1] if runs else None
-        so_far = (*last.prompt, *last.draw.tokens) if last else ()
-        if last and turn.prompt[: len(so_far)] == so_far:
-            runs[-1].append(turn)
-        else:
-            runs.append([turn])
-    return runs
-
-
-def _datum(turns: Sequence[Turn], advantages: Sequence[float]) -> Datum:
-    tokens_N: list[int] = []
-    logprobs_N: list[float] = []
-    advantages_N: list[float] = []
-    for turn, advantage in zip(turns, advantages, strict=True):
-        num_new = len(turn.prompt) - len(tokens_N)
-        tokens_N += [*turn.prompt[len(tokens_N) :], *turn.draw.tokens]
-        logprobs_N += [0.0] * num_new + list(turn.draw.logprobs)
-        advantages_N += [0.0] * num_new + [advantage] * len(turn.draw.tokens)
-    return Datum(
-        model_input=ModelInput.from_ints(tokens_N[:-1]),
-        loss_fn_inputs={
-            "target_tokens": TensorData.from_numpy(np.asarray(tokens_N[1:], dtype=np.int64)),
-            "logprobs": TensorData.from_numpy(np.asarray(logprobs_N[1:], dtype=np.float32)),
-            "advantages": TensorData.from_numpy(np.asarray(advantages_N[1:], dtype=np.float32)),
-        },
-    )
 
 
 def _rewarded(rollout: Rollout, extra: float) -> Rollout:

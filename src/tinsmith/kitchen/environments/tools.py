@@ -11,8 +11,8 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from tinsmith.data import Message, ParsedAnswer, Tool, ToolCall
-from tinsmith.kitchen.environments.environment import Observation, StepResult
 from tinsmith.kitchen.environments.questions import Score
+from tinsmith.kitchen.ports.environment import Observation, StepResult
 
 _JSON_TYPES: Final[Mapping[str, str]] = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 

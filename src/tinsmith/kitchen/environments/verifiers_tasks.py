@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from tinsmith.data import DataError, Message, ParsedAnswer
 from tinsmith.data.conversations import Role
-from tinsmith.kitchen.environments.environment import EnvironmentGroup, Observation, SameTask, StepResult
+from tinsmith.kitchen.ports.environment import EnvironmentGroup, Observation, SameTask, StepResult
 
 
 class VerifiersTasks:

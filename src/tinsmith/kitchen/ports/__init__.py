@@ -3,7 +3,15 @@
 from typing import Any, Final
 
 from tinsmith.kitchen.ports.data import BlobStore, Dataset, DatasetStore, Record, dataset_of
-from tinsmith.kitchen.ports.environment import Environment, EnvironmentSource, Outcome
+from tinsmith.kitchen.ports.environment import (
+    Environment,
+    EnvironmentGroup,
+    EnvironmentSource,
+    Observation,
+    SameTask,
+    StepResult,
+    TaskSet,
+)
 from tinsmith.kitchen.ports.services import (
     Completer,
     EmbeddingClient,
@@ -35,6 +43,9 @@ from tinsmith.kitchen.ports.training import (
     adam_params,
 )
 
+Outcome = StepResult
+"""The name that `StepResult` has in older code."""
+
 PORTS: Final[dict[str, Any]] = {
     "training_client": TrainingClient,
     "sampling_client": SamplingClient,
@@ -64,6 +75,7 @@ __all__ = [
     "DatasetStore",
     "EmbeddingClient",
     "Environment",
+    "EnvironmentGroup",
     "EnvironmentSource",
     "EvalExample",
     "EvalResult",
@@ -76,13 +88,17 @@ __all__ = [
     "MetricRow",
     "MetricsStore",
     "ModelRegistry",
+    "Observation",
     "Outcome",
     "Pending",
     "Record",
     "RegisteredModel",
+    "SameTask",
     "Sampler",
     "SamplingClient",
     "SessionSpec",
+    "StepResult",
+    "TaskSet",
     "TokenizerClient",
     "TrainingBackend",
     "TrainingClient",

@@ -6,6 +6,7 @@ from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from tinsmith.kitchen.advantages import AdvantageRule
 from tinsmith.kitchen.recipe import Recipe
 from tinsmith.kitchen.rollouts import Overlong
 from tinsmith.kitchen.training_config import TrainingConfig
@@ -40,9 +41,9 @@ class RolloutConfig(TrainingConfig):
     overlong: Overlong = "keep"
     """What becomes of episodes with an answer cut off at max_tokens: kept, their reward set to 0, or dropped."""
     rollout_timeout_s: float | None = Field(default=None, gt=0)
-    """Seconds that a group may take; one that takes longer is left out and counted."""
-    normalize_advantages: bool = False
-    """Divide advantages by the standard deviation of their group's rewards."""
+    """Seconds that an episode may take; one that takes longer is left out and counted."""
+    max_context: int = Field(default=32_768, ge=2)
+    """Tokens of a prompt and its answer together; an episode without room for another answer ends as overlong."""
 
     def bound_keys(self) -> frozenset[str]:
         return frozenset({"save_every"}) if self.max_staleness else frozenset()
@@ -51,6 +52,14 @@ class RolloutConfig(TrainingConfig):
 class ReinforcementConfig(RolloutConfig):
     environment: str = "addition"
     """Where tasks and rewards come from."""
+    advantages: AdvantageRule = "group"
+    """From rewards: less the group's mean, less the mean of the others, or gae, per token and without a critic."""
+    normalize_advantages: bool = False
+    """Divide advantages by the standard deviation of their group's rewards."""
+    gae_gamma: float = Field(default=0.99, gt=0, le=1)
+    """gae: discount per token."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """gae: decay per token; with few tokens between an answer's beginning and its reward, nearer to 1."""
     kl_penalty_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Taken off each token's advantage per nat by which the policy has left the base model."""
     eval_size: int = Field(default=0, ge=0)
@@ -64,6 +73,9 @@ class ReinforcementConfig(RolloutConfig):
             raise ValueError(f"eval_every={self.eval_every} needs eval_size: there are no tasks to evaluate on")
         if self.group_size == 1 and not self.kl_penalty_coef:
             raise ValueError("group_size=1 leaves nothing to compare: every advantage would be 0")
+        for key in ("gae_gamma", "gae_lambda"):
+            if key in self.model_fields_set and self.advantages != "gae":
+                raise ValueError(f"{key}={getattr(self, key)!r} needs advantages=gae, not {self.advantages}")
         return self
 
 

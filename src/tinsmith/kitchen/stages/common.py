@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tinsmith.data import ChatTemplateRenderer, Message
+from tinsmith.data import Message, choose_renderer
 from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.errors import GateFailed
 from tinsmith.kitchen.manifest import make_manifest
@@ -57,7 +57,7 @@ class StartSession(Stage):
         )
         session = await asyncio.to_thread(client.start_session, spec)
         tokenizer = client.get_tokenizer(session)
-        return ctx.put(session=session, tokenizer=tokenizer, renderer=ChatTemplateRenderer(tokenizer))
+        return ctx.put(session=session, tokenizer=tokenizer, renderer=choose_renderer(tokenizer))
 
 
 class OpenRun(Stage):

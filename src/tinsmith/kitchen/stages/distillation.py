@@ -13,10 +13,11 @@ from typing import Any
 
 from tinsmith.data import BatchPlan, ConversationDataset, ConversationFile, Message, RenderedConversation, build_dataset
 from tinsmith.data.jsonl import conversations_of
+from tinsmith.kitchen.advantages import Advantages
 from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.errors import ConfigError
 from tinsmith.kitchen.ports import Sampler, SessionSpec
-from tinsmith.kitchen.rollouts import draw_batch, join_turns
+from tinsmith.kitchen.rollouts import draw_batch
 from tinsmith.kitchen.stage import Stage
 from tinsmith.kitchen.stages.common import begin_of, count, data_path
 from tinsmith.kitchen.stages.reinforcement import RolloutCourse, log_ratios, rollout_spec
@@ -133,7 +134,7 @@ class PlanOnPolicy(Stage):
             facts={"prompts": len(ctx.state.prompts), "teacher": config.teacher or "taught on the data"},
         )
         spec = rollout_spec(ctx, Prompts(prompts=ctx.state.prompts))
-        return ctx.put(course=course, spec=spec, step_event="distillation.step")
+        return ctx.put(course=course, spec=spec, advantages=Advantages(), step_event="distillation.step")
 
 
 class MeasureTeacherKl(Stage):
@@ -149,9 +150,9 @@ class MeasureTeacherKl(Stage):
         batch = await draw_batch(
             spec, sampler, first_task=0, version=0, seed_of=lambda group, turn, episode: config.seed + group
         )
-        sequences = [trained for episode in batch.episodes for trained in join_turns(episode)]
+        sequences = [sequence for episode in batch.whole for sequence in episode.rollout.sequences()]
         gaps = await log_ratios(ctx.state.reference_sampler, sequences)
-        drawn = sum(float(sequence.drawn_N.sum()) for sequence in sequences)
+        drawn = float(sum(sequence.num_drawn for sequence in sequences))
         divergence = float(sum(gap_N.sum() for gap_N in gaps)) / max(drawn, 1.0)
         step = 0 if "row" not in ctx.state else ctx.state.row.step
         begin = begin_of(ctx)

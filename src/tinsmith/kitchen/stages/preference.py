@@ -16,10 +16,10 @@ import numpy as np
 
 from tinsmith.data import (
     BatchPlan,
-    ChatTemplateRenderer,
     Conversation,
     DataError,
     Message,
+    Renderer,
     conversation_from_record,
     hold_out,
     to_datum,
@@ -92,7 +92,7 @@ def reference_name(config: Any) -> str:
     return str(config.reference or config.model)
 
 
-def _pair(record: Record, renderer: ChatTemplateRenderer, max_length: int) -> Pair:
+def _pair(record: Record, renderer: Renderer, max_length: int) -> Pair:
     values = record.values
     for key in ("chosen", "rejected"):
         if not isinstance(values.get(key), str) or not values[key]:

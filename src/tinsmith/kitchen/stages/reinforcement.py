@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from tinsmith.data import DataError
+from tinsmith.kitchen.advantages import Advantages
 from tinsmith.kitchen.context import Context
-from tinsmith.kitchen.errors import ConfigError, nearest
+from tinsmith.kitchen.environments import DrawnSequence, RolloutLimits, TaskSource
+from tinsmith.kitchen.errors import ConfigError, WorkflowError, nearest
 from tinsmith.kitchen.ports import EnvironmentSource, Pending, Sampler
-from tinsmith.kitchen.rollouts import Batch, RolloutSpec, Trained, draw_batch, group_advantages, join_turns
+from tinsmith.kitchen.rollouts import Batch, Episode, RolloutSpec, draw_batch
 from tinsmith.kitchen.run_log import RunLog, checkpoint_name
 from tinsmith.kitchen.stage import Stage
 from tinsmith.kitchen.stages.common import count, is_due
@@ -40,7 +43,7 @@ class RolloutCourse:
 class Weighted:
     """A sequence and the advantage of each of its positions, float32 `[N]`."""
 
-    trained: Trained
+    sequence: DrawnSequence
     advantages_N: np.ndarray
 
 
@@ -55,10 +58,13 @@ class PlanRollouts(Stage):
             known = ", ".join(ENVIRONMENTS)
             raise ConfigError(f"environment={name!r} is none of {known}{nearest(name, ENVIRONMENTS)}")
         check_warmup(ctx.config.warmup_steps, ctx.config.num_rollouts)
+        _source(ctx)
 
     def execute(self, ctx: Context) -> Context:
         config = ctx.config
-        source: EnvironmentSource = ctx.adapters.get("environment") or ENVIRONMENTS[config.environment](config.seed)
+        advantages = Advantages(
+            rule=config.advantages, normalize=config.normalize_advantages, gamma=config.gae_gamma, lam=config.gae_lambda
+        )
         course = RolloutCourse(
             num_steps=config.num_rollouts,
             remarks=(
@@ -67,7 +73,21 @@ class PlanRollouts(Stage):
             ),
             facts={"environment": config.environment},
         )
-        return ctx.put(course=course, spec=rollout_spec(ctx, source))
+        return ctx.put(course=course, spec=rollout_spec(ctx, _source(ctx)), advantages=advantages)
+
+
+def _source(ctx: Context) -> EnvironmentSource:
+    """A task set, which ends, is gone round; its last `eval_size` tasks are held out. Raises `ConfigError`."""
+    config, found = ctx.config, ctx.adapters.get("environment")
+    if found is None:
+        return ENVIRONMENTS[config.environment](config.seed)
+    if not hasattr(found, "__len__"):
+        source: EnvironmentSource = found
+        return source
+    try:
+        return TaskSource(tasks=found, num_held_out=config.eval_size)
+    except DataError as error:
+        raise ConfigError(f"eval_size={config.eval_size}: {error}") from error
 
 
 def rollout_spec(ctx: Context, source: EnvironmentSource) -> RolloutSpec:
@@ -77,10 +97,13 @@ def rollout_spec(ctx: Context, source: EnvironmentSource) -> RolloutSpec:
         renderer=ctx.state.renderer,
         group_size=config.group_size,
         groups=config.groups_per_batch,
-        max_tokens=config.max_tokens,
         temperature=config.temperature,
-        max_turns=config.max_turns,
-        timeout_s=config.rollout_timeout_s,
+        limits=RolloutLimits(
+            max_turns=config.max_turns,
+            max_tokens=config.max_tokens,
+            max_context=config.max_context,
+            timeout_s=config.rollout_timeout_s,
+        ),
     )
 
 
@@ -135,37 +158,67 @@ class AwaitRollouts(Stage):
 
 
 class Assemble(Stage):
-    """Advantages of every drawn token, and a readable row of every episode."""
+    """Advantages of every drawn token, and a readable row of every episode.
+
+    Stuck and failed episodes are left out and counted; the others of their group are compared without them. Raises
+    `WorkflowError` if every episode failed: that is no bad luck.
+    """
 
     name = "assemble"
 
     async def execute(self, ctx: Context) -> Context:
-        config, batch, log = ctx.config, ctx.state.batch, ctx.state.log
-        weighted: list[Weighted] = []
-        for group in batch.groups:
-            rewards = [_reward(episode.reward, episode.is_overlong, config.overlong) for episode in group]
-            advantages = group_advantages(rewards, normalize=config.normalize_advantages)
-            for episode, advantage in zip(group, advantages, strict=True):
-                dropped = config.overlong == "drop" and episode.is_overlong
-                log.rollout(episode.row(step=ctx.state.rounds_current + 1, advantage=0.0 if dropped else advantage))
-                if not dropped:
-                    weighted += [
-                        Weighted(trained=trained, advantages_N=np.full(len(trained.drawn_N), advantage))
-                        for trained in join_turns(episode)
-                    ]
-        episodes = batch.episodes
+        batch: Batch = ctx.state.batch
+        _tell_failures(ctx, batch)
+        weighted = [item for group in batch.groups for item in _weigh_group(ctx, group)]
+        whole = batch.whole
         figures = {
-            "reward": float(np.mean([episode.reward for episode in episodes])) if episodes else 0.0,
+            "reward": float(np.mean([episode.reward for episode in whole])) if whole else 0.0,
             "staleness": float(ctx.state.rounds_current - batch.version),
-            "overlong": float(np.mean([episode.is_overlong for episode in episodes])) if episodes else 0.0,
-            "stuck": float(batch.num_stuck),
-            "split_episodes": float(len(weighted) - len({id(item.trained.episode) for item in weighted})),
+            "overlong": float(np.mean([episode.rollout.is_overlong for episode in whole])) if whole else 0.0,
+            "stuck": float(sum(episode.rollout.ending == "timeout" for episode in batch.episodes)),
+            "failed": float(sum(episode.rollout.ending == "failed" for episode in batch.episodes)),
+            "splits": float(sum(episode.rollout.num_splits for episode in whole)),
         }
         return ctx.put(weighted=weighted, figures=figures)
 
 
-def _reward(reward: float, overlong: bool, policy: str) -> float:
-    return 0.0 if overlong and policy == "zero" else reward
+def _tell_failures(ctx: Context, batch: Batch) -> None:
+    if all(episode.rollout.ending == "overlong" and not episode.rollout.turns for episode in batch.episodes):
+        room = f"max_context={ctx.config.max_context} leaves no room after the prompts"
+        raise WorkflowError(f"no episode of the round was answered: {room}")
+    failed = [episode for episode in batch.episodes if episode.rollout.ending == "failed"]
+    if not failed:
+        return
+    first = f"task {failed[0].task}: {failed[0].rollout.error}"
+    if len(failed) == len(batch.episodes):
+        raise WorkflowError(f"every episode of the round failed; the first, {first}")
+    ctx.state.log.note(f"round {ctx.state.rounds_current + 1}: {count(len(failed), 'episode')} failed; {first}")
+
+
+def _weigh_group(ctx: Context, group: Sequence[Episode]) -> list[Weighted]:
+    """The sequences to train on of one group; writes down all of its episodes."""
+    config, step = ctx.config, ctx.state.rounds_current + 1
+    rule: Advantages = ctx.state.advantages
+    whole = [episode for episode in group if episode.is_whole]
+    earned = [episode.earned(forfeit=config.overlong == "zero" and episode.rollout.is_overlong) for episode in whole]
+    of_episode = {
+        episode.index: advantages_T for episode, advantages_T in zip(whole, rule.of_group(earned), strict=True)
+    }
+    weighted: list[Weighted] = []
+    for episode in group:
+        advantages_T = of_episode.get(episode.index, np.zeros(0))
+        if config.overlong == "drop" and episode.rollout.is_overlong:
+            advantages_T = np.zeros(0)
+        ctx.state.log.rollout(
+            episode.row(step=step, advantage=float(advantages_T.mean()) if len(advantages_T) else 0.0)
+        )
+        start = 0
+        for sequence in episode.rollout.sequences() if len(advantages_T) else []:
+            advantages_N = np.zeros(len(sequence.turns_N))
+            advantages_N[sequence.turns_N >= 0] = advantages_T[start : start + sequence.num_drawn]
+            start += sequence.num_drawn
+            weighted.append(Weighted(sequence=sequence, advantages_N=advantages_N))
+    return weighted
 
 
 class PenalizeDivergence(Stage):
@@ -182,20 +235,20 @@ class PenalizeDivergence(Stage):
         coefficient: float = ctx.get_state("divergence_coef")
         if not coefficient:
             return ctx
-        gaps = await log_ratios(ctx.state.reference_sampler, [item.trained for item in weighted])
-        drawn = sum(float(item.trained.drawn_N.sum()) for item in weighted)
+        gaps = await log_ratios(ctx.state.reference_sampler, [item.sequence for item in weighted])
+        drawn = float(sum(item.sequence.num_drawn for item in weighted))
         divergence = sum(float(gap_N.sum()) for gap_N in gaps) / max(drawn, 1.0)
         penalized = [
-            Weighted(trained=item.trained, advantages_N=item.advantages_N - coefficient * (gap_N - divergence))
+            Weighted(sequence=item.sequence, advantages_N=item.advantages_N - coefficient * (gap_N - divergence))
             for item, gap_N in zip(weighted, gaps, strict=True)
         ]
         return ctx.put(weighted=penalized, figures={**ctx.state.figures, "reference_kl": divergence})
 
 
-async def log_ratios(sampler: Sampler, sequences: Sequence[Trained]) -> list[np.ndarray]:
+async def log_ratios(sampler: Sampler, sequences: Sequence[DrawnSequence]) -> list[np.ndarray]:
     """Per position log p(drawn) - log reference(drawn), 0 where nothing was drawn; its mean estimates the KL."""
 
-    async def one(sequence: Trained) -> np.ndarray:
+    async def one(sequence: DrawnSequence) -> np.ndarray:
         scores = np.asarray([value or 0.0 for value in await sampler.compute_logprobs(sequence.tokens)][1:])
         found: np.ndarray = (sequence.logprobs_N - scores) * sequence.drawn_N
         return found
@@ -232,11 +285,11 @@ class Update(Stage):
 
     def execute(self, ctx: Context) -> Context:
         config, client, session = ctx.config, ctx.get_adapter("training_client"), ctx.state.session
-        weighted = [item for item in ctx.state.weighted if np.any(item.advantages_N * item.trained.drawn_N)]
+        weighted = [item for item in ctx.state.weighted if np.any(item.advantages_N * item.sequence.drawn_N)]
         if not weighted:
             return ctx
-        scale = 1.0 / sum(float(item.trained.drawn_N.sum()) for item in weighted)
-        data = [item.trained.datum(item.advantages_N * scale, loss_fn=config.loss) for item in weighted]
+        scale = 1.0 / float(sum(item.sequence.num_drawn for item in weighted))
+        data = [item.sequence.datum(item.advantages_N * scale, loss_fn=config.loss) for item in weighted]
         clip = {"clip_low_threshold": 1 - config.clip_epsilon, "clip_high_threshold": 1 + config.clip_epsilon}
         passed = client.forward_backward(session, data, config.loss, clip if config.loss in CLIPPED else None)
         stepped = client.optim_step(
@@ -295,18 +348,17 @@ class EvaluateHeldOut(Stage):
         client, step = ctx.get_adapter("training_client"), ctx.state.rounds_current + 1
         sampler = await asyncio.to_thread(client.sampler, ctx.state.session)
         spec: RolloutSpec = ctx.state.spec
-        greedy = RolloutSpec(
-            source=spec.source,
-            renderer=spec.renderer,
+        greedy = replace(
+            spec,
             group_size=1,
             groups=ctx.config.eval_size,
-            max_tokens=spec.max_tokens,
             temperature=0.0,
-            max_turns=spec.max_turns,
-            timeout_s=None,
+            limits=replace(spec.limits, timeout_s=None),
         )
         first_task = -ctx.config.eval_size
-        batch = await draw_batch(greedy, sampler, first_task=first_task, version=step, seed_of=lambda *_: 0)
+        batch = await draw_batch(
+            greedy, sampler, first_task=first_task, version=step, seed_of=lambda group, turn, episode: 0
+        )
         reward = float(np.mean([episode.reward for episode in batch.episodes]))
         ctx.state.log.evaluated(step, test_reward=reward)
         ctx.emit("eval.complete", {"step": step, "test_reward": reward})

@@ -8,15 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.kitchen.environments.test_rollouts import Guess, add
 from tinsmith.data import ChatTemplateRenderer, ChatTokenizer, DataError, load_tokenizer
 from tinsmith.kitchen.environments import (
-    PythonTool,
     QuestionTasks,
-    SameTask,
     TaskSource,
-    TextEpisode,
-    ToolEnvironment,
     roll_out_group,
     sampler_policy,
 )
@@ -68,30 +63,12 @@ def test_a_sampler_becomes_a_policy_with_a_seed_per_draw() -> None:
 
 def test_a_task_set_goes_round_and_holds_out_its_last_tasks() -> None:
     source = TaskSource(tasks=SUMS, num_held_out=2)
-    asked = {index: source.episode(index).start()[-1].content for index in (0, 2, 3, -1, -2)}
+    asked = {}
+    for index in (0, 2, 3, -1, -2):
+        (environment,) = source.group(index, 1).make()
+        asked[index] = asyncio.run(environment.start()).messages[-1].content
     assert asked == {0: "0 + 1?", 2: "2 + 1?", 3: "0 + 1?", -1: "4 + 1?", -2: "3 + 1?"}
     with pytest.raises(IndexError, match="task -3: 2 tasks are held out"):
-        source.episode(-3)
+        source.group(-3, 1)
     with pytest.raises(DataError, match="num_held_out=5 leaves nothing of 5 tasks"):
         TaskSource(tasks=SUMS, num_held_out=5)
-
-
-def test_an_episode_of_several_turns_blocks_even_inside_an_event_loop() -> None:
-    guess = Guess(number=5)
-
-    async def play() -> list[tuple[float, bool]]:
-        episode = TextEpisode(environment=guess)
-        assert [message.content for message in episode.start()] == ["Guess."]
-        outcomes = [episode.step("3"), episode.step("5")]
-        assert [message.content for message in outcomes[0].messages] == ["Higher."]
-        return [(outcome.reward, outcome.done) for outcome in outcomes]
-
-    assert asyncio.run(play()) == [(-0.1, False), (1.0, True)]
-    assert guess.is_closed
-
-
-def test_tools_are_refused_where_the_port_has_no_place_for_them() -> None:
-    with_tools = ToolEnvironment(question="?", target="1", score=SCORE, tools=[PythonTool.of(add)])
-    one = SameTask(make_one=lambda: with_tools, size=1)
-    with pytest.raises(DataError, match="this environment offers 'add'"):
-        TextEpisode(environment=one.make()[0]).start()

@@ -24,8 +24,8 @@ from tinsmith.kitchen.environments import (
     roll_out,
     roll_out_group,
 )
-from tinsmith.kitchen.environments.environment import RolloutLike
 from tinsmith.kitchen.evaluators import NumericEvaluator
+from tinsmith.kitchen.ports.environment import RolloutLike
 from tinsmith.models import TINY
 
 LENGTH = NumericEvaluator()
