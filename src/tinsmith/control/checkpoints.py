@@ -1,16 +1,15 @@
-"""Checkpoints: folders on disk and their rows in the registry.
+"""Checkpoints: folders in a store and their rows in the registry.
 
-`data_dir/checkpoints/<run>/<kind>/<name>/v<version>/`, with `:` in run and name written as `~`. A folder is complete
-before its row exists, and a row is gone before its folder is: whatever is listed can be loaded. An overwrite makes a
-new version; versions it supersedes stay for a while (`ControlSettings.superseded_versions_kept`).
+A folder's key is `checkpoints/<run>/<kind>/<name>/v<version>`, with `:` in run and name written as `~`. A folder is
+complete before its row exists, and a row is gone before its folder is: whatever is listed can be loaded. An overwrite
+makes a new version; versions it supersedes stay for a while (`ControlSettings.superseded_versions_kept`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import shutil
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ import sqlalchemy as sa
 from tinsmith.control import audit, records
 from tinsmith.control.audit import AuditEvent
 from tinsmith.control.engines import EngineSlot
+from tinsmith.control.folder_store import CHECKPOINTS, FolderStore
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.validation import check_ttl
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
 from tinsmith.types.crash_points import crash_point
-from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, TinsmithError
+from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, StorageError, TinsmithError
 from tinsmith.types.operations import BaseModelCard, LoraSpec, SaveAdapter, SavedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,10 @@ class SaveOrder:
 
 class CheckpointStore:
     def __init__(
-        self, *, registry: Registry, data_dir: Path, ids: Ids, clock: Clock, superseded_versions_kept: int
+        self, *, registry: Registry, folders: FolderStore, ids: Ids, clock: Clock, superseded_versions_kept: int
     ) -> None:
+        self.folders = folders
         self._registry = registry
-        self._data_dir = data_dir
         self._ids = ids
         self._clock = clock
         self._superseded_versions_kept = superseded_versions_kept
@@ -72,8 +72,9 @@ class CheckpointStore:
     async def find_in_run(self, run_id: str, checkpoint_id: str) -> CheckpointRow:
         return await self.find(f"tinker://{run_id}/{checkpoint_id}")
 
-    def folder(self, row: CheckpointRow) -> str:
-        return str(self._data_dir / row.folder)
+    def local(self, row: CheckpointRow) -> AbstractAsyncContextManager[Path]:
+        """Its files on this machine while the context lasts. Raises `NotFound` if they were deleted, `StorageError`."""
+        return self.folders.local(row.folder)
 
     async def save(self, order: SaveOrder, slot: EngineSlot) -> CheckpointRow:
         """Write, then register. Raises `AlreadyExists`, or what the engine or the registry met; then nothing changed.
@@ -84,23 +85,31 @@ class CheckpointStore:
         if order.checkpoint_id is not None and (done := await self.find_version(order.checkpoint_id)) is not None:
             return done
         version = await self._registry.read(lambda c: _next_version(c, order, self._clock.time()))
-        while (self._data_dir / _relative_folder(order, version)).exists():  # left by a save that was never registered
+        while await self.folders.exists(_key(order, version)):  # left by a save that was never registered
             version += 1
         draft = self._draft(order, version, slot.card)
         crash_point("save.begun")
         saved: SavedCheckpoint = await slot.call(
             SaveAdapter(
                 model_id=order.model_id,
-                folder=self.folder(draft),
+                folder=str(self.folders.draft(draft.folder)),
                 optimizer=order.optimizer,
                 record=describe(draft),
             )
         )
+        await self._put(draft.folder)
         crash_point("save.written")
         row = replace(draft, step=saved.step, digest=saved.digest, size_bytes=saved.size_bytes)
         await self._register(row, overwrite=order.overwrite)
         crash_point("save.registered")
         return row
+
+    async def _put(self, key: str) -> None:
+        try:
+            await self.folders.put(key)
+        except StorageError:
+            await self._remove_folders([key])
+            raise
 
     async def find_version(self, checkpoint_id: str) -> CheckpointRow | None:
         """Whatever became of it since."""
@@ -115,7 +124,7 @@ class CheckpointStore:
             kind=order.kind,
             name=order.name,
             version=version,
-            folder=_relative_folder(order, version).as_posix(),
+            folder=_key(order, version),
             base_model=card.name,
             tokenizer=card.source,
             lora=asdict(order.lora),
@@ -198,21 +207,18 @@ class CheckpointStore:
         owns. Folders of runs that this registry does not know are left alone. The number removed."""
         kept, run_ids = await self._registry.read(lambda c: (records.checkpoint_folders(c), records.run_ids(c)))
         known_runs = {_file_safe(run_id) for run_id in run_ids}
-        root = self._data_dir / "checkpoints"
-        found = await asyncio.to_thread(lambda: [path for path in root.glob("*/*/*/*") if path.is_dir()])
-        orphans = [
-            folder
-            for path in found
-            if path.parents[2].name in known_runs
-            and (folder := path.relative_to(self._data_dir).as_posix()) not in kept
-        ]
+        orphans = [key for key in await self.folders.keys() if key.split("/")[1] in known_runs and key not in kept]
         await self._remove_folders(orphans)
-        await asyncio.to_thread(_remove_empty, root)
+        await self.folders.tidy()
         return len(orphans)
 
-    async def _remove_folders(self, folders: list[str]) -> None:
-        for folder in folders:
-            await asyncio.to_thread(_remove_folder, self._data_dir / folder)
+    async def _remove_folders(self, keys: list[str]) -> None:
+        """What cannot be removed is left over, and swept when a server starts."""
+        for key in keys:
+            try:
+                await self.folders.delete(key)
+            except StorageError as error:
+                logger.warning("%s", error)
 
 
 def check_loadable(row: CheckpointRow, *, optimizer: bool) -> None:
@@ -249,31 +255,14 @@ def _next_version(connection: sa.Connection, order: SaveOrder, now: float) -> in
     return older[0].version + 1 if older else 1
 
 
-def _relative_folder(order: SaveOrder, version: int) -> Path:
-    return relative_folder(order.model_id, order.kind, order.name, version)
+def _key(order: SaveOrder, version: int) -> str:
+    return folder_key(order.model_id, order.kind, order.name, version)
 
 
-def relative_folder(run_id: str, kind: str, name: str, version: int) -> Path:
-    return Path("checkpoints", _file_safe(run_id), kind, _file_safe(name), f"v{version}")
+def folder_key(run_id: str, kind: str, name: str, version: int) -> str:
+    return "/".join([CHECKPOINTS, _file_safe(run_id), kind, _file_safe(name), f"v{version}"])
 
 
 def _file_safe(name: str) -> str:
     """`~` stands in no run id and no checkpoint name, so that no two of them share a folder."""
     return name.replace(":", "~")
-
-
-def _remove_folder(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass  # removed before
-    except OSError as error:
-        logger.warning("cannot remove checkpoint folder %s: %s", folder, error)
-
-
-def _remove_empty(root: Path) -> None:
-    """Folders of names, kinds and runs that hold nothing any more. Only while no save can run."""
-    for pattern in ("*/*/*", "*/*", "*"):
-        for folder in root.glob(pattern):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import sqlalchemy as sa
 
 from tinsmith.control import audit, records
-from tinsmith.control.checkpoints import CheckpointStore, describe, relative_folder
+from tinsmith.control.checkpoints import CheckpointStore, describe, folder_key
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow, RunRow, SessionRow
 from tinsmith.control.registry import RUNS, SESSIONS, Registry
 from tinsmith.control.validation import check_ttl
-from tinsmith.types.errors import AlreadyExists, InvalidInput, PayloadConflict, StorageError
+from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, PayloadConflict, StorageError
 
 MAX_REMEMBERED = 1000
 """Copies that a repeated request finds again."""
@@ -38,12 +34,10 @@ class CopyOrder:
 
 
 class Copies:
-    def __init__(
-        self, *, registry: Registry, checkpoints: CheckpointStore, data_dir: Path, ids: Ids, clock: Clock
-    ) -> None:
+    def __init__(self, *, registry: Registry, checkpoints: CheckpointStore, ids: Ids, clock: Clock) -> None:
         self._registry = registry
         self._checkpoints = checkpoints
-        self._data_dir = data_dir
+        self._folders = checkpoints.folders
         self._ids = ids
         self._clock = clock
         self._known: OrderedDict[str, tuple[CopyOrder, asyncio.Task[str]]] = OrderedDict()
@@ -89,7 +83,7 @@ class Copies:
         )
         if await self._registry.read(lambda c: records.run(c, row.run_id)) is not None:
             raise AlreadyExists(f"training run {row.run_id!r} exists; take the next model_seq_id")
-        await asyncio.to_thread(_copy_folder, self._data_dir / source.folder, self._data_dir / row.folder, row)
+        await self._copy_folder(source, row)
 
         def work(connection: sa.Connection) -> None:
             if order.session_id is None:
@@ -101,9 +95,19 @@ class Copies:
         try:
             await self._registry.write(work)
         except BaseException:
-            await asyncio.to_thread(shutil.rmtree, self._data_dir / row.folder, ignore_errors=True)
+            await self._folders.delete(row.folder)
             raise
         return row.path
+
+    async def _copy_folder(self, source: CheckpointRow, row: CheckpointRow) -> None:
+        """All but the record is the same. Raises `StorageError`; nothing is left behind then."""
+        try:
+            async with self._checkpoints.local(source) as folder:
+                record = json.loads(await asyncio.to_thread((folder / RECORD).read_bytes)) | describe(row)
+            changed = {RECORD: json.dumps(record, indent=2, sort_keys=True).encode()}
+            await self._folders.copy(source.folder, row.folder, changed)
+        except (StorageError, NotFound, OSError, ValueError) as error:
+            raise StorageError(f"checkpoint {source.path!r} could not be copied: {error}") from error
 
     def _row(self, source: CheckpointRow, run_id: str, ttl_seconds: int | None, now: float) -> CheckpointRow:
         return replace(
@@ -111,7 +115,7 @@ class Copies:
             checkpoint_id=self._ids.checkpoint_id(),
             run_id=run_id,
             version=1,
-            folder=relative_folder(run_id, source.kind, source.name, 1).as_posix(),
+            folder=folder_key(run_id, source.kind, source.name, 1),
             parent=source.checkpoint_id,
             public=False,
             created_at=now,
@@ -137,32 +141,3 @@ def _session_for_copy(session_id: str, order: CopyOrder, now: float) -> SessionR
         tags=["copy_weights"],
         project_id=order.project_id,
     )
-
-
-def _copy_folder(source: Path, target: Path, row: CheckpointRow) -> None:
-    """Hard links where the file system has them: files of checkpoints never change. Whole or not at all."""
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        if target.exists():
-            raise FileExistsError(f"{target} exists")
-        shutil.copytree(source, temporary, copy_function=_link_or_copy, ignore=shutil.ignore_patterns(RECORD))
-        described = json.loads((source / RECORD).read_bytes()) | describe(row)
-        _write_durably(temporary / RECORD, json.dumps(described, indent=2, sort_keys=True).encode())
-        temporary.rename(target)
-    except (OSError, ValueError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"checkpoint {row.path!r} could not be copied: {error}") from error
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

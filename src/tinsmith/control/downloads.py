@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from tinsmith.control.folder_store import StoredFile, stored_files
 from tinsmith.types.errors import NotFound, StorageError
 
 _COPY_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFile:
-    name: str
-    """Relative to the checkpoint, with `/`."""
-    size: int
-
-
-def stored_files(folder: Path) -> list[StoredFile]:
-    """Sorted by name. Raises `StorageError`."""
-    try:
-        paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-        return [StoredFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size) for path in paths]
-    except OSError as error:
-        raise StorageError(f"checkpoint folder {folder.name!r} cannot be read: {error}") from error
 
 
 def stored_file(folder: Path, name: str) -> Path:

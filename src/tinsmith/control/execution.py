@@ -142,9 +142,7 @@ class Executor:
         """The model's id, or for one made from a checkpoint what a load answers."""
         slot, now = _slot(model), self.clock.time()
         if creation.checkpoint is not None:
-            folder = self.checkpoints.folder(creation.checkpoint)
-            load = LoadAdapter(model_id=model.model_id, folder=folder, optimizer=creation.optimizer)
-            model.lora = await slot.call(load)
+            model.lora = await self._load(model, creation.checkpoint, optimizer=creation.optimizer)
             model.parent = creation.checkpoint.checkpoint_id
         elif creation.lora is not None:
             await slot.call(CreateAdapter(model_id=model.model_id, lora=creation.lora))
@@ -172,13 +170,17 @@ class Executor:
         row = await self._bound_checkpoint(model, operation, work)
         check_loadable(row, optimizer=operation.optimizer)
         check_base_model(row, _slot(model))
-        folder = self.checkpoints.folder(row)
-        load = LoadAdapter(model_id=model.model_id, folder=folder, optimizer=operation.optimizer)
-        lora: LoraSpec = await _slot(model).call(load)
+        lora = await self._load(model, row, optimizer=operation.optimizer)
         model.lora, model.parent = lora, row.checkpoint_id
         await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora), corrupted=False))
         model.snapshot_due = self.journal.is_on  # the checkpoint need not be there for ever
         return LoadWeightsResponse(path=operation.path, model_id=model.model_id)
+
+    async def _load(self, model: Model, row: CheckpointRow, *, optimizer: bool) -> LoraSpec:
+        async with self.checkpoints.local(row) as folder:
+            load = LoadAdapter(model_id=model.model_id, folder=str(folder), optimizer=optimizer)
+            lora: LoraSpec = await _slot(model).call(load)
+        return lora
 
     async def _bound_checkpoint(self, model: Model, operation: LoadState, work: Work) -> CheckpointRow:
         """The version behind the path: the same if the request is done again, whatever was saved there meanwhile."""

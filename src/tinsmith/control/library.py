@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tinsmith.control.audit import AuditEntry, EventType
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.copies import Copies, CopyOrder, check_destination
-from tinsmith.control.downloads import StoredFile, stored_files
+from tinsmith.control.folder_store import StoredFile
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
 from tinsmith.control.records import CheckpointRow
@@ -138,13 +139,15 @@ class Library:
 
     async def checkpoint_files(self, run_id: str, checkpoint_id: str) -> tuple[CheckpointRow, list[StoredFile]]:
         row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
-        return row, await asyncio.to_thread(stored_files, Path(self._checkpoints.folder(row)))
+        return row, await self._checkpoints.folders.files(row.folder)
 
-    async def checkpoint_folder(self, path: str, purpose: str) -> Path:
-        """Where a checkpoint's files are; noted as read. Raises `NotFound`."""
+    @asynccontextmanager
+    async def checkpoint_folder(self, path: str, purpose: str) -> AsyncIterator[Path]:
+        """A checkpoint's files, on this machine while the context lasts; noted as read. Raises `NotFound`."""
         row = await self._checkpoints.find(path)
         self._checkpoints.note_read(row.path, purpose)
-        return Path(self._checkpoints.folder(row))
+        async with self._checkpoints.local(row) as folder:
+            yield folder
 
     # ---- what was done and used ----
 

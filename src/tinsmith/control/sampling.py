@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tinsmith.control import records
@@ -146,7 +145,8 @@ class Sampling:
     async def _checkpoint_sampler(self, session_id: str, sampler_id: str, model_path: str) -> Sampler:
         row = await self._checkpoints.find(model_path)
         slot = self._engines.resolve(row.base_model)
-        digest = await self._samplers.pool(slot).load(row, self._checkpoints.folder(row))
+        async with self._checkpoints.local(row) as folder:
+            digest = await self._samplers.pool(slot).load(row, str(folder))
         self._checkpoints.note_read(row.path, "sampling")
         return Sampler(
             sampler_id=sampler_id,
@@ -364,11 +364,14 @@ class Sampling:
 
     async def _load(self, sampler: Sampler, row: CheckpointRow) -> None:
         """An operation submitted before the next await finds the snapshot in the engine. Raises `SamplerGone`."""
-        pool, folder = self._samplers.pool(sampler.slot), self._checkpoints.folder(row)
+        pool = self._samplers.pool(sampler.slot)
         while not pool.touch_if_ready(row):
-            if not await asyncio.to_thread(Path(folder).exists):
-                raise SamplerGone(f"checkpoint {row.path!r} version {row.version} was deleted; create a new sampler")
-            await pool.load(row, folder)
+            try:
+                async with self._checkpoints.local(row) as folder:
+                    await pool.load(row, str(folder))
+            except NotFound as error:
+                gone = f"checkpoint {row.path!r} version {row.version} was deleted; create a new sampler"
+                raise SamplerGone(gone) from error
 
     def _send(self, request_id: str, operation: Sample) -> None:
         try:

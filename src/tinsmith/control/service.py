@@ -21,6 +21,7 @@ from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
+from tinsmith.control.folder_store import FolderStore, LocalFolders
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.health import Health
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
@@ -82,6 +83,7 @@ class Control:
         self._engines = EngineBook(engines)
         self._lock = DataLock(settings.data_dir)
         self._registry = Registry(settings.data_dir / "registry.sqlite3")
+        self._folders: FolderStore = LocalFolders(settings.data_dir)
         self._ledger = Ledger(settings.data_dir / "ledger.sqlite3") if settings.ledger else None
         self._journal = Journal(self._ledger)
         self._supervisor: Supervisor | None = None
@@ -102,6 +104,7 @@ class Control:
         self._lock.acquire()
         try:
             secret = await asyncio.to_thread(self._registry.open)
+            await self._folders.open()
             await self._open_ledger()
             await self.accounts.start()
             await self._engines.start()
@@ -135,6 +138,7 @@ class Control:
         if self._ledger is not None:
             await asyncio.to_thread(self._ledger.close)
         await asyncio.to_thread(self._registry.close)
+        await self._folders.close()
         self._lock.release()
 
     async def _go_on(self) -> None:
@@ -194,7 +198,7 @@ class Control:
             self._futures.completions = Completions(first=lambda: int(clock.time() * 1000))
         self._checkpoints = CheckpointStore(
             registry=self._registry,
-            data_dir=settings.data_dir,
+            folders=self._folders,
             ids=ids,
             clock=clock,
             superseded_versions_kept=settings.superseded_versions_kept,
@@ -258,7 +262,6 @@ class Control:
             copies=Copies(
                 registry=self._registry,
                 checkpoints=self._checkpoints,
-                data_dir=settings.data_dir,
                 ids=ids,
                 clock=clock,
             ),

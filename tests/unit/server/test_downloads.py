@@ -13,7 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.unit.server.tinker_client import Client, OpenServer
-from tinsmith.control.downloads import archive_files, stored_files, tar_chunks, tar_size
+from tinsmith.control.downloads import archive_files, tar_chunks, tar_size
+from tinsmith.control.folder_store import stored_files
 
 pytestmark = pytest.mark.anyio
 

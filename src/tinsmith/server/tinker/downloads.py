@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
@@ -10,6 +13,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tinsmith.control.downloads import archive_files, archive_name, stored_file, tar_chunks, tar_size
 from tinsmith.control.records import moment
@@ -38,6 +42,32 @@ def _check_link(service: Service, path: str, expires: int, signature: str) -> No
     service.control.signer.check(path, SignedLink(expires=expires, signature=signature))
 
 
+class HeldFile(FileResponse):
+    """A file of a folder that is let go once it was sent."""
+
+    def __init__(self, held: AsyncExitStack, path: Path, media_type: str) -> None:
+        super().__init__(path, media_type=media_type)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
+class HeldStream(StreamingResponse):
+    """The same for what is made from it."""
+
+    def __init__(
+        self, held: AsyncExitStack, content: Iterator[bytes], headers: dict[str, str], media_type: str
+    ) -> None:
+        super().__init__(content, headers=headers, media_type=media_type)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
 # ---- checkpoints ----
 
 
@@ -59,8 +89,10 @@ async def download_file(
     run_id: str, kind: str, name: str, file: str, service: ServiceDep, expires: Expires, signature: Signature
 ) -> Response:
     _check_link(service, f"/files/{run_id}/{kind}/{name}/{file}", expires, signature)
-    folder = await service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "download")
-    return FileResponse(await run_sync(stored_file, folder, file), media_type="application/octet-stream")
+    async with AsyncExitStack() as stack:
+        opened = service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "download")
+        path = await run_sync(stored_file, await stack.enter_async_context(opened), file)
+        return HeldFile(stack.pop_all(), path, media_type="application/octet-stream")
 
 
 @router.get(f"{_CHECKPOINT}/archive", status_code=302)
@@ -79,13 +111,15 @@ async def download_archive(
 ) -> Response:
     """A tar archive, made while it is sent."""
     _check_link(service, f"/archives/{run_id}/{kind}/{name}", expires, signature)
-    folder = await service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "archive")
-    files = await run_sync(archive_files, folder)
-    headers = {
-        "content-length": str(tar_size(files)),
-        "content-disposition": f'attachment; filename="{archive_name(run_id, name)}"',
-    }
-    return StreamingResponse(tar_chunks(folder, files), headers=headers, media_type="application/x-tar")
+    async with AsyncExitStack() as stack:
+        opened = service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "archive")
+        folder = await stack.enter_async_context(opened)
+        files = await run_sync(archive_files, folder)
+        headers = {
+            "content-length": str(tar_size(files)),
+            "content-disposition": f'attachment; filename="{archive_name(run_id, name)}"',
+        }
+        return HeldStream(stack.pop_all(), tar_chunks(folder, files), headers=headers, media_type="application/x-tar")
 
 
 # ---- traces ----
