@@ -11,7 +11,7 @@ import pytest
 
 from tests.numerics.driver import Driver, item, random_datum
 from tinsmith.engine import checkpoint_io
-from tinsmith.types.errors import CheckpointDamaged, InvalidInput, NotFound, StorageError
+from tinsmith.types.errors import AdapterCorrupted, CheckpointDamaged, InvalidInput, NotFound, StorageError
 from tinsmith.types.operations import LoadAdapter, LoadSnapshot, LoraSpec, PublishSnapshot, SaveAdapter
 
 
@@ -165,3 +165,40 @@ def test_a_snapshot_with_pending_gradients_goes_on_bitwise(qwen_folder: Path, tm
     first(SaveAdapter(model_id="m", folder=str(tmp_path / "d"), optimizer=True))
     with pytest.raises(InvalidInput, match="no gradients"):
         second(LoadAdapter(model_id="m", folder=str(tmp_path / "d"), optimizer=True, gradients=True))
+
+
+def test_a_corrupted_model_still_refuses_training_after_a_restart_until_a_good_checkpoint_is_loaded(
+    qwen_folder: Path, tmp_path: Path
+) -> None:
+    first, second = Driver(qwen_folder), Driver(qwen_folder)
+    first.create("m", rank=3)
+    train(first, "m", range(2))
+    good, snapshot = str(tmp_path / "good"), str(tmp_path / "snapshot")
+    first(SaveAdapter(model_id="m", folder=good, optimizer=True))
+    first.train(item("m", random_datum(np.random.default_rng(0), 12)))
+    first.engine._adapters["m"].grads_P[0] = float("nan")
+    with pytest.raises(AdapterCorrupted, match="gradient norm of step 3 was nan"):
+        first.step("m", learning_rate=0.01)
+    first(SaveAdapter(model_id="m", folder=snapshot, optimizer=True, gradients=True))
+    second(LoadAdapter(model_id="m", folder=snapshot, optimizer=True, gradients=True))
+    for driver in (first, second):
+        with pytest.raises(AdapterCorrupted, match="refuses further training: the gradient norm of step 3 was nan"):
+            driver.step("m", learning_rate=0.01)
+        driver(LoadAdapter(model_id="m", folder=good, optimizer=True))
+        train(driver, "m", range(2, 4))
+    assert np.array_equal(first.weights("m"), second.weights("m"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+def test_a_damaged_record_is_refused_by_name(driver: Driver, tmp_path: Path, damage: str) -> None:
+    driver.create("m")
+    driver(SaveAdapter(model_id="m", folder=str(tmp_path / "c"), optimizer=True))
+    path = tmp_path / "c" / "checkpoint.json"
+    data = bytearray(path.read_bytes())
+    at = data.index(b'"sha256": "') + 12
+    data[at] = ord("f") if data[at] != ord("f") else ord("e")
+    path.write_bytes({"truncated": data[: len(data) // 2], "flipped": data, "emptied": b""}[damage])
+    with pytest.raises(
+        CheckpointDamaged, match="checkpoint.json" if damage != "flipped" else "does not match its hash"
+    ):
+        driver(LoadAdapter(model_id="x", folder=str(tmp_path / "c"), optimizer=True))

@@ -20,9 +20,21 @@ app = typer.Typer(
     help="Checkpoints on a server: list, look at, publish, delete, download.",
 )
 
-_COLUMNS = {"tinker_path": "path", "checkpoint_type": "type", "size": "size", "time": "saved", "expires_at": "expires"}
+_COLUMNS = {
+    "tinker_path": "path",
+    "version": "version",
+    "step": "step",
+    "figures": "metrics",
+    "size": "size",
+    "time": "saved",
+    "expires_at": "expires",
+    "kept": "kept",
+}
+_FIGURES = 3
 _WIDTH = 32
-PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="tinker://RUN/KIND/NAME")]
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="tinker://RUN/KIND/ADDRESS: a name, NAME~VERSION, ~latest, ~best(METRIC)")
+]
 
 
 @app.command("list")
@@ -185,9 +197,16 @@ def _of_run(rest: RestClient, run_id: str, limit: int) -> list[Checkpoint]:
 
 
 def _find(rest: RestClient, path: str) -> Checkpoint:
+    """By its address; from the list of its run at a server that has no single ones."""
+    from tinsmith.client.errors import APIStatusError
     from tinsmith.types import ParsedCheckpointTinkerPath
     from tinsmith.types.errors import NotFound
 
+    try:
+        return rest.get_checkpoint_by_tinker_path(path).result()
+    except APIStatusError as error:
+        if error.status_code != 405:
+            raise
     run_id = ParsedCheckpointTinkerPath.from_tinker_path(path).training_run_id
     for one in rest.list_checkpoints(run_id).result().checkpoints:
         if one.tinker_path == path:
@@ -204,7 +223,9 @@ def _passes(one: Checkpoint, kind: str | None, before: datetime | None, after: d
 
 
 def _row(one: Checkpoint) -> dict[str, Any]:
-    return {**one.model_dump(), "size": size(one.size_bytes)}
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in list((one.metrics or {}).items())[:_FIGURES])
+    kept = [word for word, is_so in (("public", one.public), ("pinned", one.pinned)) if is_so]
+    return {**one.model_dump(), "size": size(one.size_bytes), "figures": figures or None, "kept": ", ".join(kept)}
 
 
 def _counted(paths: list[str]) -> str:

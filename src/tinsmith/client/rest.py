@@ -19,7 +19,7 @@ from tinsmith.client.exchanges import RestExchanges
 from tinsmith.client.futures import APIFuture, value_twin, warn_deprecated
 from tinsmith.client.http import Call, escaped, get, json_bytes, post
 from tinsmith.client.models import TraceExport
-from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.checkpoint import Checkpoint, ParsedCheckpointTinkerPath
 from tinsmith.types.replies import CopyWeightsResponse, ExternalWeightsUrlsResponse, WhoamiResponse
 from tinsmith.types.rest import (
     CheckpointsListResponse,
@@ -107,6 +107,13 @@ class RestClient(RestExchanges):
 
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> APIFuture[CheckpointsListResponse]:
         return self._read(get("checkpoints", limit=limit, offset=offset), CheckpointsListResponse)
+
+    def get_checkpoint_by_tinker_path(self, tinker_path: str) -> APIFuture[Checkpoint]:
+        """What an address means now: a path, `path~version`, `…/~latest`, `…/~best(metric)`. Tinsmith servers only."""
+        return self._at_path(
+            tinker_path,
+            lambda run, checkpoint: self._fetch(get(f"training_runs/{run}/checkpoints/{checkpoint}"), Checkpoint),
+        )
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> APIFuture[WeightsInfoResponse]:
         return self._at_path(

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from tinsmith.control import records
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.identity import Clock
-from tinsmith.control.records import CheckpointRow, RunRow
+from tinsmith.control.records import RunRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.training import Training
 from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
@@ -33,8 +33,11 @@ class Catalogue:
             row = records.session(connection, session_id)
             if row is None:
                 raise NotFound(f"no session {session_id!r}")
+            run_ids = records.run_ids_of_session(connection, session_id)
+            corrupted = records.corrupted_runs(connection, session_id)
             return GetSessionResponse(
-                training_run_ids=records.run_ids_of_session(connection, session_id),
+                training_run_ids=run_ids,
+                corrupted_training_run_ids=[i for i in run_ids if i in corrupted or self._training.is_corrupted(i)],
                 sampler_ids=records.sampler_ids_of_session(connection, session_id),
                 user_metadata={key: str(value) for key, value in row.user_metadata.items()},
                 display_name=row.display_name,
@@ -78,11 +81,11 @@ class Catalogue:
             base_model=row.base_model,
             model_owner=row.owner,
             is_lora=True,
-            corrupted=row.corrupted,
+            corrupted=row.corrupted or self._training.is_corrupted(row.run_id),
             lora_rank=row.lora["rank"],
             last_request_time=records.moment(self._training.last_request_at(row.run_id) or row.last_request_at),
-            last_checkpoint=None if state is None else state.as_checkpoint(),
-            last_sampler_checkpoint=None if sampler is None else sampler.as_checkpoint(),
+            last_checkpoint=None if state is None else records.describe(connection, [state])[0],
+            last_sampler_checkpoint=None if sampler is None else records.describe(connection, [sampler])[0],
             user_metadata=dict(row.user_metadata),
         )
 
@@ -90,22 +93,30 @@ class Catalogue:
         """Newest first. Raises `NotFound` for an unknown run."""
         now = self._clock.time()
 
-        def work(connection: sa.Connection) -> list[CheckpointRow]:
+        def work(connection: sa.Connection) -> list[Checkpoint]:
             if records.run(connection, run_id) is None:
                 raise NotFound(f"no training run {run_id!r}")
-            return records.checkpoints(connection, now, run_id=run_id, kinds=kinds)[0]
+            return records.describe(connection, records.checkpoints(connection, now, run_id=run_id, kinds=kinds)[0])
 
-        return [row.as_checkpoint() for row in await self._registry.read(work)]
+        return await self._registry.read(work)
+
+    async def checkpoint(self, run_id: str, checkpoint_id: str) -> Checkpoint:
+        """What `<kind>/<address>` means now; its `tinker_path` says which. Raises `InvalidInput`, `NotFound`."""
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+        (found,) = await self._registry.read(lambda c: records.describe(c, [row]))
+        return found.model_copy(update={"tinker_path": row.present_path})
 
     async def checkpoints(
         self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS
     ) -> tuple[list[Checkpoint], int]:
         _check_page(limit, offset)
         now = self._clock.time()
-        rows, total = await self._registry.read(
-            lambda c: records.checkpoints(c, now, kinds=kinds, limit=limit, offset=offset)
-        )
-        return [row.as_checkpoint() for row in rows], total
+
+        def work(connection: sa.Connection) -> tuple[list[Checkpoint], int]:
+            rows, total = records.checkpoints(connection, now, kinds=kinds, limit=limit, offset=offset)
+            return records.describe(connection, rows), total
+
+        return await self._registry.read(work)
 
     async def weights_info(self, path: str) -> WeightsInfoResponse:
         """Raises `InvalidInput` for no path, `NotFound` for no checkpoint."""

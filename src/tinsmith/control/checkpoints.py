@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tinsmith.control import audit, records
+from tinsmith.control.addresses import resolve
 from tinsmith.control.audit import AuditEvent
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.folder_store import CHECKPOINTS, FolderStore
@@ -24,9 +25,9 @@ from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.validation import check_ttl
-from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.checkpoint import CheckpointAddress, ParsedCheckpointTinkerPath
 from tinsmith.types.crash_points import crash_point
-from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, StorageError, TinsmithError
+from tinsmith.types.errors import AlreadyExists, InvalidInput, StorageError, TinsmithError
 from tinsmith.types.operations import BaseModelCard, LoraSpec, SaveAdapter, SavedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,9 @@ class CheckpointStore:
         self._superseded_versions_kept = superseded_versions_kept
 
     async def find(self, path: str) -> CheckpointRow:
-        """The current version behind a path. Raises `InvalidInput` for no such form, `NotFound` for no such thing."""
-        parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
-        now = self._clock.time()
-        row = await self._registry.read(lambda c: records.checkpoint(c, parsed, now))
-        if row is None:
-            raise NotFound(f"no checkpoint {path!r}; it was never saved, or was deleted, or has expired")
-        return row
+        """What an address means now. Raises `InvalidInput` for no such form, `NotFound` for no such thing."""
+        address, now = CheckpointAddress.parse(path), self._clock.time()
+        return await self._registry.read(lambda c: resolve(c, address, now))
 
     async def find_in_run(self, run_id: str, checkpoint_id: str) -> CheckpointRow:
         return await self.find(f"tinker://{run_id}/{checkpoint_id}")
@@ -154,15 +151,43 @@ class CheckpointStore:
             raise
         await self._remove_folders(doomed)
 
-    async def delete(self, row: CheckpointRow, event: AuditEvent = "checkpoint_delete") -> None:
+    async def delete(
+        self, row: CheckpointRow, event: AuditEvent = "checkpoint_delete", *, reason: str = "asked for"
+    ) -> None:
         """All versions of the name. Raises `StorageError` if the registry refuses; then nothing changed."""
         at = self._clock.time()
 
         def work(connection: sa.Connection) -> list[str]:
-            audit.note_checkpoint(connection, event, row, at)
+            audit.note_checkpoint(connection, event, row, at, reason=reason)
             return records.delete_versions(connection, row, at)
 
         await self._remove_folders(await self._registry.write(work))
+        logger.info("checkpoint %s was removed: %s", row.path, reason)
+
+    async def delete_at(self, run_id: str, checkpoint_id: str) -> None:
+        """What a user names: a name with all its versions, or one version.
+
+        Raises `NotFound`, and `InvalidInput` for an address that means something else later.
+        """
+        address = CheckpointAddress.parse(f"tinker://{run_id}/{checkpoint_id}")
+        row = await self.find(address.path)
+        if address.is_chosen:
+            raise InvalidInput(f"{address.path!r} is {row.address!r} just now; delete that by its name or version")
+        await (self.delete(row) if address.version is None else self.delete_version(row))
+
+    async def delete_version(
+        self, row: CheckpointRow, event: AuditEvent = "checkpoint_delete", *, reason: str = "asked for"
+    ) -> None:
+        """This one alone; nothing takes the place of a current version. Raises as `delete`."""
+        at = self._clock.time()
+
+        def work(connection: sa.Connection) -> None:
+            audit.note_checkpoint(connection, event, row, at, version=row.version, reason=reason)
+            records.update_checkpoint(connection, row.checkpoint_id, deleted_at=at)
+
+        await self._registry.write(work)
+        await self._remove_folders([row.folder])
+        logger.info("checkpoint %s was removed: %s", row.address, reason)
 
     async def set_ttl(self, row: CheckpointRow, ttl_seconds: int | None) -> None:
         check_ttl(ttl_seconds)
@@ -199,7 +224,7 @@ class CheckpointStore:
         now = self._clock.time()
         expired = await self._registry.read(lambda c: records.expired_checkpoints(c, now))
         for row in expired:
-            await self.delete(row, "checkpoint_expire")
+            await self.delete(row, "checkpoint_expire", reason="its time to live is over")
         return len(expired)
 
     async def sweep_orphans(self) -> int:

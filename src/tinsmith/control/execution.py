@@ -108,13 +108,14 @@ class Executor:
             return  # it will be done again
         if isinstance(work.operation, SaveForSampler):
             self.samplers.settle(_sampler_id(model, work.operation))
-        self.futures.fail(work.request_id, error)
         if isinstance(error, AdapterCorrupted):
             self._note_corrupted(model)
+        self.futures.fail(work.request_id, error)
         if isinstance(work.operation, Creation):
             self.end_model(model, ModelEnded(f"model {model.model_id!r} could not be created: {error}"))
 
     def _note_corrupted(self, model: Model) -> None:
+        model.is_corrupted = True
         self.registry.post(lambda c: records.update_run(c, model.model_id, corrupted=True))
 
     async def _perform(self, model: Model, work: Work) -> object:
@@ -152,7 +153,7 @@ class Executor:
             session_id=model.session_id,
             base_model=slot.card.name,
             lora=asdict(_lora(model)),
-            parent=None if creation.checkpoint is None else creation.checkpoint.path,
+            parent=None if creation.checkpoint is None else creation.checkpoint.present_path,
             user_metadata=dict(model.user_metadata),
             created_at=now,
             last_request_at=now,
@@ -163,7 +164,7 @@ class Executor:
         if model.status is ModelStatus.CREATING:
             model.status = ModelStatus.LIVE
         if creation.checkpoint is not None:
-            return LoadWeightsResponse(path=creation.checkpoint.path, model_id=model.model_id)
+            return LoadWeightsResponse(path=creation.checkpoint.present_path, model_id=model.model_id)
         return model.model_id
 
     async def _load_state(self, model: Model, operation: LoadState, work: Work) -> LoadWeightsResponse:
@@ -173,6 +174,7 @@ class Executor:
         lora = await self._load(model, row, optimizer=operation.optimizer)
         model.lora, model.parent = lora, row.checkpoint_id
         await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora), corrupted=False))
+        model.is_corrupted = False
         model.snapshot_due = self.journal.is_on  # the checkpoint need not be there for ever
         return LoadWeightsResponse(path=operation.path, model_id=model.model_id)
 

@@ -110,6 +110,10 @@ class Library:
     ) -> tuple[list[Checkpoint], int]:
         return await self._catalogue.checkpoints(limit, offset, kinds)
 
+    async def get_checkpoint(self, run_id: str, checkpoint_id: str) -> Checkpoint:
+        """`checkpoint_id` is `<kind>/<address>`. Raises `NotFound`, `InvalidInput`."""
+        return await self._catalogue.checkpoint(run_id, checkpoint_id)
+
     async def weights_info(self, path: str) -> WeightsInfoResponse:
         return await self._catalogue.weights_info(path)
 
@@ -118,8 +122,11 @@ class Library:
         return await self._checkpoints.find(path)
 
     async def delete_checkpoint(self, run_id: str, checkpoint_id: str) -> None:
-        """With all its versions. `checkpoint_id` is `<kind>/<name>`. Raises `NotFound`, `InvalidInput`."""
-        await self._checkpoints.delete(await self._checkpoints.find_in_run(run_id, checkpoint_id))
+        """With all its versions; `checkpoint_id` is `<kind>/<name>`. Or one, of `<kind>/<name>~<version>`.
+
+        Raises `NotFound`, `InvalidInput`.
+        """
+        await self._checkpoints.delete_at(run_id, checkpoint_id)
 
     async def set_checkpoint_ttl(self, run_id: str, checkpoint_id: str, ttl_seconds: int | None) -> None:
         """Counted from now; `None` keeps it for ever."""

@@ -119,6 +119,8 @@ class Model:
     """Id of the checkpoint saved or loaded last."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last training request and the last optimizer step."""
+    is_corrupted: bool = False
+    """Its numbers are no longer finite: it refuses training until a checkpoint is loaded into it."""
     last_request_at: float = 0.0
     is_dirty: bool = False
     """`last_request_at` is newer than the registry's."""

@@ -11,10 +11,12 @@ import sqlalchemy as sa
 
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.registry import CHECKPOINTS, RUNS, SAMPLERS, SESSIONS
-from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint, ParsedCheckpointTinkerPath
+from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.errors import AlreadyExists
 
 LOCAL_OWNER = LOCAL_USER_ID
+PIN, PINNED = "tinsmith.pin", "true"
+"""Metadata of a checkpoint that no rule removes."""
 LOST = "lost"
 """How a session ended that its client did not finish."""
 
@@ -85,7 +87,23 @@ class CheckpointRow:
     def path(self) -> str:
         return f"tinker://{self.run_id}/{self.kind}/{self.name}"
 
-    def as_checkpoint(self) -> Checkpoint:
+    @property
+    def address(self) -> str:
+        """Of this version, whatever is saved under its name later."""
+        return f"{self.path}~{self.version}"
+
+    @property
+    def present_path(self) -> str:
+        """Its path, or where that now means a newer version, its address."""
+        return self.path if self.superseded_at is None else self.address
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether no rule may remove it."""
+        return (self.user_metadata or {}).get(PIN) == PINNED
+
+    def as_checkpoint(self, parent: str | None = None) -> Checkpoint:
+        """`parent` is the address of the one named by the field."""
         return Checkpoint(
             checkpoint_id=f"{self.kind}/{self.name}",
             checkpoint_type=PATH_KINDS[self.kind],
@@ -95,6 +113,12 @@ class CheckpointRow:
             public=self.public,
             user_metadata=None if self.user_metadata is None else dict(self.user_metadata),
             expires_at=None if self.expires_at is None else moment(self.expires_at),
+            version=self.version,
+            step=self.step,
+            metrics=dict(self.metrics),
+            digest=self.digest,
+            parent=parent,
+            pinned=self.is_pinned,
         )
 
 
@@ -210,6 +234,11 @@ def run_ids_of_session(connection: sa.Connection, session_id: str) -> list[str]:
     return [row.run_id for row in connection.execute(query)]
 
 
+def corrupted_runs(connection: sa.Connection, session_id: str) -> set[str]:
+    query = sa.select(RUNS.c.run_id).where(RUNS.c.session_id == session_id, RUNS.c.corrupted)
+    return set(connection.execute(query).scalars())
+
+
 def sampler(connection: sa.Connection, sampler_id: str) -> SamplerRow | None:
     rows = _fetch(connection, sa.select(SAMPLERS).where(SAMPLERS.c.sampler_id == sampler_id), SamplerRow)
     return rows[0] if rows else None
@@ -229,19 +258,19 @@ def _under(run_id: str, kind: str, name: str) -> sa.ColumnElement[bool]:
     return (CHECKPOINTS.c.run_id == run_id) & (CHECKPOINTS.c.kind == kind) & (CHECKPOINTS.c.name == name)
 
 
-def checkpoint(connection: sa.Connection, parsed: ParsedCheckpointTinkerPath, now: float) -> CheckpointRow | None:
-    """The current version behind a path, unless it has expired."""
-    kind, _, name = parsed.checkpoint_id.partition("/")
-    query = sa.select(CHECKPOINTS).where(_under(parsed.training_run_id, kind, name), _CURRENT, _alive(now))
-    rows = _fetch(connection, query, CheckpointRow)
-    return rows[0] if rows else None
-
-
 def checkpoint_by_id(connection: sa.Connection, checkpoint_id: str) -> CheckpointRow | None:
     """A version, whatever became of it."""
     query = sa.select(CHECKPOINTS).where(CHECKPOINTS.c.checkpoint_id == checkpoint_id)
     rows = _fetch(connection, query, CheckpointRow)
     return rows[0] if rows else None
+
+
+def describe(connection: sa.Connection, rows: Sequence[CheckpointRow]) -> list[Checkpoint]:
+    """As a client sees them, each with the address of its parent."""
+    wanted = {row.parent for row in rows if row.parent is not None}
+    parents = _fetch(connection, sa.select(CHECKPOINTS).where(CHECKPOINTS.c.checkpoint_id.in_(wanted)), CheckpointRow)
+    addresses = {row.checkpoint_id: row.address for row in parents}
+    return [row.as_checkpoint(None if row.parent is None else addresses.get(row.parent)) for row in rows]
 
 
 def _alive(now: float) -> sa.ColumnElement[bool]:

@@ -154,7 +154,7 @@ class Sampling:
             slot=slot,
             snapshot_id=checkpoint_snapshot_id(row),
             checkpoint=row,
-            model_path=model_path,
+            model_path=row.present_path,
             digest=digest,
         )
 

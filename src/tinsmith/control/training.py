@@ -472,7 +472,18 @@ class Training:
             is_lora=True,
             lora_rank=None if model.lora is None else model.lora.rank,
             model_name=card.name,
+            corrupted=model.is_corrupted or self._was_corrupted(model_id),
         )
+
+    def _was_corrupted(self, model_id: str) -> bool:
+        """As the registry knows, which outlives the server."""
+        run = self._registry.read_now(lambda c: records.run(c, model_id))
+        return run is not None and run.corrupted
+
+    def is_corrupted(self, model_id: str) -> bool:
+        """As this process knows; the registry may learn of it a moment later."""
+        model = self._models.get(model_id)
+        return model is not None and model.is_corrupted
 
     def last_request_at(self, model_id: str) -> float | None:
         model = self._models.get(model_id)

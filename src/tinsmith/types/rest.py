@@ -60,6 +60,8 @@ class CheckpointsListResponse(WireModel):
 
 class GetSessionResponse(WireModel):
     training_run_ids: list[str] = Field(default_factory=list)
+    corrupted_training_run_ids: list[str] = Field(default_factory=list)
+    """Of those the ones that refuse training."""
     sampler_ids: list[str] = Field(default_factory=list)
     user_metadata: dict[str, str] | None = None
     display_name: str | None = None
@@ -113,6 +115,8 @@ class GetInfoResponse(WireModel):
     is_lora: bool | None = None
     lora_rank: int | None = None
     model_name: str | None = None
+    corrupted: bool | None = None
+    """Its numbers are no longer finite; it refuses training until a checkpoint is loaded into it."""
 
 
 class SavedWeights(WireModel):

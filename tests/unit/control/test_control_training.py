@@ -358,12 +358,27 @@ async def test_a_corrupted_adapter_marks_its_run(h: Harness) -> None:
     assert not (await h.control.library.get_training_run(model_id)).corrupted
     h.engine.fail_next(OptimStep, AdapterCorrupted("gradient is not finite"))
     assert isinstance(await h.error(h.submit(optim(model_id, 1))), AdapterCorrupted)
+    assert (await h.control.library.get_training_run(model_id)).corrupted
+    assert h.control.model_info(model_id).corrupted
+    session_id = model_id.partition(":")[0]
+    assert (await h.control.library.get_session(session_id)).corrupted_training_run_ids == [model_id]
     await h.result(h.submit(SaveState(model_id=model_id, seq_id=2, name="after")))
     assert (await h.control.library.get_training_run(model_id)).corrupted
     await h.result(
         h.submit(LoadState(model_id=model_id, seq_id=3, path=f"tinker://{model_id}/weights/after", optimizer=True))
     )
     assert not (await h.control.library.get_training_run(model_id)).corrupted
+    assert not h.control.model_info(model_id).corrupted
+    assert (await h.control.library.get_session(session_id)).corrupted_training_run_ids == []
+
+
+async def test_a_corrupted_run_stays_marked_after_a_restart(open_control: OpenControl) -> None:
+    async with open_control(ledger=True) as h:
+        model_id = await h.model()
+        h.engine.fail_next(OptimStep, AdapterCorrupted("gradient is not finite"))
+        await h.error(h.submit(optim(model_id, 1)))
+    async with open_control(ledger=True) as h:
+        assert (await h.control.library.get_training_run(model_id)).corrupted
 
 
 # ---- endings ----

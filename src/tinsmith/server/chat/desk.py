@@ -54,7 +54,7 @@ class ChatDesk:
             if model.startswith(CHECKPOINT_SCHEME):
                 row = await self._control.library.find_checkpoint(model)
                 card, key = self._card(row.base_model), row.checkpoint_id
-                sampler_id = await self._sampler(key, None, model)
+                sampler_id = await self._sampler(key, None, row.address)
             elif (base := self._find_card(model)) is not None:
                 card = base
                 sampler_id = await self._sampler(card.name, card.name, None)

@@ -60,7 +60,7 @@ async def _checkpoint(path: str, service: Service) -> dict[str, Any]:
         row = await service.control.library.find_checkpoint(path)
     except (NotFound, InvalidInput) as error:
         raise BadField("model", error.message, code="model_not_found") from error
-    return _entry(row.path, row.created_at, None)
+    return _entry(row.present_path, row.created_at, None)
 
 
 def _entry(model: str, created_at: float, max_context: int | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tinsmith.control.copies import CopyOrder
 from tinsmith.server.service import ServiceDep
 from tinsmith.server.tinker.schemas import CopyWeightsBody, TtlBody, WeightsInfoBody
 from tinsmith.server.tinker.sessions import Limit, Offset
-from tinsmith.types.checkpoint import PATH_KINDS
+from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.rest import (
     CheckpointsListResponse,
     Cursor,
@@ -89,6 +89,12 @@ async def copy_weights(
         ttl_seconds=body.ttl_seconds,
     )
     return CopyWeightsResponse(tinker_path=await service.control.library.copy_weights(order, x_idempotency_key))
+
+
+@router.get(_CHECKPOINT, response_model_exclude_none=True)
+async def get_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Checkpoint:
+    """What an address means now: a name, `name~version`, `~latest`, `~best(metric)`."""
+    return await service.control.library.get_checkpoint(run_id, f"{kind}/{name}")
 
 
 @router.delete(_CHECKPOINT, status_code=204)
