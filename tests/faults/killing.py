@@ -115,12 +115,19 @@ class Ended:
 
 
 def run_script(
-    server: Daemon, python: str, module: str, steps: int, on_line: Callable[[str], None] = lambda line: None
+    server: Daemon,
+    python: str,
+    module: str,
+    steps: int,
+    on_line: Callable[[str], None] = lambda line: None,
+    url: str | None = None,
 ) -> Ended:
-    """Run the script to its end; `on_line` hears what it says, as it says it. Fails if it fails or says a word."""
+    """Run the script to its end; `on_line` hears what it says, as it says it. Fails if it fails or says a word.
+
+    `url` is where the script finds the server, if not at its own address."""
     environment = {
         **os.environ,
-        "TINKER_BASE_URL": server.url,
+        "TINKER_BASE_URL": url or server.url,
         "TINKER_API_KEY": "tml-local",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ SERVER_POINTS = (
     "snapshot.written:1",
     "snapshot.committed:1",
 )
+REPLAY_POINTS = ("replay.read:1", "replay.loaded:1")
 ENGINE_POINTS = ("engine.train:3", "engine.optim_step:3", "engine.save:1", "engine.snapshot:1")
 
 
@@ -64,9 +66,9 @@ def test_the_official_sdk_sees_no_more_than_a_pause(
     assert disturbed(tmp_path, plan, tinker_python, "tinker", 6) == undisturbed[6]
 
 
-def crashed_at(point: str, folder: Path, steps: int = 6) -> Ended:
+def crashed_at(point: str, folder: Path, steps: int = 6, python: str = sys.executable, sdk: str = "tinsmith") -> Ended:
     with daemon(folder, crash_at=point) as server:
-        ended = run_script(server, sys.executable, "tinsmith", steps)
+        ended = run_script(server, python, sdk, steps)
         assert (folder / "crashed").exists(), f"the run never came to {point}"
         return ended
 
@@ -79,15 +81,29 @@ def test_a_run_survives_a_crash_at(point: str, undisturbed: dict[int, Ended], tm
 
 @at_length
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("sdk", ["tinsmith", "tinker"])
 @pytest.mark.parametrize("point", [*SERVER_POINTS, *ENGINE_POINTS])
-def test_a_run_survives_a_crash_at_every_named_point(point: str, undisturbed: dict[int, Ended], tmp_path: Path) -> None:
+def test_a_run_survives_a_crash_at_every_named_point(
+    point: str, sdk: str, undisturbed: dict[int, Ended], tmp_path: Path, tinker_python: str
+) -> None:
     steps = 20 if "snapshot" in point else 6  # snapshots are looked for once a second
-    assert crashed_at(point, tmp_path, steps) == undisturbed[steps]
+    python = sys.executable if sdk == "tinsmith" else tinker_python
+    assert crashed_at(point, tmp_path, steps, python, sdk) == undisturbed[steps]
+
+
+def test_every_crash_point_in_the_code_is_tried() -> None:
+    named = {
+        name
+        for path in (Path(__file__).parents[2] / "src").rglob("*.py")
+        for call in re.findall(r"crash_point\((.*)\)", path.read_text())
+        for name in re.findall(r'"([a-z_.]+)"', call)
+    }
+    assert named == {point.partition(":")[0] for point in (*SERVER_POINTS, *ENGINE_POINTS, *REPLAY_POINTS)}
 
 
 @at_length
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("point", ["replay.read:1", "replay.loaded:1"])
+@pytest.mark.parametrize("point", REPLAY_POINTS)
 def test_a_server_that_dies_while_it_goes_on_goes_on_again(
     point: str, undisturbed: dict[int, Ended], tmp_path: Path
 ) -> None:
@@ -103,7 +119,8 @@ def test_a_server_that_dies_while_it_goes_on_goes_on_again(
 def test_twenty_steps_with_a_kill_at_every_step_and_save(
     sdk: str, victim: str, undisturbed: dict[int, Ended], tmp_path: Path, tinker_python: str
 ) -> None:
-    plan = {f"step {step}": victim for step in range(1, 20, 2 if victim == "server" else 3)}
-    plan |= {f"save {step}": victim for step in (4, 9)}
+    moments = [f"step {step}" for step in range(20) if step not in (5, 10)]
+    moments += ["save 4", "saved 4", "save 9", "saved 9", "sample 11", "save 19", "save final"]
+    plan = dict.fromkeys(moments, victim)
     python = sys.executable if sdk == "tinsmith" else tinker_python
     assert disturbed(tmp_path, plan, python, sdk, 20) == undisturbed[20]

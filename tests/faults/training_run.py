@@ -44,6 +44,7 @@ def main() -> None:
         if step % 5 == 4:
             say(f"save {step}")
             training.save_state(f"step-{step}").result()
+            say(f"saved {step}")
         if step % 8 == 3:
             say(f"sample {step}")
             sampler = training.save_weights_and_get_sampling_client()

@@ -14,7 +14,7 @@ StorageError
 
 from __future__ import annotations
 
-from tinsmith.types.errors import StorageError, UserError
+from tinsmith.types.errors import StorageError, TinsmithError, UserError
 
 
 class SessionEnded(UserError):
@@ -43,3 +43,7 @@ class FutureExpired(UserError):
 
 class NotTaken(StorageError):
     pass
+
+
+def creation_failed(model_id: str, error: TinsmithError) -> ModelEnded:
+    return ModelEnded(f"model {model_id!r} could not be created: {error}")

@@ -133,6 +133,8 @@ class FutureStore:
         self._by_key: dict[Hashable, str] = {}
         self._finished: deque[tuple[float, str]] = deque()
         self._retained_bytes = 0
+        self.num_succeeded = 0
+        """Requests that ended with a result."""
         self.completions = Completions()
         self.on_finish: Callable[[RequestSpan], None] = lambda span: None
         """Told of every request of a session that ends."""
@@ -326,6 +328,7 @@ class FutureStore:
             context=promise.context,
         )
         promise.num_bytes = result_bytes(result)
+        self.num_succeeded += error is None
         promise.on_poll = None
         promise.done.set()
         self._retained_bytes += promise.num_bytes

@@ -5,6 +5,7 @@
     request   of a model, in its order                 sample    asked for, and not fetched yet
     binding   which version a path stood for           loss      that a user uploaded
     snapshot  where a live model can go on from        result    of a request that is in no model's order any more
+    strike    a request that was there when an engine died, and how often
 
 A request is done only once its entry is on disk. With the ledger off, everything is "on disk" at once.
 """
@@ -184,13 +185,13 @@ class Journal:
 
     def end_session(self, session_id: str, *, drop: bool) -> None:
         """`drop`: its models go with it; else each goes once it has done what waits."""
-        kept = "" if drop else " AND kind NOT IN ('model', 'request', 'binding', 'snapshot')"
+        kept = "" if drop else " AND kind NOT IN ('model', 'request', 'binding', 'snapshot', 'strike')"
         self.note([remove(f"session_id = ?{kept}", session_id)])
 
     def end_model(self, model_id: str, results: Sequence[Entry]) -> None:
         """`results` stay fetchable."""
         self.lone.update(entry.name for entry in results)
-        kinds = "('model', 'request', 'binding', 'snapshot')"
+        kinds = "('model', 'request', 'binding', 'snapshot', 'strike')"
         self.note([*map(put, results), remove(f"model_id = ? AND kind IN {kinds}", model_id)])
 
     def trim(self, futures: FutureStore) -> None:
@@ -198,7 +199,8 @@ class Journal:
         spent = [request_id for request_id in self.lone if futures.is_spent(request_id, FETCHED_GRACE_S)]
         self.lone.difference_update(spent)
         if spent:
-            self.note([remove("kind IN ('sample', 'result') AND name = ?", request_id) for request_id in spent])
+            lone = "kind IN ('sample', 'result', 'strike') AND name = ?"
+            self.note([remove(lone, request_id) for request_id in spent])
 
 
 def result_entry(request_id: str, ended: Ended, at: float) -> Entry:

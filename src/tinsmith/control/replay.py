@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tinsmith.control.admission import num_train_tokens
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.engines import EngineBook, EngineSlot
-from tinsmith.control.errors import ModelEnded
+from tinsmith.control.errors import ModelEnded, creation_failed
 from tinsmith.control.execution import sampler_name
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
@@ -29,7 +29,6 @@ from tinsmith.control.journal import (
     ModelRecord,
     RequestRecord,
     ResultRecord,
-    SampleRecord,
     SamplerRecord,
     SnapshotRecord,
     WeightsRecord,
@@ -44,6 +43,7 @@ from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.sessions import Session, SessionBook
 from tinsmith.control.settings import ControlSettings
+from tinsmith.control.strikes import Strikes
 from tinsmith.control.training import Training
 from tinsmith.types.crash_points import crash_point
 from tinsmith.types.errors import EngineDied, InvalidInput, NotFound, ServerError, TinsmithError
@@ -60,6 +60,7 @@ class _Recalled:
     """Entries by kind; those of models by model."""
 
     sessions: list[Entry] = field(default_factory=list)
+    strikes: list[Entry] = field(default_factory=list)
     losses: list[Entry] = field(default_factory=list)
     samplers: list[Entry] = field(default_factory=list)
     weights: list[Entry] = field(default_factory=list)
@@ -70,12 +71,20 @@ class _Recalled:
     requests: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     bindings: dict[str, str] = field(default_factory=dict)
     """Checkpoint ids by request."""
+    failures: dict[str, TinsmithError] = field(default_factory=dict)
+    """Of requests that are not done again, by request."""
+
+    def fail(self, failures: Mapping[str, TinsmithError]) -> None:
+        self.failures.update(failures)
+        for entries in (self.samples, *self.requests.values()):
+            entries[:] = [replace(entry, failure=failures.get(entry.name, entry.failure)) for entry in entries]
 
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> _Recalled:
         recalled = cls()
         lists = {
             "session": recalled.sessions,
+            "strike": recalled.strikes,
             "loss": recalled.losses,
             "sampler": recalled.samplers,
             "weights": recalled.weights,
@@ -111,6 +120,7 @@ class Replay:
         futures: FutureStore,
         registry: Registry,
         checkpoints: CheckpointStore,
+        strikes: Strikes,
         clock: Clock,
     ) -> None:
         self._ledger = ledger
@@ -125,6 +135,7 @@ class Replay:
         self._futures = futures
         self._registry = registry
         self._checkpoints = checkpoints
+        self._strikes = strikes
         self._clock = clock
         self._loads: set[asyncio.Task[None]] = set()
 
@@ -142,6 +153,8 @@ class Replay:
         await self._registry.write(lambda c: records.end_everything(c, at, "the server was restarted", but=kept))
         recalled = _Recalled.of(e for e in entries if e.session_id is None or e.session_id in kept)
         rows = await self._rows(recalled)
+        self._strikes.recall(recalled.strikes)
+        recalled.fail(self._strikes.convict(self._settings.max_strikes))
         crash_point("replay.read")
         for entry in recalled.sessions:
             self._restore_session(entry)
@@ -154,7 +167,7 @@ class Replay:
         for entry in recalled.models:
             self._restore_model(entry, recalled, rows)
         for entry in recalled.samples:
-            self._restore_sample(entry)
+            self._sampling.restore(entry.name, entry.value, entry.failure, is_suspect=entry.name in self._strikes)
         ended = {e.session_id for e in entries if e.session_id is not None} - kept
         self._journal.note([remove("session_id = ?", session_id) for session_id in ended])
 
@@ -266,6 +279,10 @@ class Replay:
         if slot is None:
             model.status = ModelStatus.ENDED
             model.end = ModelEnded(f"model {model.model_id!r} ended: {record.base_model!r} is not served any more")
+        elif (deadly := recalled.failures.get(record.request_id)) is not None:
+            model.status, model.end = ModelStatus.ENDED, creation_failed(model.model_id, deadly)
+            self._futures.fail(record.request_id, deadly)
+            self._training.retired.append(model)
         self._training.adopt(model)
         for request in recalled.requests[model.model_id]:
             self._open_request(model, request)
@@ -304,10 +321,6 @@ class Replay:
         error = entry.failure or model.end
         if error is not None:
             self._futures.fail(entry.name, error)
-
-    def _restore_sample(self, entry: Entry) -> None:
-        record: SampleRecord = entry.value
-        self._sampling.restore(entry.name, record)
 
     # ---- after a crash of an engine ----
 

@@ -234,11 +234,21 @@ class Sampling:
         self._journal.post([put(entry)], written)
         return _receipt(request_id, request)
 
-    def restore(self, request_id: str, record: SampleRecord) -> None:
-        """A sample that an earlier process took: it is drawn again, with the same seed."""
+    def restore(
+        self, request_id: str, record: SampleRecord, failure: TinsmithError | None, *, is_suspect: bool
+    ) -> None:
+        """A sample that an earlier process took: it is drawn again, with the same seed, unless it had failed.
+
+        A suspect waits for `send_again`.
+        """
         self._open_future(record.request, record.fingerprint, request_id)
         self._journal.lone.add(request_id)
-        self._begin_or_fail(request_id, record.request)
+        if failure is not None:
+            self._futures.fail(request_id, failure)
+        elif is_suspect and (sampler := self._samplers.get(record.request.sampling_session_id)) is not None:
+            self._open[request_id] = _Open(sampler.slot, record.request, sampler.session_id, 0)
+        else:
+            self._begin_or_fail(request_id, record.request)
 
     def _open_future(self, request: SampleRequest, fingerprint: bytes, request_id: str | None) -> str:
         sampler_id = request.sampling_session_id
@@ -416,9 +426,14 @@ class Sampling:
         sample.ticket = None
         return True
 
-    def in_flight(self, slot: EngineSlot) -> list[str]:
-        """Samples that an engine draws."""
-        return [r for r, sample in self._open.items() if sample.slot is slot and sample.ticket is not None]
+    def in_flight(self, slot: EngineSlot) -> dict[str, str]:
+        """Samples that an engine draws, each with its session."""
+        drawn = ((r, sample) for r, sample in self._open.items() if sample.slot is slot)
+        return {request_id: sample.session_id for request_id, sample in drawn if sample.ticket is not None}
+
+    def slots_paused(self) -> set[EngineSlot]:
+        """Engines for which samples wait that are to be sent again."""
+        return {sample.slot for sample in self._open.values() if sample.ticket is None and not sample.is_loading}
 
     def waiting(self, slot: EngineSlot) -> list[str]:
         """Samples that are to be sent again."""

@@ -50,6 +50,7 @@ from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionB
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.signing import Signer
 from tinsmith.control.snapshots import Snapshots
+from tinsmith.control.strikes import Strikes
 from tinsmith.control.supervisor import Supervisor
 from tinsmith.control.traces import TraceLog
 from tinsmith.control.training import Training
@@ -145,6 +146,7 @@ class Control:
         """Bring back what was live when the last server ended. Raises `StorageError`."""
         if self._ledger is None:
             return
+        strikes = Strikes(self._journal)
         self._replay = Replay(
             ledger=self._ledger,
             journal=self._journal,
@@ -158,20 +160,22 @@ class Control:
             futures=self._futures,
             registry=self._registry,
             checkpoints=self._checkpoints,
+            strikes=strikes,
             clock=self._clock,
         )
         self._supervisor = Supervisor(
             settings=self._settings,
+            strikes=strikes,
             training=self._training,
             sampling=self._sampling,
             snapshots=self._snapshots,
             replay=self._replay,
             futures=self._futures,
-            journal=self._journal,
             clock=self._clock,
         )
         self._snapshots.watch(self._engines)
         await self._replay.restore()
+        self._supervisor.begin()
         await self._snapshots.sweep()
 
     def _keep_failure(self, request_id: str, written: OnWritten) -> None:
@@ -298,10 +302,15 @@ class Control:
             return ()
         return (
             self._training.retire,
+            self._forget_strikes,
             self._snapshots.consider,
             lambda: self._journal.trim(self._futures),
             self._ledger.probe,
         )
+
+    def _forget_strikes(self) -> None:
+        if self._supervisor is not None:
+            self._supervisor.forget_answered()
 
     async def _sweep_snapshots(self) -> None:
         if self._journal.is_on:

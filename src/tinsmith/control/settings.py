@@ -75,7 +75,7 @@ class ControlSettings(BaseModel):
     snapshot_tokens: int = Field(default=2_000_000, ge=1)
     """The same in training tokens."""
     max_engine_restarts: int = Field(default=10, ge=0)
-    """How often within ten minutes a dead engine is started again."""
+    """How often in a row, within ten minutes, a dead engine is started again; a result in between begins anew."""
     engine_backoff_s: float = Field(default=0.5, ge=0)
     """Before the second restart in a row; doubled for each one more, up to 30 s."""
     max_strikes: int = Field(default=3, ge=2)

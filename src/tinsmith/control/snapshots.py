@@ -181,7 +181,7 @@ class Snapshots:
             for one in aside
             for sampler in one.samplers
         ]
-        spent = "model_id = ? AND seq < ? AND kind IN ('request', 'binding')"
+        spent = "model_id = ? AND seq < ? AND kind IN ('request', 'binding', 'strike')"
         return [
             *(put(result) for result in results),
             *(put(one) for one in weights),

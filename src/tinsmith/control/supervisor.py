@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any
 
 from tinsmith.control.engines import EngineSlot
+from tinsmith.control.errors import creation_failed
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
-from tinsmith.control.journal import Journal
-from tinsmith.control.ledger import mark_failed
+from tinsmith.control.ledger import Entry
 from tinsmith.control.models import Model, ModelStatus
 from tinsmith.control.replay import Replay
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.snapshots import Snapshots
+from tinsmith.control.strikes import KIND, KilledEngine, Strikes
 from tinsmith.control.training import Training
 from tinsmith.types.errors import EngineDied, ServerError, TinsmithError
 
@@ -29,21 +29,17 @@ _MAX_BACKOFF_S = 30.0
 _TRIAL_POLL_S = 0.02
 
 
-class KilledEngine(ServerError):
-    """The engine died whenever it worked on this request."""
-
-
 class Supervisor:
     def __init__(
         self,
         *,
         settings: ControlSettings,
+        strikes: Strikes,
         training: Training,
         sampling: Sampling,
         snapshots: Snapshots,
         replay: Replay,
         futures: FutureStore,
-        journal: Journal,
         clock: Clock,
     ) -> None:
         self._settings = settings
@@ -52,19 +48,34 @@ class Supervisor:
         self._snapshots = snapshots
         self._replay = replay
         self._futures = futures
-        self._journal = journal
         self._clock = clock
-        self._strikes: Counter[str] = Counter()
-        """How many deaths of an engine each unanswered request was there at."""
+        self._strikes = strikes
         self._deaths: dict[str, deque[float]] = {}
+        """Of each engine, those since the last result that anybody got."""
+        self._num_succeeded = 0
+        """Results there were at the last death."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
+
+    def begin(self) -> None:
+        """After a crash of the server: what was there when engines of an earlier one died goes alone, as it would have
+        gone there. Nothing was sent since it was brought back."""
+        for slot in {model.slot for model in self._training.models if model.slot is not None}:
+            self._suspect(slot)
+        for slot in self._sampling.slots_paused():
+            self._spawn(self._send_samples(slot))
+
+    def forget_answered(self) -> None:
+        self._strikes.keep(self._is_open)
 
     def engine_died(self, slot: EngineSlot, error: EngineDied) -> bool:
         """Whether it will be started again."""
         if self._is_closed:
             return False
         deaths = self._deaths.setdefault(slot.card.name, deque())
+        if self._futures.num_succeeded > self._num_succeeded:
+            deaths.clear()
+        self._num_succeeded = self._futures.num_succeeded
         now = self._clock.monotonic()
         while deaths and deaths[0] < now - _WINDOW_S:
             deaths.popleft()
@@ -72,13 +83,29 @@ class Supervisor:
             logger.error("%s; it has died %d times in %g s and stays dead", error, len(deaths) + 1, _WINDOW_S)
             return False
         deaths.append(now)
-        for model in self._models(slot):
-            self._strikes.update(model.running)
-        self._strikes.update(self._sampling.in_flight(slot))
+        self._strikes.add(self._present(slot))
         slot.is_recovering = True
         logger.warning("%s; it is started again", error)
         self._spawn(self._recover(slot, len(deaths)))
         return True
+
+    def _present(self, slot: EngineSlot) -> list[Entry]:
+        """The requests that the engine worked on."""
+        found = []
+        for model in self._models(slot):
+            numbers = {request_id: seq for seq, request_id in model.journaled.items()}
+            found += [
+                Entry(
+                    kind=KIND,
+                    name=request_id,
+                    session_id=model.session_id,
+                    model_id=model.model_id,
+                    seq=numbers.get(request_id),
+                )
+                for request_id in model.running
+            ]
+        samples = self._sampling.in_flight(slot).items()
+        return found + [Entry(kind=KIND, name=request_id, session_id=session_id) for request_id, session_id in samples]
 
     async def close(self) -> None:
         self._is_closed = True
@@ -111,13 +138,14 @@ class Supervisor:
             self._give_up(slot, error)
             return
         poisoned = self._convict(slot)
-        for model_requests in recalled.requests.values():
-            model_requests[:] = [replace(e, failure=poisoned.get(e.name, e.failure)) for e in model_requests]
-        scheduler = self._training.scheduler(slot)
-        in_models = {request_id for model in self._models(slot) for request_id in model.journaled.values()}
-        scheduler.suspects = {r for r in self._strikes if r in in_models and r not in poisoned}
+        recalled.fail(poisoned)
+        self._suspect(slot)
         self._replay.revive(slot, recalled)
         self._spawn(self._send_samples(slot))
+
+    def _suspect(self, slot: EngineSlot) -> None:
+        in_models = {request_id for model in self._models(slot) for request_id in model.journaled.values()}
+        self._training.scheduler(slot).suspects = {r for r in self._strikes if r in in_models and self._is_open(r)}
 
     async def _start(self, slot: EngineSlot, num_deaths: int) -> None:
         """Raises `EngineDied` if it dies again while it starts, `TinsmithError` if it cannot be started."""
@@ -135,20 +163,18 @@ class Supervisor:
         self._training.engine_died(slot, died)
         self._sampling.engine_died(slot, died)
 
-    def _convict(self, slot: EngineSlot) -> dict[str, TinsmithError]:
+    def _convict(self, slot: EngineSlot) -> dict[str, KilledEngine]:
         """Fail the requests that were there too often; they are not done again."""
-        self._strikes = Counter({r: n for r, n in self._strikes.items() if self._is_open(r)})
-        guilty = [r for r, n in self._strikes.items() if n >= self._settings.max_strikes]
-        poisoned: dict[str, TinsmithError] = {}
-        for request_id in guilty:
-            error = KilledEngine(
-                f"the engine died {self._strikes.pop(request_id)} times while it worked on this request; it is given up"
-            )
-            poisoned[request_id] = error
+        self._strikes.keep(self._is_open)
+        poisoned = self._strikes.convict(self._settings.max_strikes)
+        for request_id, error in poisoned.items():
             self._sampling.fail(request_id, error)
             self._futures.fail(request_id, error)
-            self._journal.note([mark_failed("request", request_id, error)])
             logger.error("request %s is given up: %s", request_id, error)
+        for model in self._models(slot):
+            if (deadly := poisoned.get(model.creation_request_id)) is not None:
+                self._training.end_model(model, creation_failed(model.model_id, deadly))
+                self._training.retire()
         return poisoned
 
     def _is_open(self, request_id: str) -> bool:

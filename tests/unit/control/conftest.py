@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.control.harness import Harness, ManualClock
-from tinsmith.control.identity import SignedIds
+from tests.unit.control.harness import CountedIds, Harness, ManualClock
+from tests.unit.control.restarts import Server
 from tinsmith.control.service import Control
 from tinsmith.control.settings import ControlSettings
 from tinsmith.runtime.fake import FakeEngine
@@ -20,26 +19,6 @@ from tinsmith.runtime.fake import FakeEngine
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class CountedIds(SignedIds):
-    """Names and seeds that count up; a new process (a new instance) starts at another hundred."""
-
-    _processes = itertools.count(1)
-
-    def __init__(self, key: bytes) -> None:
-        number = next(self._processes)
-        super().__init__(key, number.to_bytes(4, "big"))
-        self._numbers = itertools.count(100 * number)
-
-    def session_id(self) -> str:
-        return f"sess-{next(self._numbers)}"
-
-    def checkpoint_id(self) -> str:
-        return f"ckpt-{next(self._numbers)}"
-
-    def seed(self) -> int:
-        return next(self._numbers)
 
 
 OpenControl = Callable[..., AbstractAsyncContextManager[Harness]]
@@ -68,3 +47,9 @@ def open_control(tmp_path: Path) -> OpenControl:
 async def h(open_control: OpenControl) -> AsyncIterator[Harness]:
     async with open_control() as harness:
         yield harness
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    """With a ledger; not started yet."""
+    return Server(tmp_path / "data")

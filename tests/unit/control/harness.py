@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from tinsmith.control.futures import Outcome, Pending
+from tinsmith.control.identity import SignedIds
 from tinsmith.control.requests import (
     ApplyOptimizer,
     CreateModel,
@@ -39,6 +41,26 @@ class ManualClock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+class CountedIds(SignedIds):
+    """Names and seeds that count up; a new process (a new instance) starts at another hundred."""
+
+    _processes = itertools.count(1)
+
+    def __init__(self, key: bytes) -> None:
+        number = next(self._processes)
+        super().__init__(key, number.to_bytes(4, "big"))
+        self._numbers = itertools.count(100 * number)
+
+    def session_id(self) -> str:
+        return f"sess-{next(self._numbers)}"
+
+    def checkpoint_id(self) -> str:
+        return f"ckpt-{next(self._numbers)}"
+
+    def seed(self) -> int:
+        return next(self._numbers)
 
 
 def datum(first: int = 1, length: int = 3) -> Datum:

@@ -3,98 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.control.conftest import CountedIds
-from tests.unit.control.harness import Harness, ManualClock, draw, forward_backward, optim
+from tests.unit.control.harness import Harness, draw, forward_backward, optim
+from tests.unit.control.restarts import Server, results, running, train
 from tinsmith.control.errors import FutureExpired
 from tinsmith.control.futures import Outcome, Pending
-from tinsmith.control.requests import LoadState, NewSession, SaveForSampler, SaveState, Submission, UnloadModel
-from tinsmith.control.service import Control
-from tinsmith.control.settings import ControlSettings
-from tinsmith.runtime.fake import FakeEngine
+from tinsmith.control.requests import LoadState, NewSession, SaveForSampler, SaveState, UnloadModel
 from tinsmith.types import SamplingParams
 from tinsmith.types.errors import AlreadyExists, EngineDied, PayloadConflict, ServerError, StorageError
 from tinsmith.types.operations import LoadAdapter, OptimStep, Sample, TrainItem
 
 pytestmark = pytest.mark.anyio
-
-
-class Server:
-    """A server that can be killed and started again over the same folder."""
-
-    def __init__(self, data_dir: Path, **settings: Any) -> None:
-        self._data_dir = data_dir
-        self._settings = settings
-        self.clock = ManualClock()
-
-    async def start(self, engine: FakeEngine | None = None) -> Harness:
-        values = {
-            "data_dir": self._data_dir,
-            "ledger": True,
-            "sweep_interval_s": 3600.0,
-            "engine_backoff_s": 0.0,
-            **self._settings,
-        }
-        engine = engine or FakeEngine()
-        control = Control(ControlSettings(**values), [engine], clock=self.clock, ids=CountedIds)
-        await control.start()
-        return Harness(control, engine, self.clock)
-
-    async def kill(self, h: Harness) -> None:
-        """Nothing is said good-bye to; only what a process takes with it is freed."""
-        control = h.control
-        control._state = "killed"
-        assert control._ledger is not None
-        assert control._supervisor is not None
-        assert control._replay is not None
-        await asyncio.to_thread(control._ledger.close)
-        await control._supervisor.close()
-        await control._janitor.close()
-        for slot in control._engines:
-            control._training.scheduler(slot).is_held = True
-            slot.is_recovering = True
-            slot.on_death = lambda slot: None
-        await h.engine.close()
-        await control._replay.close()
-        await control._training.drain()
-        await control._sampling.close()
-        control._training.close()
-        await asyncio.to_thread(control._registry.close)
-        control._lock.release()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Server:
-    return Server(tmp_path / "data")
-
-
-@asynccontextmanager
-async def running(server: Server) -> AsyncIterator[Harness]:
-    h = await server.start()
-    try:
-        yield h
-    finally:
-        await h.control.close()
-
-
-async def train(h: Harness, model_id: str, first_seq: int, steps: int) -> list[Submission]:
-    receipts = []
-    for seq in range(first_seq, first_seq + 2 * steps, 2):
-        receipts.append(h.submit(forward_backward(model_id, seq, first=seq)))
-        receipts.append(h.submit(optim(model_id, seq + 1)))
-    for receipt in receipts:
-        await h.control.durable(receipt)
-    return receipts
-
-
-async def results(h: Harness, receipts: list[Submission]) -> list[Any]:
-    return [await h.result(receipt) for receipt in receipts]
 
 
 async def test_a_killed_server_goes_on_with_the_same_futures(server: Server, tmp_path: Path) -> None:
