@@ -1,9 +1,16 @@
 """Whose turn it is: requests of many models become batches for one engine.
 
-Models take turns. The model that was served longest ago is first; if it waits to train, other models' waiting training
-requests ride along in the same batch, in rounds, as far as the token budget goes; if it waits for an optimizer step,
-all models that do are stepped together. So a model with one small request waits for at most one batch or operation of
-each other model, whatever their queues hold.
+Projects take turns by their shares of the tokens (`types.shares`), and so do the models of a project. The model that is
+next decides what is done: if it waits to train, waiting training requests ride along in the same batch, in the order of
+shares, as far as the token budget goes; if it waits for an optimizer step, all models that do are stepped together.
+An engine is never idle while any request can go. A batch is left emptier than the requests allow only where what would
+fit belongs to a project that is ahead of its share, and what would not fit to one that is behind.
+
+How long a request waits: the first one of a project that had none waiting goes into the next batch that is put
+together, so it waits for the operations that the engine has, `MAX_OUTSTANDING` at most, and for one turn of each other
+project that came as it did. A project of weight w that always has some waiting is served again before the others, of
+weight W together, were given W / w times its own largest turn, and two turns each. A turn is at most
+`max_batch_tokens`, or one larger request.
 """
 
 from __future__ import annotations
@@ -16,9 +23,12 @@ from typing import TypeAlias
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.identity import Clock
 from tinsmith.control.models import Model, ModelStatus, Work
+from tinsmith.types.shares import Payer, Shares
 
 MAX_OUTSTANDING = 2
 """Operations an engine has at a time: one it works on, one so that it never waits for us."""
+OPERATION_TOKENS = 64
+"""What an optimizer step, a save or a load counts for."""
 
 Turn: TypeAlias = list[tuple[Model, Work]]
 OnAnswered: TypeAlias = Callable[[Model, Work], None]
@@ -33,35 +43,62 @@ class Candidate:
     """Tokens of the consecutive training requests at the head of its queue; empty if the head is something else."""
     is_step: bool = False
     """Whether the head is an optimizer step."""
+    project: str = ""
+    weight: float = 1.0
+
+    @property
+    def payer(self) -> Payer:
+        return Payer(self.project, self.model_id, self.weight)
 
 
-def pick(candidates: Sequence[Candidate], max_tokens: int) -> dict[str, int]:
-    """How many requests to take from which model; the candidates come with the longest unserved first.
+def pick(
+    candidates: Sequence[Candidate], max_tokens: int, shares: Shares | None = None, *, alone: bool = False
+) -> dict[str, int]:
+    """How many requests to take from which model, the first one's first; they are charged to `shares`.
 
-    Either one operation of the first candidate; or the optimizer steps of all that wait for one; or a batch of training
-    requests: the first candidate's first one whatever its size, then, in rounds over all, as many as fit into
-    `max_tokens`.
+    Either one operation of the model that is next; or the optimizer steps of all that wait for one; or a batch of
+    training requests: the next one whatever its size, then by shares as many as fit into `max_tokens`. `alone` takes
+    one request only. Among equals the first candidate is next.
     """
     if not candidates:
         return {}
-    first = candidates[0]
-    if first.is_step:
-        return {c.model_id: 1 for c in candidates if c.is_step}
-    if not first.train_tokens:
-        return {first.model_id: 1}
-    taken = {first.model_id: 1}
-    budget = max_tokens - first.train_tokens[0]
-    training = [c for c in candidates[1:] if c.train_tokens] + [first]
-    while training:
-        unfinished = []
-        for candidate in training:
-            index = taken.get(candidate.model_id, 0)
-            if index < len(candidate.train_tokens) and candidate.train_tokens[index] <= budget:
-                taken[candidate.model_id] = index + 1
-                budget -= candidate.train_tokens[index]
-                unfinished.append(candidate)
-        training = unfinished
-    return taken
+    shares = Shares() if shares is None else shares
+    shares.compete(c.payer for c in candidates)
+    first = _next(candidates, shares)
+    if first.train_tokens:
+        return _batch(first, candidates, -1 if alone else max_tokens, shares)
+    served = [c for c in candidates if c.is_step and c is not first] if first.is_step and not alone else []
+    for candidate in (first, *served):
+        shares.charge(candidate.payer, OPERATION_TOKENS)
+    return {candidate.model_id: 1 for candidate in (first, *served)}
+
+
+def _batch(first: Candidate, candidates: Sequence[Candidate], max_tokens: int, shares: Shares) -> dict[str, int]:
+    taken: dict[str, int] = {}
+    budget, following = max_tokens, first
+    training = [c for c in candidates if c.train_tokens]
+    while True:
+        count = taken.get(following.model_id, 0)
+        taken[following.model_id] = count + 1
+        budget -= following.train_tokens[count]
+        shares.charge(following.payer, following.train_tokens[count])
+        following_sizes = [(c, size) for c in training if (size := _next_size(c, taken)) is not None]
+        fitting = [c for c, size in following_sizes if size <= budget]
+        if not fitting:
+            return taken
+        following = _next(fitting, shares)
+        size = following.train_tokens[taken.get(following.model_id, 0)]
+        if not shares.may_pass(following.payer, size, (c.payer for c, size in following_sizes if size > budget)):
+            return taken
+
+
+def _next_size(candidate: Candidate, taken: dict[str, int]) -> int | None:
+    count = taken.get(candidate.model_id, 0)
+    return candidate.train_tokens[count] if count < len(candidate.train_tokens) else None
+
+
+def _next(candidates: Sequence[Candidate], shares: Shares) -> Candidate:
+    return min(candidates, key=lambda c: shares.rank(c.payer))
 
 
 class Scheduler:
@@ -77,11 +114,14 @@ class Scheduler:
         *,
         clock: Clock,
         max_batch_tokens: int,
+        payer_of: Callable[[Model], Payer],
     ) -> None:
         self._slot = slot
         self._execute = execute
         self._clock = clock
         self._max_batch_tokens = max_batch_tokens
+        self._payer_of = payer_of
+        self._shares = Shares()
         self._models: dict[str, Model] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._is_woken = False
@@ -127,9 +167,7 @@ class Scheduler:
             if model.snapshot_due and not model.running and not model.behind_barrier:
                 self.take_snapshot(model)
         candidates = [c for model in self._models.values() if (c := self._candidate(model)) is not None]
-        counts = pick(candidates, self._max_batch_tokens)
-        if self.suspects:
-            counts = dict.fromkeys(list(counts)[:1], 1)
+        counts = pick(candidates, self._max_batch_tokens, self._shares, alone=bool(self.suspects))
         turn: Turn = []
         for model_id, count in counts.items():
             model = self._models.pop(model_id)
@@ -149,11 +187,11 @@ class Scheduler:
             return None
         if model.snapshot_due:
             return None
-        if head.is_training:
-            return Candidate(model.model_id, _train_tokens(model, self._max_batch_tokens))
         if head.is_barrier and model.running:
             return None
-        return Candidate(model.model_id, is_step=head.is_step)
+        payer = self._payer_of(model)
+        tokens = _train_tokens(model, self._max_batch_tokens) if head.is_training else ()
+        return Candidate(model.model_id, tokens, head.is_step, payer.project, payer.weight)
 
     async def _run(self, turn: Turn) -> None:
         try:

@@ -21,6 +21,7 @@ from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
+from tinsmith.control.fairness import Fairness
 from tinsmith.control.folder_store import FolderStore, LocalFolders
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.health import Health
@@ -192,6 +193,7 @@ class Control:
             max_retained=settings.max_retained_futures,
             max_retained_bytes=settings.max_retained_bytes,
         )
+        self._fairness = Fairness(self._sessions, self.accounts)
         self._health = Health(engines=self._engines, settings=settings.health, data_dir=settings.data_dir, clock=clock)
         self._traces = TraceLog()
         self._futures.on_finish = self._traces.add
@@ -230,6 +232,7 @@ class Control:
             ids=ids,
             meter=self._meter,
             journal=self._journal,
+            fairness=self._fairness,
         )
         self._snapshots = Snapshots(
             data_dir=settings.data_dir,

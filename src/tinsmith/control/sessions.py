@@ -39,6 +39,11 @@ class Session:
     custom_losses: dict[str, CustomLoss] = field(default_factory=dict)
     """By loss id; empty once the session has ended."""
 
+    @property
+    def account(self) -> str:
+        """Whose shares its work is done on: its project's, or without one its owner's."""
+        return f"user:{self.owner}" if self.project_id is None else f"project:{self.project_id}"
+
 
 class SessionBook:
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import ModelEnded
 from tinsmith.control.execution import Executor, check_base_model, drop_adapter
+from tinsmith.control.fairness import Fairness
 from tinsmith.control.futures import FutureStore, RequestType
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.journal import FETCHED_GRACE_S, Journal, ModelRecord, RequestRecord, result_entry
@@ -82,6 +83,7 @@ class Training:
         ids: Ids,
         meter: Meter,
         journal: Journal,
+        fairness: Fairness,
     ) -> None:
         self._settings = settings
         self._meter = meter
@@ -111,7 +113,13 @@ class Training:
             end_model=self.end_model,
         )
         self._schedulers = {
-            slot: Scheduler(slot, self._execute, clock=clock, max_batch_tokens=settings.max_batch_tokens)
+            slot: Scheduler(
+                slot,
+                self._execute,
+                clock=clock,
+                max_batch_tokens=settings.max_batch_tokens,
+                payer_of=lambda model: fairness.payer(model.session_id, model.model_id),
+            )
             for slot in engines
         }
 
