@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -59,7 +60,7 @@ class TensorData:
             if self._shape is None or len(self._shape) != 2:
                 raise ValueError(f"a sparse TensorData needs a two-dimensional shape, not {self._shape!r}")
             check_csr(self._shape, self._crow_indices, self._col_indices, len(self._flat))
-        elif self._shape is not None and int(np.prod(self._shape, dtype=np.int64)) != len(self._flat):
+        elif self._shape is not None and math.prod(self._shape) != len(self._flat):
             raise ValueError(f"TensorData: {len(self._flat)} values do not fill shape {self._shape!r}")
 
     @property
@@ -105,6 +106,14 @@ class TensorData:
         """Bytes on the wire: the values, and 8 for each CSR index."""
         indices = self.csr_indices
         return self._flat.nbytes + (0 if indices is None else 8 * (len(indices[0]) + len(indices[1])))
+
+    @classmethod
+    def of_flat(cls, flat: np.ndarray, dtype: TensorDtype, shape: list[int]) -> TensorData:
+        """Dense values that are known to be one-dimensional, of `dtype`, and to fill `shape`: nothing is checked."""
+        tensor = object.__new__(cls)
+        tensor._flat, tensor._dtype, tensor._shape = flat, dtype, shape
+        tensor._crow_indices = tensor._col_indices = None
+        return tensor
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:

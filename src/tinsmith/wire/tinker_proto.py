@@ -8,6 +8,8 @@ enums); whether the values make sense to a model is for the server to say.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +39,7 @@ from tinsmith.types.results import (
     StopReason,
     TopkLogprobs,
 )
-from tinsmith.types.tensor import TensorData
+from tinsmith.types.tensor import TensorData, TensorDtype
 from tinsmith.wire import tinker_pb2 as pb
 
 CONTENT_TYPE = "application/x-protobuf"
@@ -67,7 +69,6 @@ def encode_train_request(request: TrainRequest) -> bytes:
     message = pb.ForwardBackwardRequest(
         model_id=request.model_id,
         seq_id=request.seq_id or 0,
-        data=[_datum_message(datum) for datum in request.data],
         loss_fn=request.loss_fn,
         loss_fn_config=numbers,
         forward_only=request.forward_only,
@@ -76,6 +77,8 @@ def encode_train_request(request: TrainRequest) -> bytes:
             for k, v in request.loss_fn_config.items()
         },
     )
+    for datum in request.data:
+        _fill_datum(message.data.add(), datum)
     return message.SerializeToString()
 
 
@@ -97,24 +100,26 @@ def decode_train_request(body: bytes) -> TrainRequest:
     )
 
 
-def _datum_message(datum: Datum) -> pb.Datum:
-    return pb.Datum(
-        model_input=[_chunk_message(chunk) for chunk in datum.model_input.chunks],
-        loss_fn_inputs={key: tensor_message(tensor) for key, tensor in datum.loss_fn_inputs.items()},
-        model_input_spans=[_span_message(span) for span in datum.model_input_spans or ()],
-        loss_fn_input_spans=[_span_message(span) for span in datum.loss_fn_input_spans or ()],
-    )
+def _fill_datum(message: pb.Datum, datum: Datum) -> None:
+    """Messages are filled where they stand: one built apart is copied into its parent."""
+    for chunk in datum.model_input.chunks:
+        _fill_chunk(message.model_input.add(), chunk)
+    for key, tensor in datum.loss_fn_inputs.items():
+        _fill_tensor(message.loss_fn_inputs[key], tensor)
+    message.model_input_spans.extend([_span_message(span) for span in datum.model_input_spans or ()])
+    message.loss_fn_input_spans.extend([_span_message(span) for span in datum.loss_fn_input_spans or ()])
 
 
-def _chunk_message(chunk: ModelInputChunk) -> pb.Chunk:
+def _fill_chunk(message: pb.Chunk, chunk: ModelInputChunk) -> None:
     match chunk:
         case EncodedTextChunk():
-            return pb.Chunk(encoded_text=pb.EncodedTextChunk(tokens=_int32_bytes(chunk.tokens)))
+            message.encoded_text.tokens = _int32_bytes(chunk.tokens)
         case ImageChunk():
-            image = pb.ImageChunk(data=chunk.data, format=chunk.format, expected_tokens=chunk.expected_tokens)
-            return pb.Chunk(image=image)
+            message.image.data, message.image.format = chunk.data, chunk.format
+            if chunk.expected_tokens is not None:
+                message.image.expected_tokens = chunk.expected_tokens
         case DmelChunk():
-            return pb.Chunk(dmel=pb.DmelChunk(dmel=chunk.dmel))
+            message.dmel.dmel = chunk.dmel
         case _:
             raise InvalidInput(f"a {chunk.type!r} chunk cannot be trained on; send the picture itself as an ImageChunk")
 
@@ -185,15 +190,22 @@ _STORED_DTYPE: dict[int, str] = {
 
 
 def tensor_message(tensor: TensorData) -> pb.Tensor:
-    dtype, shape = _TENSOR_DTYPE[tensor.dtype], tensor.shape
-    if shape is None:
-        shape = [len(tensor.flat)]
+    message = pb.Tensor()
+    _fill_tensor(message, tensor)
+    return message
+
+
+def _fill_tensor(message: pb.Tensor, tensor: TensorData) -> None:
+    message.dtype = _TENSOR_DTYPE[tensor.dtype]
+    shape = tensor.shape
+    message.shape.extend([len(tensor.flat)] if shape is None else shape)
     indices = tensor.csr_indices
     if indices is None:
-        return pb.Tensor(dense=tensor.flat.tobytes(), dtype=dtype, shape=shape)
-    crow, col = (i.astype("<i8").tobytes() for i in indices)
-    sparse = pb.SparseCsr(values=tensor.flat.tobytes(), crow_indices=crow, col_indices=col)
-    return pb.Tensor(sparse_csr=sparse, dtype=dtype, shape=shape)
+        message.dense = tensor.flat.tobytes()
+        return
+    sparse = message.sparse_csr
+    sparse.values = tensor.flat.tobytes()
+    sparse.crow_indices, sparse.col_indices = (i.astype("<i8").tobytes() for i in indices)
 
 
 def tensor_data(message: pb.Tensor, where: str) -> TensorData:
@@ -290,14 +302,22 @@ def _record_datums(record: pb.ArrayRecord) -> list[LossFnOutput]:
 
 
 def _split_batched(batched: pb.BatchedTensor, name: str) -> list[TensorData]:
-    offsets = _array(batched.offsets, "<i8", f"{name}.offsets")
+    """One array for all datums; theirs are views of it."""
+    values = _stored_values(batched.data, batched.dtype, name)
+    offsets = _array(batched.offsets, "<i8", f"{name}.offsets").tolist()
     trailing = list(batched.trailing_shape)
-    tensors = []
-    for start, end in pairwise(offsets):
-        values = _stored_values(batched.data[start:end], batched.dtype, name)
-        rows = len(values) // int(np.prod(trailing, dtype=np.int64)) if trailing else len(values)
-        tensors.append(TensorData(values, "float32" if values.dtype.kind == "f" else "int64", [rows, *trailing]))
-    return tensors
+    row = math.prod(trailing) * np.dtype(_STORED_DTYPE[batched.dtype]).itemsize
+    if any(offset % row if row else offset for offset in offsets):
+        raise WireError(f"{name}.offsets: not all are whole numbers of rows of {row} bytes")
+    if offsets and not (0 <= offsets[0] and offsets[-1] <= len(batched.data) and offsets == sorted(offsets)):
+        raise WireError(f"{name}.offsets do not rise from 0 to {len(batched.data)}")
+    dtype: TensorDtype = "float32" if values.dtype.kind == "f" else "int64"
+    width = math.prod(trailing)
+    rows = [offset // row if row else 0 for offset in offsets]
+    return [
+        TensorData.of_flat(values[start * width : end * width], dtype, [end - start, *trailing])
+        for start, end in pairwise(rows)
+    ]
 
 
 def encode_sample_response(response: SampleResponse) -> bytes:
@@ -401,6 +421,11 @@ def _array(data: bytes, dtype: str, where: str) -> np.ndarray:
 
 
 def _int32_bytes(values: Any) -> bytes:
+    if isinstance(values, list | tuple):
+        try:
+            return struct.pack(f"<{len(values)}i", *values)
+        except struct.error:
+            pass  # found and named below
     array = np.asarray(values)
     if array.size and (array.max() > np.iinfo(np.int32).max or array.min() < np.iinfo(np.int32).min):
         raise InvalidInput(f"token id {int(array.max())} does not fit in 32 bits")
