@@ -51,6 +51,11 @@ JSON_TYPE = "application/json"
 PROTO_TYPE = "application/x-protobuf"
 _RETRY_AFTER_MAX_MS = 60_000
 _WARN_AFTER_S = 5.0
+_MAX_PARSED_URLS = 256
+_USER_AGENT = f"tinsmith/{__version__} Python/{platform.python_version()}"
+_KEPT_IN_ERRORS = frozenset(
+    (b"accept", b"content-type", b"x-idempotency-key", b"x-stainless-retry-count", b"x-tinker-request-type")
+)
 _LOCAL_BASE = "http://tinsmith.local"
 
 
@@ -169,6 +174,7 @@ class Http:
         """What requests show: the source itself, or what the server gives in exchange for it."""
         self._breaker = Breaker(config.timing.breaker_threshold, config.timing.breaker_reset)
         self._base = f"{_LOCAL_BASE if config.is_local else config.base_url}/api/v1/"
+        self._urls: dict[str, httpx2.URL] = {}
         self._clients: dict[Pool, httpx2.AsyncClient] = {}
         self._slots: dict[Pool, asyncio.Semaphore] = {}
 
@@ -276,7 +282,7 @@ class Http:
         client = self._client(call.pool)
         request = client.build_request(
             call.method,
-            self._base + call.path,
+            self._url(call.path),
             content=call.body,
             params={name: value for name, value in call.params.items() if value is not None} or None,
             headers=self._headers(call, key, attempt, timeout, credential),
@@ -311,6 +317,15 @@ class Http:
             logger.warning("the server says: %s", note)
         return response
 
+    def _url(self, path: str) -> httpx2.URL:
+        """Parsed once for each of the few paths that a training loop asks for."""
+        url = self._urls.get(path)
+        if url is None:
+            url = httpx2.URL(self._base + path)
+            if len(self._urls) < _MAX_PARSED_URLS:
+                self._urls[path] = url
+        return url
+
     def _client(self, pool: Pool) -> httpx2.AsyncClient:
         if pool not in self._clients:
             limit = pool.max_in_flight
@@ -326,7 +341,7 @@ class Http:
         headers = {
             **({"X-API-Key": credential} if credential else {}),
             "Accept": call.accept,
-            "User-Agent": f"tinsmith/{__version__} Python/{platform.python_version()}",
+            "User-Agent": _USER_AGENT,
             "x-sdk-version": PROTOCOL_VERSION,
             "x-stainless-retry-count": str(attempt),
             "x-stainless-read-timeout": f"{timeout:g}",
@@ -363,6 +378,6 @@ def parse(response: httpx2.Response, model: type[M]) -> M:
 
 def _without_secrets(request: httpx2.Request) -> httpx2.Request:
     """What of a request may be kept in an error: its method, URL and harmless headers."""
-    kept = ("accept", "content-type", "x-idempotency-key", "x-stainless-retry-count", "x-tinker-request-type")
-    headers = {name: request.headers[name] for name in kept if name in request.headers}
-    return httpx2.Request(request.method, request.url.copy_with(userinfo=b""), headers=headers)
+    headers = [(name, value) for name, value in request.headers.raw if name.lower() in _KEPT_IN_ERRORS]
+    url = request.url.copy_with(userinfo=b"") if request.url.userinfo else request.url
+    return httpx2.Request(request.method, url, headers=headers)
