@@ -43,6 +43,7 @@ from tinsmith.client.errors import (
     status_error,
 )
 from tinsmith.client.events import Events, describe
+from tinsmith.client.transport import NetworkTransport
 
 logger = logging.getLogger("tinsmith.client")
 M = TypeVar("M", bound=BaseModel)
@@ -52,6 +53,7 @@ PROTO_TYPE = "application/x-protobuf"
 _RETRY_AFTER_MAX_MS = 60_000
 _WARN_AFTER_S = 5.0
 _MAX_PARSED_URLS = 256
+_KEEPALIVE_S = 30.0
 _USER_AGENT = f"tinsmith/{__version__} Python/{platform.python_version()}"
 _KEPT_IN_ERRORS = frozenset(
     (b"accept", b"content-type", b"x-idempotency-key", b"x-stainless-retry-count", b"x-tinker-request-type")
@@ -330,12 +332,15 @@ class Http:
         if pool not in self._clients:
             limit = pool.max_in_flight
             self._slots[pool] = asyncio.Semaphore(limit)
-            self._clients[pool] = httpx2.AsyncClient(
-                transport=None if self._transport is None else _Shared(self._transport),
-                limits=httpx2.Limits(max_connections=limit, max_keepalive_connections=limit, keepalive_expiry=30.0),
-                trust_env=not self._config.is_loopback,
-            )
+            self._clients[pool] = httpx2.AsyncClient(transport=self._new_transport(limit), trust_env=False)
         return self._clients[pool]
+
+    def _new_transport(self, max_connections: int) -> httpx2.AsyncBaseTransport:
+        if self._transport is not None:
+            return _Shared(self._transport)
+        return NetworkTransport(
+            max_connections=max_connections, keepalive_s=_KEEPALIVE_S, trust_env=not self._config.is_loopback
+        )
 
     def _headers(self, call: Call, key: str, attempt: int, timeout: float, credential: str) -> dict[str, str]:
         headers = {
