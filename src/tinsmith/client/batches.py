@@ -111,13 +111,14 @@ def check_datum(datum: Datum, index: int) -> None:
     text_only = all(isinstance(chunk, EncodedTextChunk) for chunk in datum.model_input.chunks)
     num_tokens = datum.model_input.length if text_only else None
     for key, tensor in datum.loss_fn_inputs.items():
-        where = f"data[{index}].loss_fn_inputs[{key!r}]"
         wanted = LIST_DTYPE.get(key)
         if wanted is not None and tensor.dtype != wanted:
-            raise ValueError(f"{where} must be {wanted}, not {tensor.dtype}")
+            raise ValueError(f"data[{index}].loss_fn_inputs[{key!r}] must be {wanted}, not {tensor.dtype}")
         if key in _PER_TOKEN_KEYS and num_tokens is not None:
-            rows = len(tensor.flat) if tensor.shape is None else (tensor.shape or [0])[0]
+            shape = tensor.shape
+            rows = len(tensor.flat) if shape is None else (shape or [0])[0]
             if rows != num_tokens:
+                where = f"data[{index}].loss_fn_inputs[{key!r}]"
                 raise ValueError(f"{where} has {rows} rows for a model_input of {num_tokens} tokens")
 
 

@@ -24,8 +24,9 @@ _OURS: Final = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 class NetworkTransport(httpx2.AsyncBaseTransport):
     """Keeps up to `max_connections` open, each for `keepalive_s` seconds after its last use.
 
-    `trust_env` takes proxies from the environment. Everything runs on the event loop of the first exchange. Raises
-    httpx2's `ConnectTimeout`, `ReadTimeout`, `ConnectError`, `ReadError`, `RemoteProtocolError` and `UnsupportedProtocol`.
+    `trust_env` takes proxies from the environment. Everything runs on the event loop of the first exchange. Raises the
+    `ConnectTimeout`, `ReadTimeout`, `ConnectError`, `ReadError`, `RemoteProtocolError` and `UnsupportedProtocol` of
+    httpx2.
     """
 
     def __init__(self, *, max_connections: int, keepalive_s: float, trust_env: bool) -> None:

@@ -309,7 +309,7 @@ def _split_batched(batched: pb.BatchedTensor, name: str) -> list[TensorData]:
     row = math.prod(trailing) * np.dtype(_STORED_DTYPE[batched.dtype]).itemsize
     if any(offset % row if row else offset for offset in offsets):
         raise WireError(f"{name}.offsets: not all are whole numbers of rows of {row} bytes")
-    if offsets and not (0 <= offsets[0] and offsets[-1] <= len(batched.data) and offsets == sorted(offsets)):
+    if offsets and not (offsets[0] >= 0 and offsets[-1] <= len(batched.data) and offsets == sorted(offsets)):
         raise WireError(f"{name}.offsets do not rise from 0 to {len(batched.data)}")
     dtype: TensorDtype = "float32" if values.dtype.kind == "f" else "int64"
     width = math.prod(trailing)
