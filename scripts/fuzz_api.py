@@ -42,7 +42,7 @@ def num_cases(output: str) -> int:
 
 
 def logged_errors(log: str) -> list[str]:
-    return [line for line in log.splitlines() if re.match(r"(ERROR|CRITICAL|Traceback)", line)]
+    return [line for line in log.splitlines() if re.match(r"(\S+ )?(ERROR|CRITICAL|Traceback)", line)]
 
 
 def main() -> int:

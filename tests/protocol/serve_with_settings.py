@@ -12,9 +12,10 @@ from pathlib import Path
 
 from tinsmith.control.service import Control
 from tinsmith.control.settings import ControlSettings
+from tinsmith.observe.logs import configure_logging
 from tinsmith.runtime.process import ProcessEngine
 from tinsmith.server.app import create_app
-from tinsmith.server.run import allow_many_connections, bind, configure_logging, run_app, url_of
+from tinsmith.server.run import allow_many_connections, bind, run_app, url_of
 from tinsmith.server.settings import ServerSettings
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 

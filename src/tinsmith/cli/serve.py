@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from tinsmith.observe.logs import FORMAT_VARIABLE, LogFormat, LogLevel, configure_logging
 
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
@@ -56,6 +59,10 @@ def serve(
     snapshot_requests: Annotated[
         int, typer.Option(min=1, help="Requests of a model after which it is put on disk, or after a minute.")
     ] = 500,
+    log_format: Annotated[LogFormat, typer.Option(help="Of the log on stderr.")] = "text",
+    log_level: Annotated[
+        LogLevel, typer.Option(help="info: one line per HTTP request; debug: polls and heartbeats too.")
+    ] = "warning",
     auto_create: Annotated[
         bool, typer.Option(help="Tinkerbell: make an adapter when a request names one that does not exist.")
     ] = True,
@@ -64,12 +71,13 @@ def serve(
     from tinsmith.control.settings import HealthSettings
     from tinsmith.server.app import create_app
     from tinsmith.server.assemble import default_data_dir, open_control
-    from tinsmith.server.run import allow_many_connections, bind, configure_logging, run_app, url_of
+    from tinsmith.server.run import allow_many_connections, bind, run_app, url_of
     from tinsmith.server.settings import ServerSettings, TinkerbellSettings, parse_dialects
     from tinsmith.types.engine_options import EngineOptions, ModelSource
     from tinsmith.types.errors import TinsmithError
 
-    configure_logging()
+    os.environ[FORMAT_VARIABLE] = log_format
+    configure_logging(log_format, log_level)
     try:
         sources = [ModelSource.parse(text) for text in base_model or ["tinsmith/tiny"]]
         settings = ServerSettings(

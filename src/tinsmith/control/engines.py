@@ -21,6 +21,7 @@ class EngineSlot:
         self.dead: EngineDied | None = None
         self.is_recovering = False
         """It is dead, and will be started again."""
+        self.num_deaths = 0
         self._revived = asyncio.Event()
         self.on_death: Callable[[EngineSlot], None] = lambda slot: None
 
@@ -59,6 +60,7 @@ class EngineSlot:
     def declare_dead(self, error: EngineDied) -> None:
         if self.dead is None:
             self.dead = error
+            self.num_deaths += 1
             self._revived.clear()
             self.on_death(self)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ import numpy as np
 from tinsmith.control.completions import Completion, Completions, Group
 from tinsmith.control.errors import FutureExpired
 from tinsmith.control.identity import Clock, Ids
-from tinsmith.types.errors import NotFound, PayloadConflict, StorageError, TinsmithError
+from tinsmith.types.errors import NotFound, PayloadConflict, RequestErrorCategory, StorageError, TinsmithError
 from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
 
 RequestType: TypeAlias = Literal[
@@ -91,6 +91,8 @@ class RequestSpan:
     finished_at: float | None
     """`None` while it is open."""
     error: str | None = None
+    category: RequestErrorCategory | None = None
+    """Whose fault the error was; `None` without one."""
 
 
 @dataclass(slots=True)
@@ -130,14 +132,17 @@ class FutureStore:
         self._max_retained = max_retained
         self._max_retained_bytes = max_retained_bytes
         self._promises: dict[str, _Promise] = {}
+        self._unfinished: dict[str, _Promise] = {}
         self._by_key: dict[Hashable, str] = {}
         self._finished: deque[tuple[float, str]] = deque()
         self._retained_bytes = 0
         self.num_succeeded = 0
         """Requests that ended with a result."""
         self.completions = Completions()
+        self.on_open: Callable[[str, RequestType, str | None, str | None], None] = lambda *_: None
+        """Told the id, type, session and subject of every request, in the context of whoever asked."""
         self.on_finish: Callable[[RequestSpan], None] = lambda span: None
-        """Told of every request of a session that ends."""
+        """Told of every request that ends."""
         self.keep_failure: Callable[[str, Callable[[StorageError | None], None]], None] | None = None
         """Write the end of a request that failed at once, and tell when it is on disk."""
 
@@ -147,6 +152,22 @@ class FutureStore:
     @property
     def num_open(self) -> int:
         return len(self._promises) - len(self._finished)
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._finished)
+
+    @property
+    def kept_bytes(self) -> int:
+        return self._retained_bytes
+
+    def census(self) -> tuple[Counter[str], Counter[str]]:
+        """Open requests by type: those that wait for their turn, and those whose turn has come."""
+        queued: Counter[str] = Counter()
+        running: Counter[str] = Counter()
+        for promise in self._unfinished.values():
+            (queued if promise.started_at is None else running)[promise.request_type] += 1
+        return queued, running
 
     def claim(self, key: Hashable, fingerprint: bytes, what: str) -> str | None:
         """The request already opened under `key`, if it had the same payload.
@@ -187,9 +208,10 @@ class FutureStore:
         )
         if not is_durable:
             promise.committed = asyncio.get_running_loop().create_future()
-        self._promises[request_id] = promise
+        self._promises[request_id] = self._unfinished[request_id] = promise
         if key is not None:
             self._by_key[key] = request_id
+        self.on_open(request_id, request_type, session_id, subject)
         return request_id
 
     def resolve(self, request_id: str, result: Any) -> bool:
@@ -332,11 +354,11 @@ class FutureStore:
         promise.on_poll = None
         promise.done.set()
         self._retained_bytes += promise.num_bytes
+        self._unfinished.pop(request_id, None)
         self._finished.append((self._clock.monotonic(), request_id))
         if promise.group is not None:
             self.completions.add(promise.group, Completion(request_id, promise.num_bytes // 2, error is not None))
-        if promise.session_id is not None:
-            self.on_finish(_span(request_id, promise, self._clock.time()))
+        self.on_finish(_span(request_id, promise, self._clock.time()))
         while len(self._finished) > self._max_retained or (
             self._retained_bytes > self._max_retained_bytes and len(self._finished) > 1
         ):
@@ -349,6 +371,7 @@ class FutureStore:
 
     def _forget(self, request_id: str) -> _Promise:
         promise = self._promises.pop(request_id)
+        self._unfinished.pop(request_id, None)
         if promise.key is not None and self._by_key.get(promise.key) == request_id:
             del self._by_key[promise.key]
         if promise.group is not None:
@@ -367,6 +390,7 @@ def _span(request_id: str, promise: _Promise, finished_at: float | None) -> Requ
         started_at=promise.started_at,
         finished_at=finished_at,
         error=None if error is None else error.message,
+        category=None if error is None else error.category,
     )
 
 

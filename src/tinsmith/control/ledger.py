@@ -14,6 +14,7 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,7 @@ OnWritten: TypeAlias = Callable[[StorageError | None], None]
 class _Write:
     changes: Sequence[Change]
     on_written: OnWritten
+    posted_at: float
 
 
 class Ledger:
@@ -90,6 +92,10 @@ class Ledger:
         self._thread = threading.Thread(target=self._write_loop, name="ledger-writer", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open = False
+        self._oldest_at: float | None = None
+        """When the oldest change that is being written was posted, monotonic."""
+        self.on_commit: Callable[[int, float], None] = lambda num_writes, seconds: None
+        """Told, in the thread that writes, of every transaction: how many writes it had, how long it took."""
         self.num_opened = 0
         """How often this file was opened, now included."""
 
@@ -148,7 +154,7 @@ class Ledger:
         elif self.fatal is not None:
             on_written(NotTaken(self.fatal))
         else:
-            self._jobs.put(_Write(changes, on_written))
+            self._jobs.put(_Write(changes, on_written, time.monotonic()))
 
     async def write(self, changes: Sequence[Change]) -> None:
         """As `post`; on disk when it returns. Raises `StorageError`."""
@@ -164,6 +170,18 @@ class Ledger:
 
         self.post(changes, settle)
         await written
+
+    @property
+    def lag_s(self) -> float:
+        """How long the oldest change that is not on disk has waited."""
+        oldest = self._oldest_at
+        return 0.0 if oldest is None else time.monotonic() - oldest
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the database and its log. Touches the disk."""
+        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
 
     async def flush(self) -> None:
         """Returns when everything posted before is on disk, or has failed."""
@@ -184,7 +202,10 @@ class Ledger:
             while len(group) < _MAX_GROUP and not self._jobs.empty():
                 group.append(self._jobs.get())
             running = None not in group
-            self._commit(connection, [job for job in group if job is not None])
+            writes = [job for job in group if job is not None]
+            self._oldest_at = writes[0].posted_at if writes else None
+            self._commit(connection, writes)
+            self._oldest_at = None
         connection.close()
 
     def _commit(self, connection: sqlite3.Connection, writes: list[_Write]) -> None:
@@ -209,6 +230,7 @@ class Ledger:
         self._tell(writes, error)
 
     def _transact(self, connection: sqlite3.Connection, writes: list[_Write]) -> None:
+        began = time.perf_counter()
         connection.execute("BEGIN IMMEDIATE")
         try:
             for write in writes:
@@ -221,6 +243,7 @@ class Ledger:
                 connection.execute("ROLLBACK")
             raise
         crash_point("ledger.after_commit")
+        self.on_commit(len(writes), time.perf_counter() - began)
 
     def _note_failure(self, failure: sqlite3.Error) -> StorageError:
         reason = f"cannot write the ledger {str(self.path)!r}: {failure}"

@@ -26,11 +26,13 @@ from tinsmith.control.folder_store import FolderStore, LocalFolders
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.health import Health
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
+from tinsmith.control.inspection import Inspection, engine_states, model_states
 from tinsmith.control.janitor import Janitor
 from tinsmith.control.jobs import Jobs
 from tinsmith.control.journal import Journal, SessionRecord
 from tinsmith.control.ledger import Entry, Ledger, OnWritten, put
 from tinsmith.control.library import Library
+from tinsmith.control.observers import Observers, both, observed_draw
 from tinsmith.control.records import SessionRow
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.replay import Replay
@@ -94,6 +96,7 @@ class Control:
         """Told when nothing more can be written for good: the process should end, and be started again."""
         self._sessions = SessionBook()
         self.accounts = Accounts(self._registry, self._clock)
+        self.observers = Observers()
         self._state = "not started"
 
     # ---- life ----
@@ -133,6 +136,7 @@ class Control:
             return
         await asyncio.to_thread(self._ledger.open)
         self._ledger.on_fatal = lambda: self.on_fatal()
+        self._ledger.on_commit = self.observers.committed
         self._ledger.start(asyncio.get_running_loop())
 
     async def _close_stores(self) -> None:
@@ -196,8 +200,10 @@ class Control:
         self._fairness = Fairness(self._sessions, self.accounts)
         self._health = Health(engines=self._engines, settings=settings.health, data_dir=settings.data_dir, clock=clock)
         self._traces = TraceLog()
-        self._futures.on_finish = self._traces.add
+        self._futures.on_open = self.observers.request_opened
+        self._futures.on_finish = both(self._traces.add, self.observers.request_ended)
         self._meter = Meter(self._registry, clock)
+        self._meter.on_count = self.observers.tokens
         if self._journal.is_on:
             self._futures.keep_failure = self._keep_failure
             # cursors that clients have from an earlier server lie before all that this one gives out
@@ -371,6 +377,27 @@ class Control:
                 return f"the engine of {slot.card.name!r} died: {slot.dead}"
         return self._journal.fault or self._registry.fault or self._health.reason()
 
+    def inspect(self) -> Inspection | None:
+        """One look at everything in hand, for figures; `None` unless the server runs. Touches the disk."""
+        if self._state != "ready":
+            return None
+        queued, running = self._futures.census()
+        disk = self._health.disk
+        return Inspection(
+            reason=self.readiness_reason,
+            queued=queued,
+            running=running,
+            futures_kept=self._futures.num_kept,
+            futures_kept_bytes=self._futures.kept_bytes,
+            models=model_states(self._training.models),
+            num_sessions=len(self._sessions.live),
+            ledger_lag_s=None if self._ledger is None else self._ledger.lag_s,
+            ledger_bytes=0 if self._ledger is None else self._ledger.num_bytes,
+            disk_free_bytes=disk.free_bytes,
+            disk_fsync_s=disk.fsync_s,
+            engines=engine_states(self._engines),
+        )
+
     @property
     def num_restarts(self) -> int:
         """How many servers were there before on this ledger; without one, nothing of theirs is live."""
@@ -541,7 +568,8 @@ class Control:
 
         Raises `Overloaded` and every other error of a sample.
         """
-        return await self._sampling.draw(request, on_token)
+        drawing = self._sampling.draw(request, on_token)
+        return await observed_draw(self.observers, self._clock, request.sampling_session_id, drawing)
 
     def cancel(self, request_id: str) -> None:
         self._sampling.cancel(request_id)

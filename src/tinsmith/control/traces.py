@@ -26,6 +26,9 @@ class TraceLog:
         self._total = 0
 
     def add(self, span: RequestSpan) -> None:
+        """Requests of no session are in nobody's trace."""
+        if not span.session_id:
+            return
         spans = self._spans.setdefault(span.session_id, deque())
         self._spans.move_to_end(span.session_id)
         spans.append(span)

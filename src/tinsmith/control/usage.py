@@ -7,7 +7,7 @@ and their space follow from their records.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -59,11 +59,13 @@ class Meter:
         self._registry = registry
         self._clock = clock
         self._pending: Counter[_Bucket] = Counter()
+        self.on_count: Callable[[TokenKind, str, int], None] = lambda kind, base_model, count: None
 
     def count(self, kind: TokenKind, session_id: str, base_model: str, tokens: int) -> None:
         if tokens > 0:
             hour = int(self._clock.time()) // HOUR_S * HOUR_S
             self._pending[hour, session_id, base_model, kind] += tokens
+            self.on_count(kind, base_model, tokens)
 
     async def flush(self) -> None:
         """Write what was counted; kept for the next time if the registry refuses."""

@@ -14,6 +14,8 @@ class Figures:
         self._since = time.perf_counter()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._slice_began: float | None = None
+        self._present: tuple[str, float] | None = None
+        """The phase that goes on, and since when."""
         self.num_slices = 0
         self.num_training_passes = 0
         self.num_decode_passes = 0
@@ -23,9 +25,11 @@ class Figures:
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside as `name`'s, one of `PHASES`; not nested."""
         start = time.perf_counter()
+        self._present = name, start
         try:
             yield
         finally:
+            self._present = None
             self._seconds[name] += time.perf_counter() - start
 
     @contextmanager
@@ -53,6 +57,8 @@ class Figures:
 
     def phase_s(self) -> dict[str, float]:
         """Seconds since the start by phase; they add up to all of it."""
-        seconds = dict(self._seconds)
-        seconds["other"] = max(0.0, time.perf_counter() - self._since - sum(self._seconds.values()))
+        seconds, present, now = dict(self._seconds), self._present, time.perf_counter()
+        if present is not None:
+            seconds[present[0]] += now - present[1]
+        seconds["other"] = max(0.0, now - self._since - sum(seconds.values()))
         return seconds

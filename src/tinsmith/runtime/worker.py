@@ -13,6 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tinsmith.observe.logs import FORMAT_VARIABLE, configure_logging
 from tinsmith.runtime.loop import STOP, Message, run_engine
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
@@ -53,9 +54,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _log_to_stderr() -> None:
-    """Warnings, and what our own engine says of itself; stdout belongs to the command that started us."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("tinsmith").setLevel(logging.INFO)
+    """Warnings, and what our own engine says of itself, as the server writes its log; stdout belongs to the command
+    that started us."""
+    configure_logging("json" if os.environ.get(FORMAT_VARIABLE) == "json" else "text", "info")
 
 
 def _beat(pulse: Callable[[], Pulse], send: Callable[[Pulse], None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, ProcessCollector
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -23,6 +24,8 @@ from tinsmith.server.errors import (
     json_response,
 )
 from tinsmith.server.hub import routes as hub
+from tinsmith.server.metrics import CountedFigures, WatchedFigures, metrics_router
+from tinsmith.server.observed import Noting, Observed
 from tinsmith.server.openai import models
 from tinsmith.server.openapi import build_openapi
 from tinsmith.server.service import Service, ServiceDep
@@ -67,12 +70,27 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
     if {"openai", "anthropic"} & settings.dialects:
         app.include_router(models.router, prefix=openai.PREFIX)
     app.include_router(hub.router, prefix=hub.PREFIX)
+    figures = _add_metrics(app, service)
     app.add_exception_handler(TinsmithError, handle_tinsmith_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, loopback_hosts_only=settings.loopback_hosts_only)
+    # the outermost is the last that is added
+    prefixes = (tinker.PREFIX, openai.PREFIX, anthropic.PREFIX, hub.PREFIX)
+    app.add_middleware(Observed, routes=app.routes, prefixes=prefixes, figures=figures, tracer=None)
     app.openapi = partial(build_openapi, app)  # type: ignore[method-assign]
     return app
+
+
+def _add_metrics(app: FastAPI, service: Service) -> CountedFigures:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    registry.register(WatchedFigures(service.inspect))
+    app.include_router(metrics_router(registry))
+    figures = CountedFigures(registry)
+    service.control.observers.add(figures)
+    service.control.observers.add(Noting())
+    return figures
 
 
 _about = APIRouter(tags=["server"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import sys
@@ -58,11 +57,6 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, int, int, str,
 def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def configure_logging() -> None:
-    """Warnings and errors, to stderr; stdout is for what the command was asked to print."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
 def allow_many_connections() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
@@ -13,7 +14,9 @@ from starlette.requests import Request
 
 from tinsmith.control.completions import Completion
 from tinsmith.control.futures import Outcome, Pending
+from tinsmith.control.inspection import Inspection
 from tinsmith.control.service import Control
+from tinsmith.observe.logs import note
 from tinsmith.server.bodies import Codecs
 from tinsmith.server.chat.desk import ChatDesk
 from tinsmith.server.chat.recorder import Recorder
@@ -48,6 +51,11 @@ class Service:
         """The server is about to end."""
         return self._is_draining
 
+    def inspect(self) -> Inspection | None:
+        """For figures; `None` unless the server runs."""
+        seen = self.control.inspect()
+        return None if seen is None else replace(seen, num_open_polls=self.num_open_polls)
+
     async def poll(self, request: Request, request_id: str, hold_s: float | None = None) -> Outcome | Pending:
         """The outcome, or `Pending` once the hold time is over, the client has left or the server drains.
 
@@ -55,6 +63,7 @@ class Service:
 
         The body of `request` must have been read. Raises `NotFound` or `FutureExpired`.
         """
+        note(request_id=request_id)
         now = await self.control.wait_future(request_id, 0)
         if isinstance(now, Outcome):
             return now
