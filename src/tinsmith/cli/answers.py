@@ -24,7 +24,7 @@ Limit: TypeAlias = Annotated[int, typer.Option("--limit", min=0, help="At most s
 Yes: TypeAlias = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 PAGE = 500
-_UNBOUNDED = 1000
+UNBOUNDED = 1000
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_js
         table.add_row(*(cell(row.get(field)) for field in columns))
     console = Console()
     if not console.is_terminal:
-        console.width = _UNBOUNDED  # whoever reads this is a program, or pages by itself
+        console.width = UNBOUNDED  # whoever reads this is a program, or pages by itself
     console.print(table)
 
 

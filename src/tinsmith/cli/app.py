@@ -36,6 +36,7 @@ class LazyCommand:
 COMMANDS: Final[dict[str, LazyCommand]] = {
     "checkpoint": LazyCommand(module="tinsmith.cli.checkpoint", function="app"),
     "demo": LazyCommand(module="tinsmith.cli.demo", function="demo"),
+    "doctor": LazyCommand(module="tinsmith.cli.doctor", function="doctor"),
     "plan": LazyCommand(module="tinsmith.cli.plan", function="plan"),
     "events": LazyCommand(module="tinsmith.cli.events", function="app"),
     "model": LazyCommand(module="tinsmith.cli.objects", function="models"),

@@ -27,7 +27,8 @@ class DataLock:
     def acquire(self) -> None:
         """Make the folder and lock it. Raises `UserError` if another server has it, `StorageError` if it cannot be."""
         try:
-            self._data_dir.mkdir(parents=True, exist_ok=True)
+            # weights, data and the secret that signs links are for this user alone
+            self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._descriptor = os.open(self._data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise StorageError(f"cannot use data directory {str(self._data_dir)!r}: {error}") from error

@@ -24,6 +24,8 @@ FIELDS: Final = ("http_id", "request_id", "model_id", "session_id", "user_id", "
 """What a line may be about."""
 FORMAT_VARIABLE: Final = "TINSMITH_LOG_FORMAT"
 """Tells the engines' processes how the server writes its log."""
+LEVEL_VARIABLE: Final = "TINSMITH_ENGINE_LOG_LEVEL"
+"""From which level on engines write; `info` unless it is set."""
 
 _context: ContextVar[dict[str, str] | None] = ContextVar("tinsmith_log_context", default=None)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tinsmith.observe.logs import FORMAT_VARIABLE, configure_logging
+from tinsmith.observe.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, LogFormat, configure_logging
 from tinsmith.runtime.loop import STOP, Message, run_engine
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> int:
 def _log_to_stderr() -> None:
     """Warnings, and what our own engine says of itself, as the server writes its log; stdout belongs to the command
     that started us."""
-    configure_logging("json" if os.environ.get(FORMAT_VARIABLE) == "json" else "text", "info")
+    log_format: LogFormat = "json" if os.environ.get(FORMAT_VARIABLE) == "json" else "text"
+    configure_logging(log_format, "warning" if os.environ.get(LEVEL_VARIABLE) == "warning" else "info")
 
 
 def _beat(pulse: Callable[[], Pulse], send: Callable[[Pulse], None]) -> None:
