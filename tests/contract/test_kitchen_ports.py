@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,20 @@ def test_ck_23_a_sampler_scores_as_training_does_and_repeats_its_seed(backend: T
     assert [sequence.tokens for sequence in first] == [sequence.tokens for sequence in again]
     assert all(len(sequence.tokens) == len(sequence.logprobs or ()) for sequence in first)
     backend.close_sampler(sampler)
+
+
+def test_ck_23_the_likeliest_tokens_of_every_position(backend: TrainingBackend) -> None:
+    sampler = backend.open_sampler(TINY)
+    first, *rows = sampler.topk_logprobs(TOKENS, 5).result()
+    assert first is None
+    assert [len(row or ()) for row in rows] == [5] * (len(TOKENS) - 1)
+    scores = sampler.compute_logprobs(TOKENS).result()[1:]
+    for row, token, score in zip(rows, TOKENS[1:], scores, strict=True):
+        assert row is not None
+        logprobs = [logprob for _, logprob in row]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert sum(math.exp(logprob) for logprob in logprobs) <= 1 + 1e-4
+        assert dict(row).get(token, score) == pytest.approx(score, abs=1e-4)
 
 
 def test_ck_20_a_missing_checkpoint_is_an_error(backend: TrainingBackend) -> None:

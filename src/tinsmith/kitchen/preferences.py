@@ -3,8 +3,13 @@
     dpo    softplus(-m), m = beta (chosen - rejected), each less the reference's       (arXiv 2305.18290)
     ipo    (h - 1 / (2 beta))^2, h as m without beta                                   (arXiv 2310.12036)
     simpo  softplus(-(beta (chosen/|chosen| - rejected/|rejected|) - gamma))           (arXiv 2405.14734)
+    orpo   -c + beta softplus(-(odds(c) - odds(r))), c and r per token as in simpo,
+           odds(x) = x - log(1 - exp(x))                                               (arXiv 2403.07691)
+    kto    (1 - sigmoid(beta (hc - max(0, mean hr))) + 1 - sigmoid(beta (max(0, mean hc) - hr))) / 2,
+           hc and hr the log-ratios of chosen and rejected to the reference            (arXiv 2402.01306)
 
-All are means over pairs.
+All are means over pairs. KTO's point of comparison is the KL to the reference on answers to other prompts; here, where
+pairs are at hand, it is the batch's mean log-ratio of the answers of the other kind, without a gradient of its own.
 """
 
 # P pair
@@ -20,8 +25,8 @@ import numpy as np
 from tinsmith.kitchen.ports import LossGradient
 from tinsmith.types import Datum
 
-PreferenceLoss: TypeAlias = Literal["dpo", "ipo", "simpo"]
-WITHOUT_REFERENCE: Final = frozenset({"simpo"})
+PreferenceLoss: TypeAlias = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
+WITHOUT_REFERENCE: Final = frozenset({"simpo", "orpo"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,10 @@ def preference_loss(kind: PreferenceLoss, scores: PairScores, *, beta: float, ga
             d_chosen_P = slope_P * beta / scores.chosen_tokens_P
             d_rejected_P = -slope_P * beta / scores.rejected_tokens_P
             margin_P = beta * own_P
+        case "orpo":
+            loss_P, d_chosen_P, d_rejected_P, margin_P = _orpo(scores, beta)
+        case "kto":
+            loss_P, d_chosen_P, d_rejected_P, margin_P = _kto(scores, beta)
     return PairLoss(
         loss=float(loss_P.mean()),
         d_chosen_P=d_chosen_P / P,
@@ -79,6 +88,32 @@ def preference_loss(kind: PreferenceLoss, scores: PairScores, *, beta: float, ga
             "rejected_reward": float((beta * (scores.rejected_P - scores.reference_rejected_P)).mean()),
         },
     )
+
+
+_Terms: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Of every pair: loss, dloss/dchosen, dloss/drejected, margin."""
+
+
+def _orpo(scores: PairScores, beta: float) -> _Terms:
+    chosen_P = scores.chosen_P / scores.chosen_tokens_P
+    rejected_P = scores.rejected_P / scores.rejected_tokens_P
+    left_chosen_P, left_rejected_P = -np.expm1(chosen_P), -np.expm1(rejected_P)  # 1 - exp(x)
+    margin_P = chosen_P - np.log(left_chosen_P) - rejected_P + np.log(left_rejected_P)
+    slope_P = -beta * _sigmoid(-margin_P)
+    return (
+        beta * _softplus(-margin_P) - chosen_P,
+        (slope_P / left_chosen_P - 1) / scores.chosen_tokens_P,
+        -slope_P / left_rejected_P / scores.rejected_tokens_P,
+        margin_P,
+    )
+
+
+def _kto(scores: PairScores, beta: float) -> _Terms:
+    chosen_P, rejected_P = scores.chosen_P - scores.reference_chosen_P, scores.rejected_P - scores.reference_rejected_P
+    good_P = _sigmoid(beta * (chosen_P - max(0.0, float(rejected_P.mean()))))
+    bad_P = _sigmoid(beta * (max(0.0, float(chosen_P.mean())) - rejected_P))
+    slope_chosen_P, slope_rejected_P = -beta * good_P * (1 - good_P) / 2, beta * bad_P * (1 - bad_P) / 2
+    return 1 - (good_P + bad_P) / 2, slope_chosen_P, slope_rejected_P, beta * (chosen_P - rejected_P)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -268,3 +268,12 @@ def test_a_task_set_is_an_environment_of_the_reinforcement_workflow(
     assert {row["prompt"] for row in rows} == {"user: A digit?", "user: Another?"}
     target = {"user: A digit?": "7", "user: Another?": "3"}
     assert all(row["reward"] == float(row["answer"] == target[row["prompt"]]) for row in rows)
+
+
+@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo", "kto"])
+def test_ck_41_every_preference_loss_trains_the_pairs_apart(cook: Callable[..., TrainingResult], loss: str) -> None:
+    result = cook("dpo", "run", loss=loss, beta=0.5, epochs=4)
+    assert result.rows[-1].metrics["accuracy"] == 1.0
+    assert result.rows[-1].loss < result.rows[0].loss or loss == "ipo"  # noop's fixed pushes go past ipo's aim
+    if loss == "kto":
+        assert result.rows[0].loss == pytest.approx(0.5, abs=1e-6)

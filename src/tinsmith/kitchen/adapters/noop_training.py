@@ -265,6 +265,12 @@ class NoopSampler:
         logprob = self.weights.logprob(list(tokens)[:-1])
         return NoopPending([None, *[logprob] * (len(tokens) - 1)], lambda: None)
 
+    def topk_logprobs(self, tokens: Sequence[int], k: int) -> NoopPending[list[list[tuple[int, float]] | None]]:
+        """The token itself as `compute_logprobs` scores it, then the ids after it, each a nat less likely."""
+        logprob = self.weights.logprob(list(tokens)[:-1])
+        rows = [[(token + place, logprob - place) for place in range(k)] for token in list(tokens)[1:]]
+        return NoopPending([None, *rows], lambda: None)
+
     def _sequence(self, text: str, prompt: Sequence[int], params: SamplingParams) -> SampledSequence:
         tokens = np.asarray(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]), dtype=np.int64)
         if params.max_tokens is not None:

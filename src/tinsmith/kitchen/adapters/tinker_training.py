@@ -32,6 +32,7 @@ from tinsmith.types import (
     SaveWeightsResponse,
 )
 from tinsmith.types.engine_options import ModelSource
+from tinsmith.types.errors import Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -192,3 +193,33 @@ class TinkerSampler:
 
     def compute_logprobs(self, tokens: Sequence[int]) -> Pending[list[float | None]]:
         return self.client.compute_logprobs(ModelInput.from_ints(tokens))
+
+    def topk_logprobs(self, tokens: Sequence[int], k: int) -> Pending[list[list[tuple[int, float]] | None]]:
+        asked = self.client.sample(
+            ModelInput.from_ints(tokens), 1, SamplingParams(max_tokens=1), True, topk_prompt_logprobs=k
+        )
+        return _TopK(asked=asked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TopK:
+    """What a scored prompt says of its positions."""
+
+    asked: Pending[SampleResponse]
+
+    def result(self, timeout: float | None = None) -> list[list[tuple[int, float]] | None]:
+        return _topk_of(self.asked.result(timeout))
+
+    async def result_async(self, timeout: float | None = None) -> list[list[tuple[int, float]] | None]:
+        return _topk_of(await self.asked.result_async(timeout))
+
+    def __await__(self) -> Generator[Any, None, list[list[tuple[int, float]] | None]]:
+        return self.result_async().__await__()
+
+
+def _topk_of(response: SampleResponse) -> list[list[tuple[int, float]] | None]:
+    """Raises `Unsupported` if the server left them out."""
+    found = response.topk_prompt_logprobs
+    if found is None:
+        raise Unsupported("the server gives no likeliest tokens of a prompt (topk_prompt_logprobs)")
+    return found

@@ -80,6 +80,12 @@ class Sampler(Protocol):
     def compute_logprobs(self, tokens: Sequence[int]) -> Pending[list[float | None]]:
         """Of each token after those before it; the first has none."""
 
+    def topk_logprobs(self, tokens: Sequence[int], k: int) -> Pending[list[list[tuple[int, float]] | None]]:
+        """For each token the `k` likeliest in its place and their log-probabilities, the likeliest first.
+
+        The first token has none.
+        """
+
 
 class TrainingSession(Protocol):
     """One adapter in training. Operations take effect in the order they are submitted, whenever results are read."""

@@ -22,9 +22,10 @@ class PreferenceConfig(TrainingConfig):
     batch_size: int = Field(default=128, ge=1)
     """Pairs per optimizer step."""
     loss: PreferenceLoss = "dpo"
-    """dpo, ipo, or simpo, which has no reference."""
+    """dpo, ipo, kto; or simpo and orpo, which have no reference."""
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    """How strongly the policy is held to the reference; for simpo, the scale of the margin."""
+    """How strongly the policy is held to the reference; for simpo, the scale of the margin;
+    for orpo, the weight of the odds ratio beside the likelihood."""
     gamma: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """simpo: the margin to reach."""
     reference: str | None = None
@@ -42,6 +43,8 @@ class PreferenceConfig(TrainingConfig):
             raise ValueError(f"eval_every={self.eval_every} needs test_size: there is no test set to evaluate on")
         if self.loss in WITHOUT_REFERENCE and self.reference is not None:
             raise ValueError(f"loss={self.loss!r} has no reference; leave out reference={self.reference!r}")
+        if "gamma" in self.model_fields_set and self.loss != "simpo":
+            raise ValueError(f"gamma={self.gamma!r} is of loss='simpo', not of {self.loss!r}")
         return self
 
 

@@ -1,29 +1,31 @@
 """Stages of distillation.
 
-The teacher is a name: a base model, a checkpoint's path, or the adapter that the workflow itself taught, whose path the
+A teacher is a name: a base model, a checkpoint's path, or the adapter that the workflow itself taught, whose path the
 checkpoints of the run keep. It answers through its own sampler and is never what the session holds now.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
-from tinsmith.data import BatchPlan, ConversationDataset, ConversationFile, Message, RenderedConversation, build_dataset
+from tinsmith.data import BatchPlan, ConversationFile, DataError, Message, build_dataset
 from tinsmith.data.jsonl import conversations_of
 from tinsmith.kitchen.advantages import Advantages
 from tinsmith.kitchen.context import Context
+from tinsmith.kitchen.distilled import DistilledDataset, TeacherAnswer
 from tinsmith.kitchen.errors import ConfigError
 from tinsmith.kitchen.ports import Sampler, SessionSpec
+from tinsmith.kitchen.reference import Reference
 from tinsmith.kitchen.rollouts import draw_batch
 from tinsmith.kitchen.stage import Stage
 from tinsmith.kitchen.stages.common import begin_of, count, data_path
 from tinsmith.kitchen.stages.reinforcement import RolloutCourse, log_ratios, rollout_spec
 from tinsmith.kitchen.stages.supervised import LOSS_FN, SupervisedCourse, check_warmup
 from tinsmith.kitchen.tasks import Prompts
-from tinsmith.types import SamplingParams
+from tinsmith.types import SampledSequence, SamplingParams
 
 TEACHER = "teacher"
 
@@ -47,8 +49,24 @@ class ReadPrompts(Stage):
         dataset = ctx.state.dataset
         records = [(record.values, record.source) for record in dataset]
         file: ConversationFile = conversations_of(data_path(ctx), records, sha256=dataset.sha256)
-        prompts = tuple(_prompt(conversation.messages) for conversation in file.conversations)
-        return ctx.put(conversations=file.conversations, prompts=tuple(dict.fromkeys(prompts)))
+        prompts = [_prompt(conversation.messages) for conversation in file.conversations]
+        owners = [_owner(ctx.config, values, source) for values, source in records]
+        found = dict.fromkeys(zip(prompts, owners, strict=True))
+        return ctx.put(
+            conversations=file.conversations,
+            prompts=tuple(prompt for prompt, _ in found),
+            prompt_owners=tuple(owner for _, owner in found) if ctx.config.teacher_of == "record" else (),
+        )
+
+
+def _owner(config: Any, values: Mapping[str, Any], source: str) -> int:
+    """The teacher (from 0) that a record names by its number (from 1). Raises `DataError`."""
+    if config.teacher_of == "mixed":
+        return 0
+    number, count = values.get("teacher"), len(config.teacher_names)
+    if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= count:
+        raise DataError(f"{source}: teacher={number!r} is no number of a teacher, from 1 to {count}")
+    return number - 1
 
 
 def _prompt(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -112,9 +130,13 @@ class OpenTeacher(Stage):
 
     async def execute(self, ctx: Context) -> Context:
         kept = _kept(ctx)
-        name = ctx.config.teacher or kept["teacher"]
-        sampler = await asyncio.to_thread(ctx.get_adapter("sampling_client").open_sampler, name)
-        return ctx.put(reference_sampler=sampler, divergence_coef=1.0, kept={**kept, "teacher": name})
+        config, client = ctx.config, ctx.get_adapter("sampling_client")
+        names = config.teacher_names or (kept["teacher"],)
+        samplers = [await asyncio.to_thread(client.open_sampler, name) for name in names]
+        reference = Reference(
+            samplers=tuple(samplers), weights=config.weights_of(len(names)), of_prompt=ctx.state.prompt_owners
+        )
+        return ctx.put(reference=reference, divergence_coef=1.0, kept={**kept, "teacher": ",".join(names)})
 
 
 class PlanOnPolicy(Stage):
@@ -150,9 +172,9 @@ class MeasureTeacherKl(Stage):
         batch = await draw_batch(
             spec, sampler, first_task=0, version=0, seed_of=lambda group, turn, episode: config.seed + group
         )
-        sequences = [sequence for episode in batch.whole for sequence in episode.rollout.sequences()]
-        gaps = await log_ratios(ctx.state.reference_sampler, sequences)
-        drawn = float(sum(sequence.num_drawn for sequence in sequences))
+        sequences = [(sequence, episode.task) for episode in batch.whole for sequence in episode.rollout.sequences()]
+        gaps = await log_ratios(ctx.state.reference, sequences)
+        drawn = float(sum(sequence.num_drawn for sequence, _ in sequences))
         divergence = float(sum(gap_N.sum() for gap_N in gaps)) / max(drawn, 1.0)
         step = 0 if "row" not in ctx.state else ctx.state.row.step
         begin = begin_of(ctx)
@@ -162,15 +184,6 @@ class MeasureTeacherKl(Stage):
         return ctx
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    prompt: tuple[Message, ...]
-    tokens: tuple[int, ...]
-    """Prompt and answer."""
-    num_prompt: int
-    text: str
-
-
 class TeacherAnswers(Stage):
     """The teacher answers every prompt `group_size` times; the student is trained on these answers."""
 
@@ -178,50 +191,51 @@ class TeacherAnswers(Stage):
 
     async def execute(self, ctx: Context) -> Context:
         config, prompts = ctx.config, ctx.state.prompts
-        answers = await asyncio.gather(*(_answers(ctx, prompt, number) for number, prompt in enumerate(prompts)))
-        examples = tuple(
-            RenderedConversation(
-                tokens=answer.tokens,
-                weights=(0.0,) * answer.num_prompt + (1.0,) * (len(answer.tokens) - answer.num_prompt),
-                source="the teacher",
-            )
-            for group in answers
-            for answer in group
-        )
-        training = ConversationDataset(examples=examples, num_truncated=0, num_skipped=0)
+        groups = await asyncio.gather(*(_answers(ctx, prompt, number) for number, prompt in enumerate(prompts)))
+        answers = tuple(answer for group in groups for answer in group)
         plan = BatchPlan(
-            num_examples=len(examples), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
+            num_examples=len(answers), batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
         )
         check_warmup(config.warmup_steps, plan.num_steps)
         facts: dict[str, Any] = {
             "prompts": len(prompts),
-            "answers": len(examples),
+            "answers": len(answers),
             "teacher": ctx.state.kept["teacher"],
         }
-        remarks = (f"{count(len(examples), 'answer')} of the teacher to {count(len(prompts), 'prompt')}",)
-        course = SupervisedCourse(training=training, test=None, plan=plan, remarks=remarks, facts=facts)
-        return ctx.put(course=course, teacher_texts=tuple(answer for group in answers for answer in group))
-
-
-async def _answers(ctx: Context, prompt: tuple[Message, ...], number: int) -> list[Answer]:
-    config, renderer = ctx.config, ctx.state.renderer
-    tokens = renderer.generation_prompt(prompt, source=f"prompt {number}")
-    params = SamplingParams(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        seed=(config.seed * 1_000_003 + number) % 2**31,
-        stop=renderer.stop,
-    )
-    drawn = await ctx.state.reference_sampler.sample(tokens, params, num_samples=config.group_size)
-    return [
-        Answer(
-            prompt=prompt,
-            tokens=(*tokens, *sequence.tokens),
-            num_prompt=len(tokens),
-            text=renderer.parse_response(sequence.tokens).content,
+        remarks = (f"{count(len(answers), 'answer')} of the teacher to {count(len(prompts), 'prompt')}",)
+        course = SupervisedCourse(
+            training=DistilledDataset(answers=answers), test=None, plan=plan, remarks=remarks, facts=facts
         )
-        for sequence in drawn.sequences
-    ]
+        return ctx.put(course=course, teacher_answers=answers)
+
+
+async def _answers(ctx: Context, prompt: tuple[Message, ...], number: int) -> list[TeacherAnswer]:
+    """One request asks a teacher for all answers that are its own; with several, each answer's is drawn by weight."""
+    config, renderer, reference = ctx.config, ctx.state.renderer, ctx.state.reference
+    tokens = renderer.generation_prompt(prompt, source=f"prompt {number}")
+    seed = (config.seed * 1_000_003 + number) % 2**31
+    rng = Random(f"tinsmith/teachers/{config.seed}/{number}")
+    drawn: list[SampledSequence] = []
+    for sampler, num_samples in reference.answering(number, config.group_size, rng):
+        params = SamplingParams(
+            max_tokens=config.max_tokens, temperature=config.temperature, seed=seed, stop=renderer.stop
+        )
+        response = await sampler.sample(tokens, params, num_samples=num_samples)
+        drawn += response.sequences
+    said = "\n".join(f"{message.role}: {message.content}" for message in prompt)
+    return list(await asyncio.gather(*(_answer(ctx, said, tokens, one, number) for one in drawn)))
+
+
+async def _answer(ctx: Context, said: str, prompt: Sequence[int], drawn: SampledSequence, number: int) -> TeacherAnswer:
+    tokens, k = (*prompt, *drawn.tokens), ctx.config.top_k
+    rows = (await ctx.state.reference.top_k(tokens, k, task=number))[len(prompt) - 1 :] if k else []
+    return TeacherAnswer(
+        prompt=said,
+        text=ctx.state.renderer.parse_answer(drawn.tokens).message.content,
+        tokens=tokens,
+        num_prompt=len(prompt),
+        top_k=tuple(rows),
+    )
 
 
 class LogTeacherAnswers(Stage):
@@ -233,9 +247,8 @@ class LogTeacherAnswers(Stage):
     def execute(self, ctx: Context) -> None:
         if begin_of(ctx) is not None:
             return
-        for answer in ctx.state.teacher_texts:
-            prompt = "\n".join(f"{message.role}: {message.content}" for message in answer.prompt)
-            ctx.state.log.rollout({"step": 0, "prompt": prompt, "answer": answer.text, "reward": None})
+        for answer in ctx.state.teacher_answers:
+            ctx.state.log.rollout({"step": 0, "prompt": answer.prompt, "answer": answer.text, "reward": None})
 
 
 class CloseTeacher(Stage):

@@ -148,7 +148,7 @@ async def _reference_score(sampler: Sampler, datum: Datum) -> float:
 
 
 class PreferenceGate(Stage):
-    """A fresh adapter is its own reference: the first loss must be ln 2 (dpo) or what a margin of 0 gives (ipo)."""
+    """A fresh adapter is its own reference: the first loss must be what a margin of 0 gives: ln 2 for dpo."""
 
     name = "preference_gate"
     needs = ("training_client",)
@@ -166,7 +166,7 @@ class PreferenceGate(Stage):
         found = preference_loss(
             config.loss, score_pairs(data, logprobs, reference), beta=config.beta, gamma=config.gamma
         )
-        expected = math.log(2) if config.loss == "dpo" else (1 / (2 * config.beta)) ** 2
+        expected = {"dpo": math.log(2), "ipo": (1 / (2 * config.beta)) ** 2, "kto": 0.5}[config.loss]
         if abs(found.loss - expected) > LN2_TOLERANCE * expected:
             raise GateFailed(
                 f"the {config.loss} loss before the first step is {found.loss:.4f}, not {expected:.4f}: the reference "

@@ -21,6 +21,7 @@ from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.environments import DrawnSequence, RolloutLimits, TaskSource
 from tinsmith.kitchen.errors import ConfigError, WorkflowError, nearest
 from tinsmith.kitchen.ports import EnvironmentSource, Pending, Sampler
+from tinsmith.kitchen.reference import Reference
 from tinsmith.kitchen.rollouts import Batch, Episode, RolloutSpec, draw_batch
 from tinsmith.kitchen.run_log import RunLog, checkpoint_name
 from tinsmith.kitchen.stage import Stage
@@ -45,6 +46,7 @@ class Weighted:
 
     sequence: DrawnSequence
     advantages_N: np.ndarray
+    task: int
 
 
 class PlanRollouts(Stage):
@@ -217,7 +219,7 @@ def _weigh_group(ctx: Context, group: Sequence[Episode]) -> list[Weighted]:
             advantages_N = np.zeros(len(sequence.turns_N))
             advantages_N[sequence.turns_N >= 0] = advantages_T[start : start + sequence.num_drawn]
             start += sequence.num_drawn
-            weighted.append(Weighted(sequence=sequence, advantages_N=advantages_N))
+            weighted.append(Weighted(sequence=sequence, advantages_N=advantages_N, task=episode.task))
     return weighted
 
 
@@ -235,25 +237,29 @@ class PenalizeDivergence(Stage):
         coefficient: float = ctx.get_state("divergence_coef")
         if not coefficient:
             return ctx
-        gaps = await log_ratios(ctx.state.reference_sampler, [item.sequence for item in weighted])
+        gaps = await log_ratios(ctx.state.reference, [(item.sequence, item.task) for item in weighted])
         drawn = float(sum(item.sequence.num_drawn for item in weighted))
         divergence = sum(float(gap_N.sum()) for gap_N in gaps) / max(drawn, 1.0)
         penalized = [
-            Weighted(sequence=item.sequence, advantages_N=item.advantages_N - coefficient * (gap_N - divergence))
+            replace(item, advantages_N=item.advantages_N - coefficient * (gap_N - divergence))
             for item, gap_N in zip(weighted, gaps, strict=True)
         ]
         return ctx.put(weighted=penalized, figures={**ctx.state.figures, "reference_kl": divergence})
 
 
-async def log_ratios(sampler: Sampler, sequences: Sequence[DrawnSequence]) -> list[np.ndarray]:
-    """Per position log p(drawn) - log reference(drawn), 0 where nothing was drawn; its mean estimates the KL."""
+async def log_ratios(reference: Reference, sequences: Sequence[tuple[DrawnSequence, int]]) -> list[np.ndarray]:
+    """Per position log p(drawn) - log reference(drawn), 0 where nothing was drawn; its mean estimates the KL.
 
-    async def one(sequence: DrawnSequence) -> np.ndarray:
-        scores = np.asarray([value or 0.0 for value in await sampler.compute_logprobs(sequence.tokens)][1:])
-        found: np.ndarray = (sequence.logprobs_N - scores) * sequence.drawn_N
+    Each sequence comes with its task.
+    """
+
+    async def one(sequence: DrawnSequence, task: int) -> np.ndarray:
+        found: np.ndarray = (
+            sequence.logprobs_N - await reference.logprobs(sequence.tokens, task=task)
+        ) * sequence.drawn_N
         return found
 
-    return list(await asyncio.gather(*(one(sequence) for sequence in sequences)))
+    return list(await asyncio.gather(*(one(sequence, task) for sequence, task in sequences)))
 
 
 class OpenReference(Stage):
@@ -268,7 +274,7 @@ class OpenReference(Stage):
             return ctx.put(divergence_coef=0.0)
         client = ctx.get_adapter("sampling_client")
         sampler = await asyncio.to_thread(client.open_sampler, ctx.config.model)
-        return ctx.put(divergence_coef=coefficient, reference_sampler=sampler)
+        return ctx.put(divergence_coef=coefficient, reference=Reference(samplers=(sampler,)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from tinsmith.data import BatchPlan, ConversationDataset, ConversationFile, build_dataset, hold_out
 from tinsmith.data.jsonl import conversations_of
@@ -15,17 +15,22 @@ from tinsmith.kitchen.run_log import RunLog
 from tinsmith.kitchen.stage import Stage
 from tinsmith.kitchen.stages.common import count, data_path
 from tinsmith.kitchen.stages.steps import Measured, submit_step
-from tinsmith.types import ForwardBackwardOutput
+from tinsmith.types import Datum, ForwardBackwardOutput
 
 LOSS_FN: Final = "cross_entropy"
 FEW_STEPS: Final = 10
+
+
+class TrainingData(Protocol):
+    def data(self, indices: Sequence[int]) -> tuple[list[Datum], int]:
+        """Datums of one batch, whose loss is a mean, and over how many tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisedCourse:
     """All that is decided before the first step."""
 
-    training: ConversationDataset
+    training: TrainingData
     test: ConversationDataset | None
     plan: BatchPlan
     remarks: tuple[str, ...]
