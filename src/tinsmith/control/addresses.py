@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import sqlalchemy as sa
 
@@ -15,11 +15,14 @@ from tinsmith.types.errors import NotFound
 _NAMED_IN_ERRORS = 20
 
 
-def resolve(connection: sa.Connection, address: CheckpointAddress, now: float) -> CheckpointRow:
-    """Raises `NotFound`, with what there is instead."""
+def resolve(
+    connection: sa.Connection, address: CheckpointAddress, now: float, counts: Callable[[CheckpointRow], bool]
+) -> CheckpointRow:
+    """Among those that count. Raises `NotFound`, with what there is instead."""
     if address.version is not None and address.name is not None:
-        return _version(connection, address, address.name, now)
-    there = records.checkpoints(connection, now, run_id=address.run_id, kinds=[address.kind])[0]
+        return _version(connection, address, address.name, now, counts)
+    found = records.checkpoints(connection, now, run_id=address.run_id, kinds=[address.kind])[0]
+    there = [row for row in found if counts(row)]
     if address.metric is not None:
         return _best(there, address)
     if address.name is None:
@@ -49,11 +52,17 @@ def _numbers(metadata: Mapping[str, str]) -> dict[str, float]:
     return numbers
 
 
-def _version(connection: sa.Connection, address: CheckpointAddress, name: str, now: float) -> CheckpointRow:
+def _version(
+    connection: sa.Connection,
+    address: CheckpointAddress,
+    name: str,
+    now: float,
+    counts: Callable[[CheckpointRow], bool],
+) -> CheckpointRow:
     kept = [
         row
         for row in records.versions(connection, address.run_id, address.kind, name)
-        if row.deleted_at is None and (row.expires_at is None or row.expires_at > now)
+        if row.deleted_at is None and (row.expires_at is None or row.expires_at > now) and counts(row)
     ]
     for row in kept:
         if row.version == address.version:

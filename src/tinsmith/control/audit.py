@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
-from tinsmith.control.records import LOCAL_OWNER, CheckpointRow, moment
+from tinsmith.control.records import CheckpointRow, moment
 from tinsmith.control.registry import AUDIT
 
 AuditEvent: TypeAlias = Literal[
@@ -40,28 +40,34 @@ _PREFIX: dict[str, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
     at: datetime
+    owner: str
     event: str
     details: dict[str, Any]
 
 
-def note(connection: sa.Connection, event: AuditEvent, at: float, **details: Any) -> None:
-    values = {"at": at, "owner": LOCAL_OWNER, "event": event, "details": details}
+def note(connection: sa.Connection, event: AuditEvent, at: float, owner: str, **details: Any) -> None:
+    """`owner` is the user whose log it belongs to: whoever did it, or whose object it happened to."""
+    values = {"at": at, "owner": owner, "event": event, "details": details}
     connection.execute(sa.insert(AUDIT).values(**values))
 
 
 def note_checkpoint(
     connection: sa.Connection, event: AuditEvent, row: CheckpointRow, at: float, **details: Any
 ) -> None:
-    note(connection, event, at, tinker_path=row.path, training_run_id=row.run_id, **details)
+    note(connection, event, at, row.owner, tinker_path=row.path, training_run_id=row.run_id, **details)
 
 
-def entries(connection: sa.Connection, event_type: EventType, day: date) -> list[AuditEntry]:
-    """Of one day, midnight to midnight UTC, in the order they happened."""
+def entries(connection: sa.Connection, event_type: EventType, day: date, owner: str | None = None) -> list[AuditEntry]:
+    """Of one day, midnight to midnight UTC, in the order they happened; of one user, or of all."""
     start = datetime.combine(day, time(), tzinfo=UTC).timestamp()
     query = sa.select(AUDIT).where(
         AUDIT.c.at >= start,
         AUDIT.c.at < start + DAY_S,
         AUDIT.c.event.startswith(_PREFIX[event_type], autoescape=True),
+        sa.true() if owner is None else AUDIT.c.owner == owner,
     )
     rows = connection.execute(query.order_by(AUDIT.c.at, AUDIT.c.entry_id)).mappings()
-    return [AuditEntry(at=moment(row["at"]), event=row["event"], details=dict(row["details"])) for row in rows]
+    return [
+        AuditEntry(at=moment(row["at"]), owner=row["owner"], event=row["event"], details=dict(row["details"]))
+        for row in rows
+    ]

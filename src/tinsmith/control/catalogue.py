@@ -46,9 +46,9 @@ class Catalogue:
         await self._registry.flush()  # the newest samplers are recorded without waiting
         return await self._registry.read(work)
 
-    async def sessions(self, limit: int, offset: int) -> tuple[list[str], int]:
+    async def sessions(self, limit: int, offset: int, owner: str | None = None) -> tuple[list[str], int]:
         _check_page(limit, offset)
-        return await self._registry.read(lambda c: records.sessions(c, limit, offset))
+        return await self._registry.read(lambda c: records.sessions(c, limit, offset, owner))
 
     async def training_run(self, run_id: str) -> TrainingRun:
         """Raises `NotFound`."""
@@ -62,12 +62,12 @@ class Catalogue:
         return await self._registry.read(work)
 
     async def training_runs(
-        self, limit: int, offset: int, project_id: str | None = None
+        self, limit: int, offset: int, project_id: str | None = None, owner: str | None = None
     ) -> tuple[list[TrainingRun], int]:
         _check_page(limit, offset)
 
         def work(connection: sa.Connection) -> tuple[list[TrainingRun], int]:
-            rows, total = records.runs(connection, limit, offset, project_id)
+            rows, total = records.runs(connection, limit, offset, project_id, owner)
             return [self._describe(connection, row) for row in rows], total
 
         return await self._registry.read(work)
@@ -100,27 +100,27 @@ class Catalogue:
 
         return await self._registry.read(work)
 
-    async def checkpoint(self, run_id: str, checkpoint_id: str) -> Checkpoint:
+    async def checkpoint(self, run_id: str, checkpoint_id: str, reader: str | None = None) -> Checkpoint:
         """What `<kind>/<address>` means now; its `tinker_path` says which. Raises `InvalidInput`, `NotFound`."""
-        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id, reader=reader)
         (found,) = await self._registry.read(lambda c: records.describe(c, [row]))
         return found.model_copy(update={"tinker_path": row.present_path})
 
     async def checkpoints(
-        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS
+        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS, owner: str | None = None
     ) -> tuple[list[Checkpoint], int]:
         _check_page(limit, offset)
         now = self._clock.time()
 
         def work(connection: sa.Connection) -> tuple[list[Checkpoint], int]:
-            rows, total = records.checkpoints(connection, now, kinds=kinds, limit=limit, offset=offset)
+            rows, total = records.checkpoints(connection, now, kinds=kinds, owner=owner, limit=limit, offset=offset)
             return records.describe(connection, rows), total
 
         return await self._registry.read(work)
 
-    async def weights_info(self, path: str) -> WeightsInfoResponse:
-        """Raises `InvalidInput` for no path, `NotFound` for no checkpoint."""
-        row = await self._checkpoints.find(path)
+    async def weights_info(self, path: str, reader: str | None = None) -> WeightsInfoResponse:
+        """Raises `InvalidInput` for no path, `NotFound` for no checkpoint that `reader` may read."""
+        row = await self._checkpoints.find(path, reader=reader)
         return WeightsInfoResponse(
             base_model=row.base_model,
             is_lora=True,

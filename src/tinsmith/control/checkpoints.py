@@ -21,6 +21,7 @@ from tinsmith.control.addresses import resolve
 from tinsmith.control.audit import AuditEvent
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.folder_store import CHECKPOINTS, FolderStore
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
@@ -40,6 +41,7 @@ class SaveOrder:
     checkpoint_id: str | None = None
     """Of a request that may be done again after a crash, always the same; `None` draws a new one."""
     model_id: str
+    owner: str
     kind: str
     name: str
     overwrite: bool = False
@@ -61,13 +63,22 @@ class CheckpointStore:
         self._clock = clock
         self._superseded_versions_kept = superseded_versions_kept
 
-    async def find(self, path: str) -> CheckpointRow:
-        """What an address means now. Raises `InvalidInput` for no such form, `NotFound` for no such thing."""
-        address, now = CheckpointAddress.parse(path), self._clock.time()
-        return await self._registry.read(lambda c: resolve(c, address, now))
+    async def find(self, path: str, *, reader: str | None = None, owner: str | None = None) -> CheckpointRow:
+        """What an address means now. Raises `InvalidInput` for no such form, `NotFound` for no such thing.
 
-    async def find_in_run(self, run_id: str, checkpoint_id: str) -> CheckpointRow:
-        return await self.find(f"tinker://{run_id}/{checkpoint_id}")
+        With `reader`, what that user may not read is no such thing either; with `owner`, what it does not own.
+        """
+        address, now = CheckpointAddress.parse(path), self._clock.time()
+
+        def counts(row: CheckpointRow) -> bool:
+            return (reader is None or may_read(row, reader)) and owner in (None, row.owner)
+
+        return await self._registry.read(lambda c: resolve(c, address, now, counts))
+
+    async def find_in_run(
+        self, run_id: str, checkpoint_id: str, *, reader: str | None = None, owner: str | None = None
+    ) -> CheckpointRow:
+        return await self.find(f"tinker://{run_id}/{checkpoint_id}", reader=reader, owner=owner)
 
     def local(self, row: CheckpointRow) -> AbstractAsyncContextManager[Path]:
         """Its files on this machine while the context lasts. Raises `NotFound` if they were deleted, `StorageError`."""
@@ -118,6 +129,7 @@ class CheckpointStore:
         return CheckpointRow(
             checkpoint_id=order.checkpoint_id or self._ids.checkpoint_id(),
             run_id=order.model_id,
+            owner=order.owner,
             kind=order.kind,
             name=order.name,
             version=version,
@@ -164,13 +176,13 @@ class CheckpointStore:
         await self._remove_folders(await self._registry.write(work))
         logger.info("checkpoint %s was removed: %s", row.path, reason)
 
-    async def delete_at(self, run_id: str, checkpoint_id: str) -> None:
+    async def delete_at(self, run_id: str, checkpoint_id: str, *, owner: str | None = None) -> None:
         """What a user names: a name with all its versions, or one version.
 
         Raises `NotFound`, and `InvalidInput` for an address that means something else later.
         """
         address = CheckpointAddress.parse(f"tinker://{run_id}/{checkpoint_id}")
-        row = await self.find(address.path)
+        row = await self.find(address.path, owner=owner)
         if address.is_chosen:
             raise InvalidInput(f"{address.path!r} is {row.address!r} just now; delete that by its name or version")
         await (self.delete(row) if address.version is None else self.delete_version(row))
@@ -212,12 +224,12 @@ class CheckpointStore:
 
         await self._registry.write(work)
 
-    def note_read(self, path: str, purpose: str) -> None:
-        """In the audit log; without waiting for it."""
+    def note_read(self, path: str, purpose: str, reader: str) -> None:
+        """In the audit log of `reader`; without waiting for it."""
         run_id = ParsedCheckpointTinkerPath.from_tinker_path(path).training_run_id
         details = {"tinker_path": path, "training_run_id": run_id, "purpose": purpose}
         at = self._clock.time()
-        self._registry.post(lambda c: audit.note(c, "checkpoint_read", at, **details))
+        self._registry.post(lambda c: audit.note(c, "checkpoint_read", at, reader, **details))
 
     async def delete_expired(self) -> int:
         """The number of checkpoints deleted."""
@@ -244,6 +256,11 @@ class CheckpointStore:
                 await self.folders.delete(key)
             except StorageError as error:
                 logger.warning("%s", error)
+
+
+def may_read(row: CheckpointRow, user_id: str) -> bool:
+    """To whoever uses a data folder without keys, everything in it belongs."""
+    return row.public or user_id in (row.owner, LOCAL_USER_ID)
 
 
 def check_loadable(row: CheckpointRow, *, optimizer: bool) -> None:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from tinsmith.control import audit, records
 from tinsmith.control.checkpoints import CheckpointStore, describe, folder_key
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow, RunRow, SessionRow
 from tinsmith.control.registry import RUNS, SESSIONS, Registry
@@ -25,6 +26,10 @@ RECORD = "checkpoint.json"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyOrder:
     source_path: str
+    owner: str = LOCAL_USER_ID
+    """Of the copy."""
+    is_for_all: bool = False
+    """Whether the source need not be the owner's, nor published."""
     project_id: str | None = None
     session_id: str | None = None
     """Of a live session that will own the copy; `None` makes a session for it."""
@@ -40,7 +45,7 @@ class Copies:
         self._folders = checkpoints.folders
         self._ids = ids
         self._clock = clock
-        self._known: OrderedDict[str, tuple[CopyOrder, asyncio.Task[str]]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], tuple[CopyOrder, asyncio.Task[str]]] = OrderedDict()
 
     async def copy(self, order: CopyOrder, idempotency_key: str | None) -> str:
         """The path of the copy. The same order under the same key again is the same copy; a failure is not kept.
@@ -50,30 +55,32 @@ class Copies:
         """
         if idempotency_key is None:
             return await self._copy(order)
-        if idempotency_key in self._known:
-            known, task = self._known[idempotency_key]
+        remembered = (order.owner, idempotency_key)
+        if remembered in self._known:
+            known, task = self._known[remembered]
             if known != order:
                 raise PayloadConflict(f"idempotency key {idempotency_key!r} was already used for another copy")
         else:
             task = asyncio.create_task(self._copy(order))
-            self._known[idempotency_key] = (order, task)
+            self._known[remembered] = (order, task)
             while len(self._known) > MAX_REMEMBERED:
                 self._known.popitem(last=False)
         try:
             return await asyncio.shield(task)
         except Exception:
-            self._known.pop(idempotency_key, None)
+            self._known.pop(remembered, None)
             raise
 
     async def _copy(self, order: CopyOrder) -> str:
         check_ttl(order.ttl_seconds)
-        source = await self._checkpoints.find(order.source_path)
+        source = await self._checkpoints.find(order.source_path, reader=None if order.is_for_all else order.owner)
         now = self._clock.time()
         session_id = order.session_id or self._ids.session_id()
-        row = self._row(source, f"{session_id}:train:{order.model_seq_id or 0}", order.ttl_seconds, now)
+        row = self._row(source, f"{session_id}:train:{order.model_seq_id or 0}", order, now)
         run = RunRow(
             run_id=row.run_id,
             session_id=session_id,
+            owner=order.owner,
             base_model=row.base_model,
             lora=row.lora,
             parent=source.path,
@@ -109,17 +116,18 @@ class Copies:
         except (StorageError, NotFound, OSError, ValueError) as error:
             raise StorageError(f"checkpoint {source.path!r} could not be copied: {error}") from error
 
-    def _row(self, source: CheckpointRow, run_id: str, ttl_seconds: int | None, now: float) -> CheckpointRow:
+    def _row(self, source: CheckpointRow, run_id: str, order: CopyOrder, now: float) -> CheckpointRow:
         return replace(
             source,
             checkpoint_id=self._ids.checkpoint_id(),
             run_id=run_id,
+            owner=order.owner,
             version=1,
             folder=folder_key(run_id, source.kind, source.name, 1),
             parent=source.checkpoint_id,
             public=False,
             created_at=now,
-            expires_at=None if ttl_seconds is None else now + ttl_seconds,
+            expires_at=None if order.ttl_seconds is None else now + order.ttl_seconds,
         )
 
 
@@ -134,6 +142,7 @@ def check_destination(order: CopyOrder) -> None:
 def _session_for_copy(session_id: str, order: CopyOrder, now: float) -> SessionRow:
     return SessionRow(
         session_id=session_id,
+        owner=order.owner,
         created_at=now,
         ended_at=now,
         end_reason="success",

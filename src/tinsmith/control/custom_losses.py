@@ -31,7 +31,7 @@ class CustomLosses:
     def create(self, request: CreateCustomLoss, fingerprint: bytes) -> Submission:
         """Idempotent on (session, custom_loss_seq_id). The future's result is the loss's id."""
         session_id, seq_id = request.session_id, request.custom_loss_seq_id
-        key = ("custom loss", session_id, seq_id)
+        key, loss_id = ("custom loss", session_id, seq_id), f"{session_id}:loss:{seq_id}"
         try:
             known = self._futures.claim(key, fingerprint, f"custom_loss_seq_id {seq_id} of session {session_id!r}")
             if known is not None:
@@ -42,8 +42,7 @@ class CustomLosses:
                     f"session {session_id!r} has {self._max_per_session} custom losses, the most this server keeps"
                 )
         except TinsmithError as error:
-            return Submission(request_id=self._futures.failed("CreateCustomLoss", error))
-        loss_id = f"{session_id}:loss:{seq_id}"
+            return Submission(request_id=self._futures.failed("CreateCustomLoss", error, subject=loss_id))
         session.custom_losses[loss_id] = request.loss
         self._sessions.touch(session_id, self._clock.monotonic())
         request_id = self._futures.open(

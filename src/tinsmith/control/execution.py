@@ -151,6 +151,7 @@ class Executor:
         row = RunRow(
             run_id=model.model_id,
             session_id=model.session_id,
+            owner=model.owner,
             base_model=slot.card.name,
             lora=asdict(_lora(model)),
             parent=None if creation.checkpoint is None else creation.checkpoint.present_path,
@@ -188,7 +189,7 @@ class Executor:
         """The version behind the path: the same if the request is done again, whatever was saved there meanwhile."""
         if work.binding is not None and (row := await self.checkpoints.find_version(work.binding)) is not None:
             return row
-        row = await self.checkpoints.find(operation.path)
+        row = await self.checkpoints.find(operation.path, reader=model.owner)
         if self.journal.is_on:
             binding = Entry(
                 kind="binding",
@@ -230,6 +231,7 @@ class Executor:
         order = SaveOrder(
             checkpoint_id=_checkpoint_id(request_id) if self.journal.is_on else None,
             model_id=model.model_id,
+            owner=model.owner,
             kind=kind,
             name=name,
             overwrite=overwrite,

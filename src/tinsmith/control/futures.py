@@ -53,6 +53,7 @@ class Ended:
     key: Hashable | None
     fingerprint: bytes
     group: Group | None
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,8 @@ class _Promise:
     committed: asyncio.Future[None] | None = None
     """Ends when the request is on disk; `None` once it is."""
     fetched_at: float | None = None
+    owner: str | None = None
+    """Whose it is, if that does not follow from its session or subject."""
 
 
 class FutureStore:
@@ -195,6 +198,7 @@ class FutureStore:
         context: Any = None,
         group: Group | None = None,
         request_id: str | None = None,
+        owner: str | None = None,
         is_durable: bool = True,
     ) -> str:
         """A new request id. `on_poll` is asked what an unfinished request waits for; `group` is where its end is
@@ -206,6 +210,7 @@ class FutureStore:
         promise = _Promise(
             request_type, key, fingerprint, on_poll, session_id, subject, context, group, self._clock.time()
         )
+        promise.owner = owner
         if not is_durable:
             promise.committed = asyncio.get_running_loop().create_future()
         self._promises[request_id] = self._unfinished[request_id] = promise
@@ -250,11 +255,20 @@ class FutureStore:
         ]
 
     def failed(
-        self, request_type: RequestType, error: TinsmithError, context: Any = None, group: Group | None = None
+        self,
+        request_type: RequestType,
+        error: TinsmithError,
+        context: Any = None,
+        group: Group | None = None,
+        *,
+        subject: str | None = None,
+        owner: str | None = None,
     ) -> str:
         """The id of a request that fails at once."""
         keep = self.keep_failure
-        request_id = self.open(request_type, context=context, group=group, is_durable=keep is None)
+        request_id = self.open(
+            request_type, context=context, group=group, subject=subject, owner=owner, is_durable=keep is None
+        )
         self.fail(request_id, error)
         if keep is not None and self.knows(request_id):
             keep(request_id, partial(self.commit, request_id))
@@ -294,7 +308,7 @@ class FutureStore:
         promise = self._promises.get(request_id)
         if promise is None or promise.outcome is None:
             return None
-        return Ended(promise.outcome, promise.key, promise.fingerprint, promise.group)
+        return Ended(promise.outcome, promise.key, promise.fingerprint, promise.group, promise.owner)
 
     def knows(self, request_id: str) -> bool:
         return request_id in self._promises
@@ -303,6 +317,11 @@ class FutureStore:
         """The session whose client asks for this result, if that is known."""
         promise = self._promises.get(request_id)
         return None if promise is None else promise.session_id
+
+    def claimant(self, request_id: str) -> tuple[str | None, str | None]:
+        """Whose this request is, or the session, model or sampler whose owner has it; neither if it is not known."""
+        promise = self._promises.get(request_id)
+        return (None, None) if promise is None else (promise.owner, promise.session_id or promise.subject)
 
     async def wait(self, request_id: str, timeout_s: float) -> Outcome | Pending:
         """The outcome, or after `timeout_s` what the request waits for.

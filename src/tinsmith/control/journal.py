@@ -142,6 +142,7 @@ class ResultRecord:
     subject: str | None
     finished_at: float
     group: Group | None = None
+    owner: str | None = None
     result: Any = None
 
 
@@ -212,6 +213,7 @@ def result_entry(request_id: str, ended: Ended, at: float) -> Entry:
         subject=outcome.subject,
         finished_at=at,
         group=ended.group,
+        owner=ended.owner,
         result=outcome.result,
     )
     return Entry(kind="result", name=request_id, value=record, failure=outcome.error)

@@ -18,6 +18,7 @@ from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.copies import Copies, CopyOrder, check_destination
 from tinsmith.control.folder_store import StoredFile
 from tinsmith.control.futures import FutureStore
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
@@ -31,6 +32,8 @@ from tinsmith.types.rest import GetSessionResponse, TrainingRun, WeightsInfoResp
 
 
 class Library:
+    """`owner` keeps to what one user owns, `reader` to what one user may read; `None` is everything."""
+
     def __init__(
         self,
         *,
@@ -59,9 +62,9 @@ class Library:
     async def get_session(self, session_id: str) -> GetSessionResponse:
         return await self._catalogue.session(session_id)
 
-    async def list_sessions(self, limit: int, offset: int) -> tuple[list[str], int]:
+    async def list_sessions(self, limit: int, offset: int, *, owner: str | None = None) -> tuple[list[str], int]:
         """Ids, newest first, and how many there are."""
-        return await self._catalogue.sessions(limit, offset)
+        return await self._catalogue.sessions(limit, offset, owner)
 
     async def search_sessions(self, query: SessionQuery) -> list[FoundSession]:
         """Newest first."""
@@ -71,13 +74,15 @@ class Library:
     async def assign_project(self, session_id: str, project_id: str) -> None:
         """Raises `NotFound`."""
         at = self._clock.time()
+        row = await self._registry.read(lambda c: records.session(c, session_id))
+        if row is None:
+            raise NotFound(f"no session {session_id!r}")
+        details = {"session_id": session_id, "project_id": project_id}
 
         def work(connection: sa.Connection) -> bool:
-            audit.note(connection, "project_session_assign", at, session_id=session_id, project_id=project_id)
+            audit.note(connection, "project_session_assign", at, row.owner, **details)
             return records.assign_project(connection, session_id, project_id)
 
-        if await self._registry.read(lambda c: records.session(c, session_id)) is None:
-            raise NotFound(f"no session {session_id!r}")
         await self._registry.write(work)
         if (session := self._sessions.find(session_id)) is not None:
             session.project_id = project_id
@@ -96,9 +101,9 @@ class Library:
         return await self._catalogue.training_run(run_id)
 
     async def list_training_runs(
-        self, limit: int, offset: int, project_id: str | None = None
+        self, limit: int, offset: int, project_id: str | None = None, *, owner: str | None = None
     ) -> tuple[list[TrainingRun], int]:
-        return await self._catalogue.training_runs(limit, offset, project_id)
+        return await self._catalogue.training_runs(limit, offset, project_id, owner)
 
     # ---- checkpoints ----
 
@@ -106,36 +111,39 @@ class Library:
         return await self._catalogue.checkpoints_of_run(run_id, kinds)
 
     async def list_user_checkpoints(
-        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS
+        self, limit: int, offset: int, kinds: Collection[str] = PATH_KINDS, *, owner: str | None = None
     ) -> tuple[list[Checkpoint], int]:
-        return await self._catalogue.checkpoints(limit, offset, kinds)
+        return await self._catalogue.checkpoints(limit, offset, kinds, owner)
 
-    async def get_checkpoint(self, run_id: str, checkpoint_id: str) -> Checkpoint:
+    async def get_checkpoint(self, run_id: str, checkpoint_id: str, *, reader: str | None = None) -> Checkpoint:
         """`checkpoint_id` is `<kind>/<address>`. Raises `NotFound`, `InvalidInput`."""
-        return await self._catalogue.checkpoint(run_id, checkpoint_id)
+        return await self._catalogue.checkpoint(run_id, checkpoint_id, reader)
 
-    async def weights_info(self, path: str) -> WeightsInfoResponse:
-        return await self._catalogue.weights_info(path)
+    async def weights_info(self, path: str, *, reader: str | None = None) -> WeightsInfoResponse:
+        return await self._catalogue.weights_info(path, reader)
 
-    async def find_checkpoint(self, path: str) -> CheckpointRow:
+    async def find_checkpoint(self, path: str, *, reader: str | None = None) -> CheckpointRow:
         """The current version behind a path. Raises `InvalidInput` for no path, `NotFound` for no checkpoint."""
-        return await self._checkpoints.find(path)
+        return await self._checkpoints.find(path, reader=reader)
 
-    async def delete_checkpoint(self, run_id: str, checkpoint_id: str) -> None:
+    async def delete_checkpoint(self, run_id: str, checkpoint_id: str, *, owner: str | None = None) -> None:
         """With all its versions; `checkpoint_id` is `<kind>/<name>`. Or one, of `<kind>/<name>~<version>`.
 
         Raises `NotFound`, `InvalidInput`.
         """
-        await self._checkpoints.delete_at(run_id, checkpoint_id)
+        await self._checkpoints.delete_at(run_id, checkpoint_id, owner=owner)
 
-    async def set_checkpoint_ttl(self, run_id: str, checkpoint_id: str, ttl_seconds: int | None) -> None:
+    async def set_checkpoint_ttl(
+        self, run_id: str, checkpoint_id: str, ttl_seconds: int | None, *, owner: str | None = None
+    ) -> None:
         """Counted from now; `None` keeps it for ever."""
-        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id, owner=owner)
         await self._checkpoints.set_ttl(row, ttl_seconds)
 
-    async def set_published(self, run_id: str, checkpoint_id: str, public: bool) -> None:
+    async def set_published(self, run_id: str, checkpoint_id: str, public: bool, *, owner: str | None = None) -> None:
         """Idempotent."""
-        await self._checkpoints.set_public(await self._checkpoints.find_in_run(run_id, checkpoint_id), public)
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id, owner=owner)
+        await self._checkpoints.set_public(row, public)
 
     async def copy_weights(self, order: CopyOrder, idempotency_key: str | None) -> str:
         """The path of the copy. Raises `NotFound`, `InvalidInput`, `AlreadyExists`, `SessionEnded`."""
@@ -144,28 +152,32 @@ class Library:
             self._sessions.get_live(order.session_id)
         return await self._copies.copy(order, idempotency_key)
 
-    async def checkpoint_files(self, run_id: str, checkpoint_id: str) -> tuple[CheckpointRow, list[StoredFile]]:
-        row = await self._checkpoints.find_in_run(run_id, checkpoint_id)
+    async def checkpoint_files(
+        self, run_id: str, checkpoint_id: str, *, reader: str | None = None
+    ) -> tuple[CheckpointRow, list[StoredFile]]:
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id, reader=reader)
         return row, await self._checkpoints.folders.files(row.folder)
 
     @asynccontextmanager
-    async def checkpoint_folder(self, path: str, purpose: str) -> AsyncIterator[Path]:
-        """A checkpoint's files, on this machine while the context lasts; noted as read. Raises `NotFound`."""
-        row = await self._checkpoints.find(path)
-        self._checkpoints.note_read(row.path, purpose)
+    async def checkpoint_folder(
+        self, path: str, purpose: str, *, by: str = LOCAL_USER_ID, reader: str | None = None
+    ) -> AsyncIterator[Path]:
+        """A checkpoint's files, on this machine while the context lasts; noted as read by `by`. Raises `NotFound`."""
+        row = await self._checkpoints.find(path, reader=reader)
+        self._checkpoints.note_read(row.path, purpose, by)
         async with self._checkpoints.local(row) as folder:
             yield folder
 
     # ---- what was done and used ----
 
-    async def audit_log(self, event_type: EventType, day: date | None) -> list[AuditEntry]:
+    async def audit_log(self, event_type: EventType, day: date | None, *, owner: str | None = None) -> list[AuditEntry]:
         """Of one day (UTC), today by default; oldest first."""
         chosen = day or records.moment(self._clock.time()).date()
         await self._registry.flush()  # reads are noted without waiting
-        return await self._registry.read(lambda c: audit.entries(c, event_type, chosen))
+        return await self._registry.read(lambda c: audit.entries(c, event_type, chosen, owner))
 
-    async def usage(self, start: float, end: float) -> UsageReport:
-        return await self._meter.report(start, end)
+    async def usage(self, start: float, end: float, *, owner: str | None = None) -> UsageReport:
+        return await self._meter.report(start, end, owner)
 
-    async def stored_checkpoints(self, project_id: str | None) -> list[StoredShare]:
-        return await self._meter.stored(project_id)
+    async def stored_checkpoints(self, project_id: str | None, *, owner: str | None = None) -> list[StoredShare]:
+        return await self._meter.stored(project_id, owner)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.futures import Pending, RequestType
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.journal import SnapshotRecord
 from tinsmith.control.queues import ModelQueue
 from tinsmith.control.records import CheckpointRow
@@ -102,6 +103,7 @@ class Work:
 class Model:
     model_id: str
     session_id: str
+    owner: str = LOCAL_USER_ID
     slot: EngineSlot | None
     """`None` only for a model whose engine could not be found; it ended at once."""
     status: ModelStatus = ModelStatus.CREATING

@@ -177,11 +177,21 @@ def assign_project(connection: sa.Connection, session_id: str, project_id: str) 
     return connection.execute(mine.values(project_id=project_id)).rowcount > 0
 
 
-def sessions(connection: sa.Connection, limit: int, offset: int) -> tuple[list[str], int]:
-    """Ids, newest first, and how many there are."""
-    newest = sa.select(SESSIONS.c.session_id).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.session_id)
+def sessions(connection: sa.Connection, limit: int, offset: int, owner: str | None = None) -> tuple[list[str], int]:
+    """Ids, newest first, and how many there are; of one user, or of all."""
+    mine = _owned(SESSIONS, owner)
+    newest = sa.select(SESSIONS.c.session_id).where(mine).order_by(SESSIONS.c.created_at.desc(), SESSIONS.c.session_id)
     ids = [row.session_id for row in connection.execute(newest.limit(limit).offset(offset))]
-    return ids, _count(connection, SESSIONS)
+    return ids, _count(connection, SESSIONS, mine)
+
+
+def _owned(table: sa.Table, owner: str | None) -> sa.ColumnElement[bool]:
+    return sa.true() if owner is None else table.c.owner == owner
+
+
+def owner_of_session(connection: sa.Connection, session_id: str) -> str | None:
+    query = sa.select(SESSIONS.c.owner).where(SESSIONS.c.session_id == session_id)
+    return connection.execute(query).scalar_one_or_none()
 
 
 def end_session(connection: sa.Connection, session_id: str, at: float, reason: str, detail: str | None) -> None:
@@ -211,12 +221,14 @@ def run(connection: sa.Connection, run_id: str) -> RunRow | None:
     return rows[0] if rows else None
 
 
-def runs(connection: sa.Connection, limit: int, offset: int, project_id: str | None = None) -> tuple[list[RunRow], int]:
-    """Newest first, and how many there are; of one project, or of all."""
-    mine: sa.ColumnElement[bool] = sa.true()
+def runs(
+    connection: sa.Connection, limit: int, offset: int, project_id: str | None = None, owner: str | None = None
+) -> tuple[list[RunRow], int]:
+    """Newest first, and how many there are; of one project and one user, or of all."""
+    mine = _owned(RUNS, owner)
     if project_id is not None:
         sessions_of_project = sa.select(SESSIONS.c.session_id).where(SESSIONS.c.project_id == project_id)
-        mine = RUNS.c.session_id.in_(sessions_of_project)
+        mine = mine & RUNS.c.session_id.in_(sessions_of_project)
     newest = sa.select(RUNS).where(mine).order_by(RUNS.c.created_at.desc(), RUNS.c.run_id)
     return _fetch(connection, newest.limit(limit).offset(offset), RunRow), _count(connection, RUNS, mine)
 
@@ -289,11 +301,12 @@ def checkpoints(
     *,
     run_id: str | None = None,
     kinds: Collection[str] = PATH_KINDS,
+    owner: str | None = None,
     limit: int = -1,
     offset: int = 0,
 ) -> tuple[list[CheckpointRow], int]:
-    """Current versions, newest first, and how many there are; of one run or of all."""
-    where = [_CURRENT, _alive(now), CHECKPOINTS.c.kind.in_(kinds)]
+    """Current versions, newest first, and how many there are; of one run and one user, or of all."""
+    where = [_CURRENT, _alive(now), CHECKPOINTS.c.kind.in_(kinds), _owned(CHECKPOINTS, owner)]
     if run_id is not None:
         where.append(CHECKPOINTS.c.run_id == run_id)
     newest = sa.select(CHECKPOINTS).where(*where)

@@ -206,6 +206,7 @@ class Replay:
             subject=record.subject,
             request_id=entry.name,
             group=None if record.group is None else (record.group[0], record.group[1]),
+            owner=record.owner,
         )
         self._journal.lone.add(entry.name)
         if entry.failure is not None:
@@ -229,6 +230,7 @@ class Replay:
             sampler = Sampler(
                 sampler_id=entry.name,
                 session_id=session.session_id,
+                owner=session.owner,
                 slot=slot,
                 snapshot_id=record.snapshot_id,
                 inflight_of=record.inflight_of,
@@ -246,6 +248,7 @@ class Replay:
         sampler = Sampler(
             sampler_id=entry.name,
             session_id=session.session_id,
+            owner=session.owner,
             slot=slot,
             snapshot_id=None if row is None else checkpoint_snapshot_id(row),
             checkpoint=row,
@@ -261,6 +264,7 @@ class Replay:
         model = Model(
             model_id=entry.name,
             session_id=session.session_id,
+            owner=session.owner,
             slot=slot,
             user_metadata=record.user_metadata,
             orders_by_arrival=session.orders_by_arrival,

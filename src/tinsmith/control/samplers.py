@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.errors import SamplerGone
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.records import CheckpointRow, SamplerRow
 from tinsmith.types.errors import EngineDied, TinsmithError
 from tinsmith.types.operations import DropSnapshot, LoadSnapshot
@@ -21,6 +22,7 @@ class Sampler:
 
     sampler_id: str
     session_id: str
+    owner: str = LOCAL_USER_ID
     slot: EngineSlot
     snapshot_id: str | None
     """`None` for the base model."""
@@ -46,6 +48,7 @@ class Sampler:
         return SamplerRow(
             sampler_id=self.sampler_id,
             session_id=self.session_id,
+            owner=self.owner,
             base_model=self.slot.card.name,
             model_path=self.model_path,
             digest=self.digest,

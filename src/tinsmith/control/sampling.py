@@ -107,17 +107,17 @@ class Sampling:
         Raises `NotFound`, `SessionEnded`, `InvalidInput`, `PayloadConflict` (the number names another sampler), or what
         the engine met when it loaded the checkpoint.
         """
-        self._sessions.get_live(session_id)
+        owner = self._sessions.get_live(session_id).owner
         if seq_id < 0:
             raise InvalidInput(f"sampling_session_seq_id must be at least 0, not {seq_id!r}")
         sampler_id = sampler_name(session_id, seq_id)
         if self._is_known(sampler_id, base_model, model_path):
             return sampler_id
         if model_path is not None:
-            sampler = await self._checkpoint_sampler(session_id, sampler_id, model_path)
+            sampler = await self._checkpoint_sampler(session_id, owner, sampler_id, model_path)
         elif base_model is not None:
             slot = self._engines.resolve(base_model)
-            sampler = Sampler(sampler_id=sampler_id, session_id=session_id, slot=slot, snapshot_id=None)
+            sampler = Sampler(sampler_id=sampler_id, session_id=session_id, owner=owner, slot=slot, snapshot_id=None)
         else:
             raise InvalidInput("create_sampling_session needs a base_model or a model_path")
         session = self._sessions.get_live(session_id)
@@ -142,15 +142,16 @@ class Sampling:
             )
         return True
 
-    async def _checkpoint_sampler(self, session_id: str, sampler_id: str, model_path: str) -> Sampler:
-        row = await self._checkpoints.find(model_path)
+    async def _checkpoint_sampler(self, session_id: str, owner: str, sampler_id: str, model_path: str) -> Sampler:
+        row = await self._checkpoints.find(model_path, reader=owner)
         slot = self._engines.resolve(row.base_model)
         async with self._checkpoints.local(row) as folder:
             digest = await self._samplers.pool(slot).load(row, str(folder))
-        self._checkpoints.note_read(row.path, "sampling")
+        self._checkpoints.note_read(row.path, "sampling", owner)
         return Sampler(
             sampler_id=sampler_id,
             session_id=session_id,
+            owner=owner,
             slot=slot,
             snapshot_id=checkpoint_snapshot_id(row),
             checkpoint=row,
@@ -211,9 +212,9 @@ class Sampling:
         try:
             known = self._futures.claim(key, fingerprint, what)
         except PayloadConflict as error:
-            return _receipt(self._futures.failed("Sample", error, group=group), request)
+            return receipt_of_sample(self._futures.failed("Sample", error, group=group, subject=sampler_id), request)
         if known is not None:
-            return _receipt(known, request)
+            return receipt_of_sample(known, request)
         self._check_room()
         if self._journal.is_on:
             request = self._with_seed(request)
@@ -232,7 +233,7 @@ class Sampling:
         if self._journal.is_on:
             self._journal.lone.add(request_id)
         self._journal.post([put(entry)], written)
-        return _receipt(request_id, request)
+        return receipt_of_sample(request_id, request)
 
     def restore(
         self, request_id: str, record: SampleRecord, failure: TinsmithError | None, *, is_suspect: bool
@@ -514,7 +515,7 @@ def _num_drawn(response: SampleResponse) -> int:
     return sum(0 if s.tokens_np is None else len(s.tokens_np) for s in response.sequences)
 
 
-def _receipt(request_id: str, request: SampleRequest) -> Submission:
+def receipt_of_sample(request_id: str, request: SampleRequest) -> Submission:
     count = max(0, min(request.num_samples, MAX_SAMPLES))
     return Submission(request_id=request_id, sample_sequence_ids=tuple(f"{request_id}:{i}" for i in range(count)))
 

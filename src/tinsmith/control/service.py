@@ -33,6 +33,7 @@ from tinsmith.control.journal import Journal, SessionRecord
 from tinsmith.control.ledger import Entry, Ledger, OnWritten, put
 from tinsmith.control.library import Library
 from tinsmith.control.observers import Observers, both, observed_draw
+from tinsmith.control.owners import Owners
 from tinsmith.control.records import SessionRow
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.replay import Replay
@@ -59,7 +60,7 @@ from tinsmith.control.traces import TraceLog
 from tinsmith.control.training import Training
 from tinsmith.control.usage import Meter
 from tinsmith.runtime.handle import EngineHandle
-from tinsmith.types.errors import EngineDied, NotFound, ServerError
+from tinsmith.types.errors import EngineDied, NotFound, ServerError, TinsmithError
 from tinsmith.types.operations import BaseModelCard
 from tinsmith.types.rest import (
     GetInfoResponse,
@@ -264,6 +265,7 @@ class Control:
             max_pending=settings.max_pending_samples,
         )
         self._jobs = Jobs(self._futures)
+        self.owners = Owners(self._sessions, self._futures, self._registry)
         self.library = Library(
             registry=self._registry,
             sessions=self._sessions,
@@ -570,6 +572,17 @@ class Control:
         """
         drawing = self._sampling.draw(request, on_token)
         return await observed_draw(self.observers, self._clock, request.sampling_session_id, drawing)
+
+    def refuse(
+        self,
+        request_type: RequestType,
+        error: TinsmithError,
+        *,
+        owner: str,
+        context: Any = None,
+    ) -> Submission:
+        """A request of `owner` that fails at once, and asks nothing of anything."""
+        return Submission(request_id=self._futures.failed(request_type, error, context, owner=owner))
 
     def cancel(self, request_id: str) -> None:
         self._sampling.cancel(request_id)

@@ -25,6 +25,8 @@ class SessionQuery:
     session_id: str | None = None
     display_name: str | None = None
     """Words that must all appear, in any case. With `session_id`, either is enough."""
+    owners: Sequence[str] | None = None
+    """Users; `None` takes all sessions, here and below."""
     project_ids: Sequence[str] | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     statuses: Sequence[StatusFilter] | None = None
@@ -53,6 +55,8 @@ def _conditions(query: SessionQuery) -> list[sa.ColumnElement[bool]]:
     named = _named(query)
     if named:
         conditions.append(sa.or_(*named))
+    if query.owners is not None:
+        conditions.append(SESSIONS.c.owner.in_(query.owners))
     if query.project_ids is not None:
         project = sa.func.coalesce(SESSIONS.c.project_id, DEFAULT_PROJECT)
         conditions.append(project.in_(query.project_ids))
@@ -61,13 +65,14 @@ def _conditions(query: SessionQuery) -> list[sa.ColumnElement[bool]]:
     if query.statuses is not None:
         conditions.append(sa.or_(sa.false(), *(_has_status(status) for status in query.statuses)))
     if query.after is not None:
-        conditions.append(_comes_after(query.after))
+        conditions.append(_comes_after(query.after, query.owners))
     return conditions
 
 
-def _comes_after(session_id: str) -> sa.ColumnElement[bool]:
+def _comes_after(session_id: str, owners: Sequence[str] | None) -> sa.ColumnElement[bool]:
     """By the stored moment: one that came back over the wire has lost its last digits."""
-    last = sa.select(SESSIONS.c.created_at).where(SESSIONS.c.session_id == session_id).scalar_subquery()
+    mine = sa.true() if owners is None else SESSIONS.c.owner.in_(owners)
+    last = sa.select(SESSIONS.c.created_at).where(SESSIONS.c.session_id == session_id, mine).scalar_subquery()
     same_moment = (SESSIONS.c.created_at == last) & (SESSIONS.c.session_id > session_id)
     return (SESSIONS.c.created_at < last) | same_moment
 

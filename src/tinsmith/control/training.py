@@ -140,9 +140,9 @@ class Training:
         self._meter.count("training", model.session_id, _slot(model).card.name, work.num_tokens)
         match work.operation:
             case Creation(checkpoint=CheckpointRow() as row):
-                self._checkpoints.note_read(row.path, "load_weights")
+                self._checkpoints.note_read(row.path, "load_weights", model.owner)
             case LoadState(path=path):
-                self._checkpoints.note_read(path, "load_weights")
+                self._checkpoints.note_read(path, "load_weights", model.owner)
 
     # ---- creation ----
 
@@ -159,7 +159,8 @@ class Training:
         found: CheckpointRow | TinsmithError
         try:
             check_load(request.path, optimizer=request.optimizer)
-            found = await self._checkpoints.find(request.path)
+            owner = self._sessions.get_live(request.session_id).owner
+            found = await self._checkpoints.find(request.path, reader=owner)
         except TinsmithError as error:
             found = error
 
@@ -192,12 +193,14 @@ class Training:
             session = self._sessions.get_live(session_id)
             self._check_new_model(model_id, model_seq_id)
         except TinsmithError as error:
-            return Submission(request_id=self._futures.failed(request_type, error, context), model_id=model_id)
+            failed = self._futures.failed(request_type, error, context, subject=model_id)
+            return Submission(request_id=failed, model_id=model_id)
         session.last_seen = self._clock.monotonic()
         session.model_ids.append(model_id)
         model = Model(
             model_id=model_id,
             session_id=session_id,
+            owner=session.owner,
             slot=None,
             user_metadata=request.user_metadata,
             orders_by_arrival=session.orders_by_arrival,
@@ -290,7 +293,7 @@ class Training:
         request_type, model_id = REQUEST_TYPES[type(request)], request.model_id
         model = self._models.get(model_id)
         if model is None:
-            failed = self._futures.failed(request_type, self._unknown(model_id), context)
+            failed = self._futures.failed(request_type, self._unknown(model_id), context, subject=model_id)
             return Submission(request_id=failed, model_id=model_id)
         is_numbered = request.seq_id is not None and request.seq_id > 0
         seq = request.seq_id if is_numbered and request.seq_id is not None else model.queue.free_seq
@@ -303,7 +306,8 @@ class Training:
             _check_order(model, seq if is_numbered else None)
             model.queue.check(seq)
         except TinsmithError as error:
-            return Submission(request_id=self._futures.failed(request_type, error, context), model_id=model_id)
+            failed = self._futures.failed(request_type, error, context, subject=model_id)
+            return Submission(request_id=failed, model_id=model_id)
         num_tokens = num_train_tokens(request, _slot(model).card)
         self._check_room(model, seq, num_tokens)
         asked, request = request, self._custom_losses.attach(request, model.session_id)
@@ -375,7 +379,8 @@ class Training:
                 raise self._unknown(model_id)
             _check_takes_requests(model)
         except TinsmithError as error:
-            return Submission(request_id=self._futures.failed("ForwardBackward", error, context), model_id=model_id)
+            failed = self._futures.failed("ForwardBackward", error, context, subject=model_id)
+            return Submission(request_id=failed, model_id=model_id)
         seq = model.queue.free_seq
         self._check_room(model, seq, 0)
         request_id = self._futures.open(

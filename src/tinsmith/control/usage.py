@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert as upsert
 
+from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock
 from tinsmith.control.registry import CHECKPOINTS, RUNS, SESSIONS, USAGE, Registry
 
@@ -22,6 +23,8 @@ GIGABYTE = 1e9
 
 TokenKind: TypeAlias = Literal["training", "prefill", "cached_prefill", "sampled"]
 _Bucket: TypeAlias = tuple[int, str, str, TokenKind]
+_Share: TypeAlias = tuple[int, str, str, str | None, str]
+"""Hour, session, user, project, base model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class UsageEvent:
     hour: int
     """Its first second, since 1970."""
     session_id: str
+    user_id: str
     project_id: str | None
     base_model: str
     kind: TokenKind | Literal["checkpoint", "storage"]
@@ -47,8 +51,9 @@ class UsageReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredShare:
-    """Checkpoints of one project."""
+    """Checkpoints of one user in one project."""
 
+    user_id: str
     project_id: str | None
     count: int
     size_bytes: int
@@ -78,16 +83,19 @@ class Meter:
             self._pending.update(pending)
             raise
 
-    async def report(self, start: float, end: float) -> UsageReport:
-        """Whole hours from `start` up to, not including, `end`. Oldest first, then the most first."""
+    async def report(self, start: float, end: float, owner: str | None = None) -> UsageReport:
+        """Whole hours from `start` up to, not including, `end`; of one user, or of all.
+
+        Oldest first, then the most first.
+        """
         await self.flush()
         now = self._clock.time()
-        return await self._registry.read(lambda c: _report(c, int(start), int(end), now))
+        return await self._registry.read(lambda c: usage_report(c, int(start), int(end), now, owner))
 
-    async def stored(self, project_id: str | None) -> list[StoredShare]:
-        """What is stored now; of one project, or of all."""
+    async def stored(self, project_id: str | None, owner: str | None = None) -> list[StoredShare]:
+        """What is stored now; of one project and one user, or of all."""
         now = self._clock.time()
-        return await self._registry.read(lambda c: _stored(c, project_id, now))
+        return await self._registry.read(lambda c: _stored(c, project_id, owner, now))
 
 
 def _add(connection: sa.Connection, counted: Mapping[_Bucket, int]) -> None:
@@ -97,8 +105,10 @@ def _add(connection: sa.Connection, counted: Mapping[_Bucket, int]) -> None:
         connection.execute(row.on_conflict_do_update(keys, set_={"tokens": USAGE.c.tokens + row.excluded.tokens}))
 
 
-def _report(connection: sa.Connection, start: int, end: int, now: float) -> UsageReport:
+def usage_report(connection: sa.Connection, start: int, end: int, now: float, owner: str | None = None) -> UsageReport:
+    """Of what was written; a server has counted more."""
     events = _token_events(connection, start, end) + _checkpoint_events(connection, start, end, now)
+    events = [event for event in events if owner is None or event.user_id == owner]
     events.sort(key=lambda event: (event.hour, -event.amount))
     sessions = {event.session_id for event in events}
     query = sa.select(SESSIONS.c.session_id, SESSIONS.c.user_metadata).where(SESSIONS.c.session_id.in_(sessions))
@@ -109,7 +119,7 @@ def _report(connection: sa.Connection, start: int, end: int, now: float) -> Usag
 
 def _token_events(connection: sa.Connection, start: int, end: int) -> list[UsageEvent]:
     query = (
-        sa.select(USAGE, SESSIONS.c.project_id)
+        sa.select(USAGE, SESSIONS.c.owner, SESSIONS.c.project_id)
         .join(SESSIONS, SESSIONS.c.session_id == USAGE.c.session_id, isouter=True)
         .where(USAGE.c.hour >= start, USAGE.c.hour < end)
     )
@@ -117,6 +127,7 @@ def _token_events(connection: sa.Connection, start: int, end: int) -> list[Usage
         UsageEvent(
             hour=row.hour,
             session_id=row.session_id,
+            user_id=row.owner or LOCAL_USER_ID,
             project_id=row.project_id,
             base_model=row.base_model,
             kind=row.kind,
@@ -127,10 +138,10 @@ def _token_events(connection: sa.Connection, start: int, end: int) -> list[Usage
 
 
 def _checkpoint_events(connection: sa.Connection, start: int, end: int, now: float) -> list[UsageEvent]:
-    made: Counter[tuple[int, str, str | None, str]] = Counter()
-    stored: dict[tuple[int, str, str | None, str], float] = defaultdict(float)
+    made: Counter[_Share] = Counter()
+    stored: dict[_Share, float] = defaultdict(float)
     for row in connection.execute(_checkpoints().where(CHECKPOINTS.c.created_at < end)):
-        who = (row.session_id, row.project_id, row.base_model)
+        who = (row.session_id, row.owner, row.project_id, row.base_model)
         if row.created_at >= start:
             made[int(row.created_at) // HOUR_S * HOUR_S, *who] += 1
         gone = min(filter(None, (row.deleted_at, row.expires_at, now)))
@@ -141,10 +152,16 @@ def _checkpoint_events(connection: sa.Connection, start: int, end: int, now: flo
     ]
 
 
-def _event(key: tuple[int, str, str | None, str], kind: Literal["checkpoint", "storage"], amount: float) -> UsageEvent:
-    hour, session_id, project_id, base_model = key
+def _event(key: _Share, kind: Literal["checkpoint", "storage"], amount: float) -> UsageEvent:
+    hour, session_id, user_id, project_id, base_model = key
     return UsageEvent(
-        hour=hour, session_id=session_id, project_id=project_id, base_model=base_model, kind=kind, amount=amount
+        hour=hour,
+        session_id=session_id,
+        user_id=user_id,
+        project_id=project_id,
+        base_model=base_model,
+        kind=kind,
+        amount=amount,
     )
 
 
@@ -164,14 +181,19 @@ def _checkpoints() -> sa.Select[Any]:
     )
 
 
-def _stored(connection: sa.Connection, project_id: str | None, now: float) -> list[StoredShare]:
+def _stored(connection: sa.Connection, project_id: str | None, owner: str | None, now: float) -> list[StoredShare]:
     alive = CHECKPOINTS.c.deleted_at.is_(None) & (CHECKPOINTS.c.expires_at.is_(None) | (CHECKPOINTS.c.expires_at > now))
     query = _checkpoints().where(alive)
     if project_id is not None:
         query = query.where(SESSIONS.c.project_id == project_id)
-    counts: Counter[str | None] = Counter()
-    sizes: Counter[str | None] = Counter()
+    if owner is not None:
+        query = query.where(CHECKPOINTS.c.owner == owner)
+    counts: Counter[tuple[str, str | None]] = Counter()
+    sizes: Counter[tuple[str, str | None]] = Counter()
     for row in connection.execute(query):
-        counts[row.project_id] += 1
-        sizes[row.project_id] += row.size_bytes
-    return [StoredShare(project_id=key, count=counts[key], size_bytes=sizes[key]) for key in counts]
+        counts[row.owner, row.project_id] += 1
+        sizes[row.owner, row.project_id] += row.size_bytes
+    return [
+        StoredShare(user_id=user_id, project_id=project_id, count=count, size_bytes=sizes[user_id, project_id])
+        for (user_id, project_id), count in counts.items()
+    ]
