@@ -32,6 +32,9 @@ SCHEMA_VERSION = 1
 _MAX_GROUP = 512
 _PREALLOCATED_BYTES = 4 * 1024 * 1024
 """Of the write-ahead log: a sync is about twice as fast where the file need not grow."""
+_TIDY_BYTES = _PREALLOCATED_BYTES // 2
+"""Written since the log was last moved into the database, before it is moved again."""
+_PAGE_BYTES = 4096
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -67,7 +70,8 @@ class Entry:
     """Why the request was given up before its turn, if it was: it is not to be done again."""
 
 
-Change: TypeAlias = Callable[[sqlite3.Connection], object]
+Change: TypeAlias = Callable[[sqlite3.Connection], int]
+"""Does something to the database; about how many bytes it wrote."""
 OnWritten: TypeAlias = Callable[[StorageError | None], None]
 
 
@@ -96,6 +100,7 @@ class Ledger:
         """When the oldest change that is being written was posted, monotonic."""
         self.on_commit: Callable[[int, float], None] = lambda num_writes, seconds: None
         """Told, in the thread that writes, of every transaction: how many writes it had, how long it took."""
+        self._untidy_bytes = 0
         self.num_opened = 0
         """How often this file was opened, now included."""
 
@@ -141,8 +146,11 @@ class Ledger:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=30, check_same_thread=False, isolation_level=None)
-        for pragma in ("journal_mode=WAL", "synchronous=FULL"):
-            connection.execute(f"PRAGMA {pragma}")
+        (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":  # SQLite says nothing of an error of the disk here, and goes on with less
+            connection.close()
+            raise sqlite3.OperationalError(f"no write-ahead log could be made; the journal mode stays {mode!r}")
+        connection.execute("PRAGMA synchronous=FULL")
         return connection
 
     # ---- writing ----
@@ -193,7 +201,12 @@ class Ledger:
             self.post([_touch], lambda error: None)
 
     def _write_loop(self) -> None:
-        connection = self._connect()
+        try:
+            connection = self._connect()
+        except sqlite3.Error as failure:
+            self._note_failure(failure)
+            connection = sqlite3.connect(":memory:")  # nothing is written there: every write is refused
+        connection.execute("PRAGMA wal_autocheckpoint=0")  # which would keep those who wait, and hide its errors
         if self.max_pages is not None:
             connection.execute(f"PRAGMA max_page_count={self.max_pages}")
         running = True
@@ -206,6 +219,8 @@ class Ledger:
             self._oldest_at = writes[0].posted_at if writes else None
             self._commit(connection, writes)
             self._oldest_at = None
+            if self._untidy_bytes >= _TIDY_BYTES and self.fatal is None:
+                self._tidy(connection)
         connection.close()
 
     def _commit(self, connection: sqlite3.Connection, writes: list[_Write]) -> None:
@@ -229,13 +244,22 @@ class Ledger:
             return
         self._tell(writes, error)
 
+    def _tidy(self, connection: sqlite3.Connection) -> None:
+        """Move the log into the database; whoever waited has been told before."""
+        try:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except sqlite3.Error as failure:
+            self._note_failure(failure)
+        else:
+            self._untidy_bytes = 0
+
     def _transact(self, connection: sqlite3.Connection, writes: list[_Write]) -> None:
         began = time.perf_counter()
         connection.execute("BEGIN IMMEDIATE")
         try:
             for write in writes:
                 for change in write.changes:
-                    change(connection)
+                    self._untidy_bytes += change(connection)
             crash_point("ledger.before_commit")
             connection.execute("COMMIT")
         except BaseException:
@@ -294,7 +318,8 @@ class Ledger:
 def put(entry: Entry) -> Change:
     """Write an entry, or replace the one of its kind and name."""
 
-    def change(connection: sqlite3.Connection) -> None:
+    def change(connection: sqlite3.Connection) -> int:
+        payload = ledger_codec.encode(entry.value)
         connection.execute(
             "INSERT INTO entries (kind, name, session_id, model_id, seq, payload, failure) VALUES (?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (kind, name) DO UPDATE SET payload = excluded.payload, failure = excluded.failure,"
@@ -305,23 +330,33 @@ def put(entry: Entry) -> Change:
                 entry.session_id,
                 entry.model_id,
                 entry.seq,
-                ledger_codec.encode(entry.value),
+                payload,
                 None if entry.failure is None else ledger_codec.encode(entry.failure),
             ),
         )
+        return len(payload) + _PAGE_BYTES
 
     return change
 
 
 def mark_failed(kind: str, name: str, failure: TinsmithError) -> Change:
     encoded = ledger_codec.encode(failure)
-    return lambda connection: connection.execute(
-        "UPDATE entries SET failure = ? WHERE kind = ? AND name = ?", (encoded, kind, name)
-    )
+    return _execute("UPDATE entries SET failure = ? WHERE kind = ? AND name = ?", encoded, kind, name)
 
 
 def remove(condition: str, *arguments: object) -> Change:
-    return lambda connection: connection.execute(f"DELETE FROM entries WHERE {condition}", arguments)
+    return _execute(f"DELETE FROM entries WHERE {condition}", *arguments)
+
+
+def _execute(statement: str, *arguments: object) -> Change:
+    def change(connection: sqlite3.Connection) -> int:
+        connection.execute(statement, arguments)
+        return _PAGE_BYTES
+
+    return change
+
+
+_touch = _execute("UPDATE meta SET value = value WHERE key = 'schema_version'")
 
 
 def _stored_version(connection: sqlite3.Connection) -> int:
@@ -330,10 +365,6 @@ def _stored_version(connection: sqlite3.Connection) -> int:
         return 0
     row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
     return 0 if row is None else int(row[0])
-
-
-def _touch(connection: sqlite3.Connection) -> None:
-    connection.execute("UPDATE meta SET value = value WHERE key = 'schema_version'")
 
 
 def _count_opening(connection: sqlite3.Connection) -> int:

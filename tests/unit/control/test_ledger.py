@@ -194,3 +194,25 @@ def test_a_ledger_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(UserError, match="version 99"):
         Ledger(tmp_path / "l").open()
+
+
+async def test_a_ledger_that_cannot_be_opened_again_refuses_every_write(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite3")
+    ledger.open()
+
+    def broken() -> sqlite3.Connection:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    ledger._connect = broken  # type: ignore[method-assign]
+    ledger.start(asyncio.get_running_loop())
+    async with asyncio.timeout(10):
+        with pytest.raises(NotTaken, match="disk I/O error"):
+            await ledger.write([put(Entry(kind="k", name="a"))])
+    assert ledger.fatal is not None
+    ledger.close()
+
+
+def test_a_ledger_without_a_write_ahead_log_is_not_opened() -> None:
+    """Where the disk fails as it is made, SQLite goes on without one and says nothing; in memory there is none."""
+    with pytest.raises(StorageError, match="the journal mode stays 'memory'"):
+        Ledger(Path(":memory:")).open()

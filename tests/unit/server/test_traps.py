@@ -263,6 +263,18 @@ async def test_t12_another_payload_under_a_used_number_is_a_user_failure(client:
     assert (await client.result(other))["category"] == "user"
 
 
+async def test_t12_an_unnamed_sampler_asked_for_again_under_another_number_is_the_same_request(client: Client) -> None:
+    """The official SDK counts on whenever it sends this request, again after a lost reply too."""
+    model_id = await client.model()
+    body = {"model_id": model_id, "seq_id": 1, "sampling_session_seq_id": 0}
+    first = await client.post("save_weights_for_sampler", body)
+    again = await client.post("save_weights_for_sampler", body | {"sampling_session_seq_id": 1})
+    assert again.json() == first.json()
+    assert (await client.result(again))["sampling_session_id"].endswith(":sample:0")
+    other = await client.post("save_weights_for_sampler", body | {"sampling_session_seq_id": 2, "kind": "inflight"})
+    assert "another payload" in str(await client.result(other))
+
+
 async def test_t12_a_compressed_retry_is_the_same_payload(client: Client) -> None:
     model_id = await client.model()
     body = train_body(model_id, 1)

@@ -5,6 +5,7 @@ Every answer is a receipt, at once and in any order of arrival. Faults of the co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -68,7 +69,7 @@ def _read_fields(
     request: Request, content: bytes, fields: Mapping[str, Any], decoder: JsonDecoder
 ) -> tuple[ask.ModelRequest, bytes]:
     """As `_read_protobuf`."""
-    digest = fingerprint(request.url.path, content)
+    digest = fingerprint(request.url.path, _identity_of(content, fields))
     try:
         return decoder(fields), digest
     except Exception as error:
@@ -76,6 +77,18 @@ def _read_fields(
         if ids is None:
             raise _as_tinsmith_error(error, request) from error
         return ask.Rejected(model_id=ids[0], seq_id=ids[1], error=_as_tinsmith_error(error, request)), digest
+
+
+_DRAWN_ANEW = "sampling_session_seq_id"
+"""The official SDK takes another of these numbers when it sends a request for an unnamed sampler again."""
+
+
+def _identity_of(content: bytes, fields: Mapping[str, Any]) -> bytes:
+    """What must be the same if a request is sent again. The first one's number is the sampler's."""
+    if _DRAWN_ANEW not in fields:
+        return content
+    rest = {name: value for name, value in fields.items() if name != _DRAWN_ANEW}
+    return json.dumps(rest, sort_keys=True, default=repr).encode()
 
 
 def _as_tinsmith_error(error: Exception, request: Request) -> TinsmithError:
