@@ -34,6 +34,7 @@ from tinsmith.control.requests import (
 from tinsmith.control.samplers import Sampler, SamplerBook
 from tinsmith.control.scheduler import OnAnswered, Turn
 from tinsmith.control.sessions import SessionBook
+from tinsmith.control.validation import check_adapter_memory
 from tinsmith.types.errors import (
     AdapterCorrupted,
     EngineDied,
@@ -172,6 +173,7 @@ class Executor:
         row = await self._bound_checkpoint(model, operation, work)
         check_loadable(row, optimizer=operation.optimizer)
         check_base_model(row, _slot(model))
+        check_adapter_memory(_slot(model).card, LoraSpec(**row.lora))
         lora = await self._load(model, row, optimizer=operation.optimizer)
         model.lora, model.parent = lora, row.checkpoint_id
         await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora), corrupted=False))
@@ -258,6 +260,7 @@ class Executor:
         if known is not None and known.origin == request_id:
             if known.snapshot_id == sampler_id:  # else it follows a newer one
                 await slot.call(PublishSnapshot(model_id=model.model_id, snapshot_id=sampler_id))
+                self.samplers.published(known)
             self.samplers.settle(sampler_id)
             return sampler_id
         if known is not None:
@@ -273,8 +276,10 @@ class Executor:
             origin=request_id,
             model_id=model.model_id,
             inflight_of=model.model_id if operation.kind == "inflight" else None,
+            num_bytes=slot.card.snapshot_bytes(_lora(model)),
         )
         self.samplers.add(sampler)
+        self.samplers.published(sampler)
         session.sampler_ids.append(sampler_id)
         row = sampler.row(self.clock.time())
         self.registry.post(lambda c: records.insert_if_new(c, SAMPLERS, row))

@@ -80,6 +80,8 @@ class SnapshotRecord:
     """Relative to the data directory."""
     metrics: Mapping[str, float]
     parent: str | None
+    lora: LoraSpec | None = None
+    """`None` in entries of before this was written: as the model was made."""
 
 
 @recorded
@@ -118,6 +120,8 @@ class WeightsRecord:
     snapshot_id: str
     """The sampler whose weights these are: its own, or the newest of an inflight one's model."""
     inflight_of: str | None = None
+    num_bytes: int = 0
+    """In the engine's memory."""
 
 
 @recorded

@@ -40,6 +40,21 @@ class ModelStatus(Enum):
     """The adapter is gone, or never came to be; `Model.end` says why."""
 
 
+class Residence(Enum):
+    """Where a model's adapter is."""
+
+    ABSENT = auto()
+    """Not made yet, or in its snapshot on disk. Next: ENTERING."""
+    ENTERING = auto()
+    """It waits for room, or is read. Next: RESIDENT, or where it was."""
+    RESIDENT = auto()
+    """On the device; or about to be made there. Next: LEAVING."""
+    LEAVING = auto()
+    """It takes no more turns, and is written once what runs is answered. Next: PARKED, ABSENT, RESIDENT."""
+    PARKED = auto()
+    """In the host's memory. Next: ENTERING, LEAVING."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Creation:
     """Operation 0 of every model: from a shape, or from a checkpoint."""
@@ -139,6 +154,26 @@ class Model:
     """It takes no turn until what runs is answered and a snapshot was ordered."""
     is_saving: bool = False
     """A snapshot is being written."""
+    residence: Residence = Residence.ABSENT
+    entered_at: float = 0.0
+    """Monotonic seconds when its adapter came to the device last."""
+    used_at: float = 0.0
+    """Monotonic seconds when a request of it was answered last."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its snapshot on disk is what its adapter is now."""
+        return self.snapshot is not None and self.snapshot.next_seq == self.queue.next_seq and not self.running
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its adapter on the device."""
+        creation, spec = self.creation, self.lora
+        if spec is None and creation is not None:
+            spec = creation.lora
+            if spec is None and creation.checkpoint is not None:
+                spec = LoraSpec(**creation.checkpoint.lora)
+        return 0 if spec is None or self.slot is None else self.slot.card.adapter_bytes(spec)
 
     @property
     def first_seq(self) -> int:
@@ -150,6 +185,10 @@ class Model:
         return self.status in (ModelStatus.CREATING, ModelStatus.LIVE)
 
     @property
+    def has_ended(self) -> bool:
+        return self.status is ModelStatus.ENDED
+
+    @property
     def is_drained(self) -> bool:
         return not self.queue and not self.running
 
@@ -159,4 +198,9 @@ class Model:
         missing = self.queue.missing_seq
         if missing is not None:
             return Pending(reason=f"waiting for request seq {missing} of model {self.model_id!r}")
+        if self.residence in (Residence.ENTERING, Residence.LEAVING):
+            return Pending(
+                queue_state="paused_capacity",
+                reason=f"model {self.model_id!r} waits for its turn in the memory that adapters share",
+            )
         return Pending()

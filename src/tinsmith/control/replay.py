@@ -12,7 +12,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tinsmith.control import records
@@ -34,7 +33,8 @@ from tinsmith.control.journal import (
     WeightsRecord,
 )
 from tinsmith.control.ledger import Entry, Ledger, remove
-from tinsmith.control.models import Creation, Model, ModelStatus, Work
+from tinsmith.control.models import Creation, Model, ModelStatus, Residence, Work
+from tinsmith.control.paging import Paging
 from tinsmith.control.queues import ModelQueue
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
@@ -46,8 +46,8 @@ from tinsmith.control.settings import ControlSettings
 from tinsmith.control.strikes import Strikes
 from tinsmith.control.training import Training
 from tinsmith.types.crash_points import crash_point
-from tinsmith.types.errors import EngineDied, InvalidInput, NotFound, ServerError, TinsmithError
-from tinsmith.types.operations import LoadAdapter, LoadSnapshot
+from tinsmith.types.errors import EngineDied, InvalidInput, NotFound, TinsmithError
+from tinsmith.types.operations import LoraSpec
 from tinsmith.types.rest import LoadWeightsResponse
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,7 @@ class Replay:
         registry: Registry,
         checkpoints: CheckpointStore,
         strikes: Strikes,
+        paging: Paging,
         clock: Clock,
     ) -> None:
         self._ledger = ledger
@@ -137,7 +138,7 @@ class Replay:
         self._checkpoints = checkpoints
         self._strikes = strikes
         self._clock = clock
-        self._loads: set[asyncio.Task[None]] = set()
+        self._paging = paging
 
     # ---- after a crash of the server ----
 
@@ -239,10 +240,10 @@ class Replay:
                 digest=record.digest,
                 origin=record.origin,
                 weights_folder=record.folder,
+                num_bytes=record.num_bytes,
             )
             self._samplers.add_restored(sampler)
             session.sampler_ids.append(sampler.sampler_id)
-            self._load_weights(sampler)
             return
         row = None if record.checkpoint_id is None else rows.get(record.checkpoint_id)
         sampler = Sampler(
@@ -335,9 +336,13 @@ class Replay:
         return _Recalled.of(entries)
 
     def revive(self, slot: EngineSlot, recalled: _Recalled) -> None:
-        """Give an engine that was started again what it had, and its work; all before the next await."""
+        """Give an engine that was started again what it had, and its work; all before the next await.
+
+        Models with a snapshot, and samplers put aside, are loaded when they are used.
+        """
         slot.revive()
         self._samplers.engine_revived(slot)
+        self._paging.engine_revived(slot)
         for model in self._training.models:
             if model.slot is not slot or model.status is ModelStatus.ENDED:
                 continue
@@ -346,28 +351,23 @@ class Replay:
                 model.status = ModelStatus.CREATING
             again = [e for e in recalled.requests[model.model_id] if e.seq is not None and e.seq < taken_before]
             self._resume(model, again, recalled.bindings)
-        for sampler in self._samplers:
-            if sampler.slot is slot and sampler.gone is None and sampler.weights_folder is not None:
-                self._load_weights(sampler)
         self._training.scheduler(slot).wake()
 
     # ---- both ----
 
     def _resume(self, model: Model, requests: Sequence[Entry], bindings: Mapping[str, str]) -> None:
-        """Load its snapshot, or make it again, and do what came after."""
+        """Go on from its snapshot, or make it again, and do what came after."""
+        model.residence, model.behind_barrier = Residence.ABSENT, False
         works = self._works(model, requests, bindings)
         for work in works.values():
             self._expect_sampler(model, work)
         creation = model.creation
         if model.snapshot is None and creation is not None:
             works[0] = Work(model.creation_request_id, creation)
-        model.behind_barrier = model.snapshot is not None
         self._training.requeue(model, works)
         if model.snapshot is not None:
-            task = asyncio.create_task(self._load(model, model.snapshot))
-            self._loads.add(task)
-            task.add_done_callback(self._loads.discard)
-        elif model.slot is not None:
+            self._stand_at(model, model.snapshot)
+        if model.slot is not None:
             self._training.scheduler(model.slot).wake()
 
     def _works(self, model: Model, requests: Sequence[Entry], bindings: Mapping[str, str]) -> dict[int, Work]:
@@ -402,30 +402,14 @@ class Replay:
         if known is None or (known.origin == work.request_id and known.weights_folder is None):
             self._samplers.expected[sampler_id] = model.model_id
 
-    async def _load(self, model: Model, snapshot: SnapshotRecord) -> None:
-        folder = str(Path(self._settings.data_dir) / snapshot.folder)
-        slot = model.slot
-        if slot is None:
-            raise AssertionError(f"model {model.model_id!r} has no engine")
-        try:
-            operation = LoadAdapter(model_id=model.model_id, folder=folder, optimizer=True, gradients=True)
-            model.lora = await slot.call(operation)
-        except EngineDied:
-            return  # whoever starts the engine again comes back to this model
-        except TinsmithError as error:
-            logger.error("model %r cannot go on from its snapshot: %s", model.model_id, error)
-            self._training.end_model(
-                model, ServerError(f"model {model.model_id!r} cannot go on from its snapshot: {error}")
-            )
-            return
-        crash_point("replay.loaded")
+    def _stand_at(self, model: Model, snapshot: SnapshotRecord) -> None:
+        """It is what it was then; its adapter stays on disk until it is used."""
         model.metrics.update(snapshot.metrics)
         model.parent = snapshot.parent
+        model.lora = snapshot.lora or model.lora or _lora_of(model)
         self._futures.resolve(model.creation_request_id, self._created(model))
         if model.status is ModelStatus.CREATING:
             model.status = ModelStatus.LIVE
-        model.behind_barrier = False
-        self._training.scheduler(slot).wake()
 
     def _created(self, model: Model) -> Any:
         checkpoint = None if model.creation is None else model.creation.checkpoint
@@ -433,16 +417,12 @@ class Replay:
             return model.model_id
         return LoadWeightsResponse(path=checkpoint.path, model_id=model.model_id)
 
-    def _load_weights(self, sampler: Sampler) -> None:
-        if sampler.weights_folder is not None:
-            folder = str(Path(self._settings.data_dir) / sampler.weights_folder)
-            snapshot_id = sampler.snapshot_id or sampler.sampler_id
-            sampler.slot.tell(LoadSnapshot(snapshot_id=snapshot_id, folder=folder))
 
-    async def close(self) -> None:
-        for task in tuple(self._loads):
-            task.cancel()
-        await asyncio.gather(*self._loads, return_exceptions=True)
+def _lora_of(model: Model) -> LoraSpec | None:
+    """As it was made."""
+    if model.creation is None or model.creation.checkpoint is None:
+        return None if model.creation is None else model.creation.lora
+    return LoraSpec(**model.creation.checkpoint.lora)
 
 
 def _never_came(model_id: str, seq: int) -> Work:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.errors import SamplerGone
 from tinsmith.control.identities import LOCAL_USER_ID
+from tinsmith.control.identity import Clock
 from tinsmith.control.records import CheckpointRow, SamplerRow
-from tinsmith.types.errors import EngineDied, TinsmithError
-from tinsmith.types.operations import DropSnapshot, LoadSnapshot
+from tinsmith.control.snapshot_pool import SnapshotPool
+from tinsmith.types.operations import LoraSpec
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -39,6 +39,10 @@ class Sampler:
     model_id: str | None = None
     weights_folder: str | None = None
     """Where an unnamed one's weights were put aside, relative to the data directory."""
+    num_bytes: int = 0
+    """Of its weights in the engine."""
+    is_saving: bool = False
+    """Its weights are being put aside."""
 
     @property
     def is_ephemeral(self) -> bool:
@@ -59,7 +63,8 @@ class Sampler:
 class SamplerBook:
     """All samplers of live sessions, and the checkpoint snapshots they share."""
 
-    def __init__(self, *, ephemeral_per_session: int, max_loaded: int) -> None:
+    def __init__(self, *, ephemeral_per_session: int, max_loaded: int, clock: Clock) -> None:
+        self._clock = clock
         self._ephemeral_per_session = ephemeral_per_session
         self._max_loaded = max_loaded
         self._samplers: dict[str, Sampler] = {}
@@ -86,20 +91,35 @@ class SamplerBook:
 
     def engine_revived(self, slot: EngineSlot) -> None:
         """It has none of the snapshots that it had."""
-        self.pool(slot).forget_loads()
+        self.pool(slot).engine_revived()
 
     def get(self, sampler_id: str) -> Sampler | None:
         return self._samplers.get(sampler_id)
 
     def pool(self, slot: EngineSlot) -> SnapshotPool:
-        return self._pools.setdefault(slot.card.name, SnapshotPool(slot, self._max_loaded))
+        if slot.card.name not in self._pools:
+            self._pools[slot.card.name] = SnapshotPool(slot, self._max_loaded, self._clock)
+        return self._pools[slot.card.name]
+
+    def published(self, sampler: Sampler) -> None:
+        """The engine has just made its snapshot, of an adapter."""
+        if sampler.snapshot_id is not None:
+            self.pool(sampler.slot).published(sampler.snapshot_id)
+
+    def sharing(self, snapshot_id: str) -> list[Sampler]:
+        """Those that sample one unnamed snapshot; the one that it is named after is the last."""
+        sampler = self._samplers.get(snapshot_id)
+        if sampler is None:
+            return []
+        return [sampler] if sampler.inflight_of is None else self.inflight(sampler.inflight_of)
 
     def add(self, sampler: Sampler) -> None:
         """An unnamed one may push the oldest unnamed one of its session out."""
         self._samplers[sampler.sampler_id] = sampler
         if sampler.checkpoint is not None:
-            self.pool(sampler.slot).use(sampler.checkpoint, sampler.sampler_id)
-        elif sampler.inflight_of is not None:
+            sampler.num_bytes = sampler.slot.card.snapshot_bytes(LoraSpec(**sampler.checkpoint.lora))
+        self._use(sampler)
+        if sampler.inflight_of is not None:
             self._follow(sampler, self._inflight.setdefault(sampler.inflight_of, []))
         elif sampler.is_ephemeral:
             newest = self._ephemeral.setdefault(sampler.session_id, deque())
@@ -113,6 +133,7 @@ class SamplerBook:
             self.add(sampler)
             return
         self._samplers[sampler.sampler_id] = sampler
+        self._use(sampler)
         self._inflight.setdefault(sampler.inflight_of, []).append(sampler)
 
     def inflight(self, model_id: str) -> list[Sampler]:
@@ -121,10 +142,11 @@ class SamplerBook:
 
     def _follow(self, newest: Sampler, others: list[Sampler]) -> None:
         """Samples that are being drawn end with the weights they began with; the next ones have the new."""
-        if others:
-            _drop(others[-1])
         for sampler in others:
+            self._leave(sampler)
             sampler.snapshot_id, sampler.digest = newest.snapshot_id, newest.digest
+            sampler.weights_folder = None
+            self._use(sampler)
         others.append(newest)
 
     def _drop_oldest(self, newest: deque[Sampler]) -> None:
@@ -133,134 +155,36 @@ class SamplerBook:
             f"sampler {oldest.sampler_id!r} was superseded: the server keeps the newest {self._ephemeral_per_session} "
             "unnamed samplers of a session; save weights under a name to keep them longer"
         )
-        _drop(oldest)
+        self._leave(oldest)
         self.on_superseded(oldest)
 
     def release(self, sampler_ids: list[str]) -> None:
         """Forget what engines hold for the samplers of an ended session."""
         for sampler in (self._samplers[s] for s in sampler_ids if s in self._samplers):
             self._ephemeral.pop(sampler.session_id, None)
-            if sampler.checkpoint is not None:
-                self.pool(sampler.slot).leave(sampler.checkpoint, sampler.sampler_id)
-            elif sampler.inflight_of is not None:
-                self._leave(sampler, sampler.inflight_of)
-            elif sampler.is_ephemeral and sampler.gone is None:
-                _drop(sampler)
+            if sampler.gone is None:
+                self._leave(sampler)
+            others = self._inflight.get(sampler.inflight_of or "", [])
+            if sampler in others:
+                others.remove(sampler)
+                if not others:
+                    del self._inflight[sampler.inflight_of or ""]
 
-    def _leave(self, sampler: Sampler, model_id: str) -> None:
-        """The last inflight sampler of a model takes the snapshot with it."""
-        others = self._inflight.get(model_id, [])
-        if sampler not in others:
-            return
-        others.remove(sampler)
-        if not others:
-            _drop(sampler)
-            del self._inflight[model_id]
+    def _use(self, sampler: Sampler) -> None:
+        if sampler.snapshot_id is not None:
+            is_checkpoint = sampler.checkpoint is not None
+            pool = self.pool(sampler.slot)
+            pool.use(sampler.snapshot_id, sampler.sampler_id, sampler.num_bytes, is_checkpoint=is_checkpoint)
+
+    def _leave(self, sampler: Sampler) -> None:
+        """The last one takes the snapshot with it."""
+        if sampler.snapshot_id is not None:
+            self.pool(sampler.slot).leave(sampler.snapshot_id, sampler.sampler_id)
 
     def forget(self, sampler_ids: list[str]) -> None:
         for sampler_id in sampler_ids:
             self._samplers.pop(sampler_id, None)
 
 
-def _drop(sampler: Sampler) -> None:
-    if sampler.snapshot_id is not None:
-        sampler.slot.tell(DropSnapshot(snapshot_id=sampler.snapshot_id))
-
-
 def checkpoint_snapshot_id(row: CheckpointRow) -> str:
     return f"checkpoint:{row.checkpoint_id}"
-
-
-@dataclass(slots=True, eq=False)
-class _Loaded:
-    users: set[str] = field(default_factory=set)
-    """Samplers of live sessions."""
-    load: asyncio.Task[str] | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        return self.load is not None and self.load.done()
-
-
-class SnapshotPool:
-    """Checkpoint snapshots in one engine: shared by samplers, dropped when many or unused, loaded again on demand."""
-
-    def __init__(self, slot: EngineSlot, max_loaded: int) -> None:
-        self._slot = slot
-        self._max_loaded = max_loaded
-        self._entries: OrderedDict[str, _Loaded] = OrderedDict()
-
-    @property
-    def num_loaded(self) -> int:
-        return sum(entry.load is not None for entry in self._entries.values())
-
-    def use(self, row: CheckpointRow, sampler_id: str) -> None:
-        self._entry(row).users.add(sampler_id)
-
-    def leave(self, row: CheckpointRow, sampler_id: str) -> None:
-        snapshot_id = checkpoint_snapshot_id(row)
-        entry = self._entries.get(snapshot_id)
-        if entry is None:
-            return
-        entry.users.discard(sampler_id)
-        if not entry.users:
-            self._unload(snapshot_id, entry)
-            del self._entries[snapshot_id]
-
-    def touch_if_ready(self, row: CheckpointRow) -> bool:
-        """Whether an operation submitted before the next await finds the snapshot in the engine."""
-        entry = self._entries.get(checkpoint_snapshot_id(row))
-        if entry is None or not entry.is_ready:
-            return False
-        self._entries.move_to_end(checkpoint_snapshot_id(row))
-        return True
-
-    async def load(self, row: CheckpointRow, folder: str) -> str:
-        """The digest. Concurrent calls share one load. Raises what the engine met."""
-        entry = self._entry(row)
-        if entry.load is None:
-            entry.load = asyncio.create_task(self._load(checkpoint_snapshot_id(row), folder))
-            self._make_room()
-        return await asyncio.shield(entry.load)
-
-    async def _load(self, snapshot_id: str, folder: str) -> str:
-        operation = LoadSnapshot(snapshot_id=snapshot_id, folder=folder)
-        try:
-            try:
-                digest: str = await self._slot.call(operation)
-            except EngineDied:
-                if not self._slot.is_recovering:
-                    raise
-                await self._slot.settled()
-                digest = await self._slot.call(operation)
-        except TinsmithError:
-            if (entry := self._entries.get(snapshot_id)) is not None:
-                entry.load = None
-                if not entry.users:
-                    del self._entries[snapshot_id]
-            raise
-        return digest
-
-    def forget_loads(self) -> None:
-        for entry in self._entries.values():
-            entry.load = None
-
-    def _entry(self, row: CheckpointRow) -> _Loaded:
-        snapshot_id = checkpoint_snapshot_id(row)
-        entry = self._entries.setdefault(snapshot_id, _Loaded())
-        self._entries.move_to_end(snapshot_id)
-        return entry
-
-    def _make_room(self) -> None:
-        excess = self.num_loaded - self._max_loaded
-        for snapshot_id, entry in list(self._entries.items()):
-            if excess <= 0:
-                return
-            if entry.is_ready:
-                self._unload(snapshot_id, entry)
-                excess -= 1
-
-    def _unload(self, snapshot_id: str, entry: _Loaded) -> None:
-        if entry.load is not None:
-            entry.load = None
-            self._slot.tell(DropSnapshot(snapshot_id=snapshot_id))

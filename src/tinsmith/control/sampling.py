@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tinsmith.control import records
@@ -19,7 +20,6 @@ from tinsmith.control.futures import FutureStore, Pending
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.journal import Journal, SampleRecord, SamplerRecord
 from tinsmith.control.ledger import Entry, put
-from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import SAMPLERS, Registry
 from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
@@ -27,6 +27,7 @@ from tinsmith.control.sessions import Session, SessionBook
 from tinsmith.control.usage import Meter
 from tinsmith.control.validation import MAX_SAMPLES, sampling_operation
 from tinsmith.types.errors import (
+    CheckpointDamaged,
     EngineDied,
     InvalidInput,
     NotFound,
@@ -37,7 +38,7 @@ from tinsmith.types.errors import (
     TinsmithError,
     UserError,
 )
-from tinsmith.types.operations import CancelSample, Sample
+from tinsmith.types.operations import CancelSample, LoraSpec, Sample
 from tinsmith.types.rest import GetSamplerResponse
 from tinsmith.types.results import DrawnToken, SampleResponse
 
@@ -75,7 +76,9 @@ class Sampling:
         meter: Meter,
         journal: Journal,
         max_pending: int,
+        data_dir: Path,
     ) -> None:
+        self._data_dir = data_dir
         self._meter = meter
         self._journal = journal
         self._engines = engines
@@ -146,7 +149,11 @@ class Sampling:
         row = await self._checkpoints.find(model_path, reader=owner)
         slot = self._engines.resolve(row.base_model)
         async with self._checkpoints.local(row) as folder:
-            digest = await self._samplers.pool(slot).load(row, str(folder))
+            num_bytes = slot.card.snapshot_bytes(LoraSpec(**row.lora))
+            load = self._samplers.pool(slot).load(
+                checkpoint_snapshot_id(row), str(folder), num_bytes, is_checkpoint=True
+            )
+            digest = await load
         self._checkpoints.note_read(row.path, "sampling", owner)
         return Sampler(
             sampler_id=sampler_id,
@@ -304,9 +311,9 @@ class Sampling:
         operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
         self._num_attended += 1
         try:
-            if sampler.checkpoint is not None:
-                await self._load(sampler, sampler.checkpoint)
-            response = await self._attend(sampler.slot, replace(operation, stream=on_token is not None), on_token)
+            await self._load(sampler)
+            operation = replace(operation, stream=on_token is not None, snapshot_id=sampler.snapshot_id)
+            response = await self._attend(sampler.slot, operation, on_token)
         finally:
             self._num_attended -= 1
         self._count(sampler.session_id, sampler.slot.card.name, len(operation.prompt), response)
@@ -338,14 +345,13 @@ class Sampling:
         if isinstance(request, RejectedSample):
             raise request.error
         operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
-        row = sampler.checkpoint
-        is_loaded = row is None or self._samplers.pool(sampler.slot).touch_if_ready(row)
+        is_loaded = self._is_loaded(sampler)
         opened = _Open(sampler.slot, request, sampler.session_id, len(operation.prompt), is_loading=not is_loaded)
         self._open[request_id] = opened
-        if row is None or is_loaded:
+        if is_loaded:
             self._send(request_id, operation)
             return
-        task = asyncio.create_task(self._load_and_send(request_id, operation, sampler, row))
+        task = asyncio.create_task(self._load_and_send(request_id, operation, sampler))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
 
@@ -364,25 +370,43 @@ class Sampling:
         session.last_seen = self._clock.monotonic()
         return sampler
 
-    async def _load_and_send(self, request_id: str, operation: Sample, sampler: Sampler, row: CheckpointRow) -> None:
+    async def _load_and_send(self, request_id: str, operation: Sample, sampler: Sampler) -> None:
         try:
-            await self._load(sampler, row)
+            await self._load(sampler)
             if request_id in self._open:
                 self._open[request_id].is_loading = False
-                self._send(request_id, operation)
+                self._send(request_id, replace(operation, snapshot_id=sampler.snapshot_id))
         except TinsmithError as error:
             self._finish(request_id, error)
 
-    async def _load(self, sampler: Sampler, row: CheckpointRow) -> None:
-        """An operation submitted before the next await finds the snapshot in the engine. Raises `SamplerGone`."""
+    def _is_loaded(self, sampler: Sampler) -> bool:
+        """Whether an operation submitted before the next await finds its weights in the engine."""
+        return sampler.snapshot_id is None or self._samplers.pool(sampler.slot).touch_if_ready(sampler.snapshot_id)
+
+    async def _load(self, sampler: Sampler) -> None:
+        """Returns when `_is_loaded`. Raises `SamplerGone`, or what the engine met."""
         pool = self._samplers.pool(sampler.slot)
-        while not pool.touch_if_ready(row):
+        while not self._is_loaded(sampler):
+            snapshot_id, row = sampler.snapshot_id or "", sampler.checkpoint
             try:
+                if row is None:
+                    folder = self._put_aside_folder(sampler)
+                    await pool.load(snapshot_id, str(folder), sampler.num_bytes, is_checkpoint=False)
+                    continue
                 async with self._checkpoints.local(row) as folder:
-                    await pool.load(row, str(folder))
+                    await pool.load(snapshot_id, str(folder), sampler.num_bytes, is_checkpoint=True)
             except NotFound as error:
-                gone = f"checkpoint {row.path!r} version {row.version} was deleted; create a new sampler"
-                raise SamplerGone(gone) from error
+                raise _gone(sampler) from error
+            except CheckpointDamaged as error:
+                if row is None:
+                    sampler.gone = SamplerGone(f"the weights of sampler {sampler.sampler_id!r} are lost: {error}")
+                    raise sampler.gone from error
+                raise
+
+    def _put_aside_folder(self, sampler: Sampler) -> Path:
+        if sampler.weights_folder is None:
+            raise _gone(sampler)
+        return self._data_dir / sampler.weights_folder
 
     def _send(self, request_id: str, operation: Sample) -> None:
         try:
@@ -504,6 +528,13 @@ class Sampling:
         for task in tuple(self._loads):
             task.cancel()
         await asyncio.gather(*self._loads, return_exceptions=True)
+
+
+def _gone(sampler: Sampler) -> SamplerGone:
+    row = sampler.checkpoint
+    if row is None:
+        return SamplerGone(f"the weights of sampler {sampler.sampler_id!r} are gone; create a new one")
+    return SamplerGone(f"checkpoint {row.path!r} version {row.version} was deleted; create a new sampler")
 
 
 def client_group(sampler_id: str, seq_id: int) -> Group:

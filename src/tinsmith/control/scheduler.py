@@ -131,6 +131,11 @@ class Scheduler:
         """Requests that may have killed the engine: while there are any, one request goes at a time."""
         self.take_snapshot: Callable[[Model], None] = lambda model: None
         """Order a snapshot of a model; called when nothing of it runs."""
+        self.before_turn: Callable[[], None] = lambda: None
+        """Called before every look for a turn."""
+        self.admit: Callable[[Model], bool] = lambda model: True
+        """Asked of a model whose turn could be next, the longest unserved first: whether its adapter is in the engine.
+        If not, it will be, and `wake` follows."""
 
     def add(self, model: Model) -> None:
         self._models[model.model_id] = model
@@ -138,6 +143,7 @@ class Scheduler:
     def remove(self, model: Model) -> None:
         self._models.pop(model.model_id, None)
         self.suspects.difference_update(model.journaled.values())
+        self.wake()  # it may have left room for others
 
     def wake(self) -> None:
         """Look for work soon; what arrives in the same iteration of the loop can share a batch."""
@@ -163,6 +169,7 @@ class Scheduler:
             task.add_done_callback(lambda _: self.wake())
 
     def _next_turn(self) -> Turn:
+        self.before_turn()
         for model in self._models.values():
             if model.snapshot_due and not model.running and not model.behind_barrier:
                 self.take_snapshot(model)
@@ -189,6 +196,8 @@ class Scheduler:
             return None
         if head.is_barrier and model.running:
             return None
+        if not self.admit(model):
+            return None
         payer = self._payer_of(model)
         tokens = _train_tokens(model, self._max_batch_tokens) if head.is_training else ()
         return Candidate(model.model_id, tokens, head.is_step, payer.project, payer.weight)
@@ -205,6 +214,7 @@ class Scheduler:
             return
         self.suspects.discard(work.request_id)
         model.running.remove(work.request_id)
+        model.used_at = self._clock.monotonic()
         if work.is_barrier:
             model.behind_barrier = False
         self.wake()

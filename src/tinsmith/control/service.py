@@ -34,7 +34,9 @@ from tinsmith.control.ledger import Entry, Ledger, OnWritten, put
 from tinsmith.control.library import Library
 from tinsmith.control.observers import Observers, both, observed_draw
 from tinsmith.control.owners import Owners
+from tinsmith.control.paging import Paging, PagingStats
 from tinsmith.control.records import SessionRow
+from tinsmith.control.refusals import Refusals
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.replay import Replay
 from tinsmith.control.requests import (
@@ -151,6 +153,7 @@ class Control:
     async def _go_on(self) -> None:
         """Bring back what was live when the last server ended. Raises `StorageError`."""
         if self._ledger is None:
+            await self._snapshots.sweep()  # nothing of an earlier server is live
             return
         strikes = Strikes(self._journal)
         self._replay = Replay(
@@ -167,6 +170,7 @@ class Control:
             registry=self._registry,
             checkpoints=self._checkpoints,
             strikes=strikes,
+            paging=self._paging,
             clock=self._clock,
         )
         self._supervisor = Supervisor(
@@ -217,7 +221,9 @@ class Control:
             superseded_versions_kept=settings.superseded_versions_kept,
         )
         self._samplers = SamplerBook(
-            ephemeral_per_session=settings.ephemeral_samplers_per_session, max_loaded=settings.max_loaded_checkpoints
+            ephemeral_per_session=settings.ephemeral_samplers_per_session,
+            max_loaded=settings.max_loaded_checkpoints,
+            clock=clock,
         )
         self._custom_losses = CustomLosses(
             sessions=self._sessions,
@@ -251,6 +257,22 @@ class Control:
             max_requests=settings.snapshot_requests,
             max_tokens=settings.snapshot_tokens,
         )
+        self._paging = Paging(
+            self._engines,
+            data_dir=settings.data_dir,
+            training=self._training,
+            samplers=self._samplers,
+            snapshots=self._snapshots,
+            refusals=Refusals(
+                training=self._training,
+                futures=self._futures,
+                journal=self._journal,
+                registry=self._registry,
+                clock=clock,
+            ),
+            fairness=self._fairness,
+            clock=clock,
+        )
         self._sampling = Sampling(
             engines=self._engines,
             sessions=self._sessions,
@@ -263,6 +285,7 @@ class Control:
             meter=self._meter,
             journal=self._journal,
             max_pending=settings.max_pending_samples,
+            data_dir=settings.data_dir,
         )
         self._jobs = Jobs(self._futures)
         self.owners = Owners(self._sessions, self._futures, self._registry)
@@ -303,7 +326,7 @@ class Control:
                 self._checkpoints.delete_expired,
                 self._training.flush_activity,
                 self._meter.flush,
-                self._sweep_snapshots,
+                self._snapshots.sweep,
             ),
             interval_s=self._settings.sweep_interval_s,
         )
@@ -323,10 +346,6 @@ class Control:
         if self._supervisor is not None:
             self._supervisor.forget_answered()
 
-    async def _sweep_snapshots(self) -> None:
-        if self._journal.is_on:
-            await self._snapshots.sweep()
-
     async def close(self) -> None:
         """Take nothing more, let engines finish what they work on. What waits is failed, or with a ledger kept for the
         next server. Idempotent."""
@@ -344,6 +363,7 @@ class Control:
         with contextlib.suppress(TimeoutError):  # the engines' close fails what is left
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._training.drain()
+        await self._paging.close()
         await self._sampling.close()
         await self._jobs.close()
         await self._engines.close()
@@ -362,8 +382,6 @@ class Control:
             self._training.scheduler(slot).is_held = True
             slot.is_recovering = True
             slot.on_death = lambda slot: None
-        if self._replay is not None:
-            await self._replay.close()
 
     @property
     def is_ready(self) -> bool:
@@ -399,6 +417,10 @@ class Control:
             disk_fsync_s=disk.fsync_s,
             engines=engine_states(self._engines),
         )
+
+    def paging_stats(self) -> dict[str, PagingStats]:
+        """How adapters come and go, by base model."""
+        return self._paging.stats()
 
     @property
     def num_restarts(self) -> int:

@@ -53,8 +53,8 @@ class ControlSettings(BaseModel):
     max_pending_tokens_per_model: int = Field(default=16_000_000, ge=1)
     """Training tokens that may wait in one model's queue."""
     max_pending_samples: int = Field(default=10_000, ge=1)
-    max_live_models: int = Field(default=64, ge=1)
-    """Adapters in all engines together."""
+    max_live_models: int = Field(default=1000, ge=1)
+    """Models of all sessions together; those that do not fit into the engines' memory wait on disk until used."""
     session_timeout_s: float = Field(default=600.0, gt=0)
     """A session without heartbeat, request or poll for this long is ended, and its models dropped."""
     ephemeral_samplers_per_session: int = Field(default=64, ge=1)

@@ -22,7 +22,7 @@ from tinsmith.control.engines import EngineSlot
 from tinsmith.control.identity import Clock
 from tinsmith.control.journal import Journal, SnapshotRecord, WeightsRecord
 from tinsmith.control.ledger import Change, Entry, put, remove
-from tinsmith.control.models import Model, ModelStatus
+from tinsmith.control.models import Model, ModelStatus, Residence
 from tinsmith.control.samplers import Sampler, SamplerBook
 from tinsmith.control.training import Training
 from tinsmith.types.crash_points import crash_point
@@ -42,6 +42,16 @@ class _Aside:
     """All that sample these weights."""
     folder: str
     answer: Any
+
+    @property
+    def snapshot_id(self) -> str:
+        return self.samplers[-1].sampler_id
+
+    def settle(self, *, is_kept: bool) -> None:
+        for sampler in self.samplers:
+            sampler.is_saving = False
+            if is_kept and sampler.snapshot_id == self.snapshot_id:  # else it follows newer weights by now
+                sampler.weights_folder = self.folder
 
 
 class Snapshots:
@@ -65,7 +75,11 @@ class Snapshots:
         self._interval_s = interval_s
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._saves: dict[str, asyncio.Task[TinsmithError | None]] = {}
+        """Of models, by id."""
+        self._weight_saves: dict[str, asyncio.Task[None]] = {}
+        """Of unnamed samplers alone, by the snapshot they share."""
         samplers.on_superseded = self._superseded
 
     def watch(self, slots: Iterable[EngineSlot]) -> None:
@@ -88,16 +102,68 @@ class Snapshots:
         is_long = num_done >= self._max_requests or model.replayed_tokens >= self._max_tokens
         return is_long or now - model.snapshot_at >= self._interval_s
 
-    def _take(self, model: Model) -> None:
+    async def put_away(self, model: Model) -> None:
+        """Have on disk what a model is now; nothing of it runs, and it takes no turns meanwhile.
+
+        Raises `StorageError`, or what else kept it from being written.
+        """
+        if (running := self._saves.get(model.model_id)) is not None:
+            await asyncio.wait([running])
+        if model.is_kept or model.has_ended:
+            return
+        self._take(model, is_idle=True)
+        save = self._saves.get(model.model_id)
+        error = None if save is None else await asyncio.shield(save)
+        if error is not None:
+            raise error
+        if not model.is_kept and not model.has_ended:
+            raise EngineDied(f"model {model.model_id!r} could not be written: its engine is gone")
+
+    async def put_weights_away(self, samplers: list[Sampler]) -> None:
+        """Have on disk what unnamed samplers share. Raises `StorageError`, or what else kept it from being written."""
+        name = samplers[-1].sampler_id
+        if name not in self._weight_saves:
+            if samplers[-1].is_saving or samplers[-1].weights_folder is not None:
+                return
+            aside = self._put_aside(samplers[-1].slot, samplers)
+            task = asyncio.create_task(self._complete_weights(aside))
+            self._weight_saves[name] = task
+            self._track(task)
+            task.add_done_callback(lambda _: self._weight_saves.pop(name, None))
+        await asyncio.shield(self._weight_saves[name])
+
+    async def _complete_weights(self, aside: _Aside) -> None:
+        is_kept = False
+        try:
+            await aside.answer
+            await self._journal.write([put(entry) for entry in _weights_entries(aside)])
+            is_kept = True
+        finally:
+            aside.settle(is_kept=is_kept)
+
+    def _track(self, task: asyncio.Task[Any]) -> None:
+        def ended(task: asyncio.Task[Any]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                task.exception()  # whoever waits gets it
+
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    def _take(self, model: Model, *, is_idle: bool = False) -> None:
         """Order it, with everything the model has done and nothing else. Nothing of the model runs."""
         model.snapshot_due, model.replayed_tokens = False, 0
-        if model.status is not ModelStatus.LIVE or model.slot is None or model.is_saving:
+        if model.status is not ModelStatus.LIVE and not (is_idle and model.status is ModelStatus.CLOSING):
+            return
+        if model.slot is None or model.is_saving or model.residence in (Residence.ABSENT, Residence.ENTERING):
             return
         next_seq = model.queue.next_seq
         folder = f"{FOLDER}/{model.model_id.replace(':', '~')}/{next_seq}"
         if model.snapshot is not None and model.snapshot.folder == folder:
             return
-        record = SnapshotRecord(next_seq=next_seq, folder=folder, metrics=dict(model.metrics), parent=model.parent)
+        record = SnapshotRecord(
+            next_seq=next_seq, folder=folder, metrics=dict(model.metrics), parent=model.parent, lora=model.lora
+        )
         path = self._data_dir / folder
         shutil.rmtree(path, ignore_errors=True)  # left by one that was never in the ledger
         operation = SaveAdapter(
@@ -105,6 +171,7 @@ class Snapshots:
             folder=str(path),
             optimizer=True,
             gradients=True,
+            is_idle=is_idle,
             record={"training_run_id": model.model_id, "next_seq": next_seq},
         )
         try:
@@ -114,13 +181,14 @@ class Snapshots:
             return
         model.is_saving = True
         task = asyncio.create_task(self._complete(model, record, saved, aside))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._saves[model.model_id] = task
+        self._track(task)
 
     def _unkept_samplers(self, model: Model) -> list[list[Sampler]]:
         """That only requests before the snapshot would publish again, by the weights they share."""
         inflight = self._samplers.inflight(model.model_id)
-        shared = [inflight] if inflight and inflight[-1].weights_folder is None else []
+        is_unkept = bool(inflight) and inflight[-1].weights_folder is None and not inflight[-1].is_saving
+        shared = [inflight] if is_unkept else []
         return shared + [
             [sampler]
             for sampler in self._samplers
@@ -128,6 +196,7 @@ class Snapshots:
             and sampler.is_ephemeral
             and sampler.gone is None
             and sampler.weights_folder is None
+            and not sampler.is_saving
             and sampler.sampler_id not in self._samplers.expected
         ]
 
@@ -136,25 +205,43 @@ class Snapshots:
         folder = f"{FOLDER}/weights-{sampler.sampler_id.replace(':', '~')}"
         shutil.rmtree(self._data_dir / folder, ignore_errors=True)
         operation = SaveSnapshot(snapshot_id=sampler.sampler_id, folder=str(self._data_dir / folder))
-        return _Aside(samplers, folder, slot.submit(operation).answer)
+        answer = slot.submit(operation).answer
+        for sharing in samplers:
+            sharing.is_saving = True
+        return _Aside(list(samplers), folder, answer)
 
-    async def _complete(self, model: Model, record: SnapshotRecord, saved: Any, aside: list[_Aside]) -> None:
+    async def _complete(
+        self, model: Model, record: SnapshotRecord, saved: Any, aside: list[_Aside]
+    ) -> TinsmithError | None:
+        """What kept it from being taken, if something did."""
+        others = [save for name, save in self._weight_saves.items() if self._is_of(name, model)]
         try:
-            await asyncio.gather(saved, *(one.answer for one in aside))
+            await asyncio.gather(saved, *(one.answer for one in aside), *others)
             crash_point("snapshot.written")
-            if model.status is ModelStatus.ENDED:
+            if model.has_ended:
                 await asyncio.to_thread(_remove, self._data_dir / record.folder)
-                return
+                return None
             await self._journal.write(self._changes(model, record, aside))
             crash_point("snapshot.committed")
             await self._committed(model, record, aside)
-        except EngineDied:
-            return
+        except EngineDied as error:
+            return error
         except TinsmithError as error:
             logger.warning("no snapshot of model %r could be taken: %s", model.model_id, error)
             model.snapshot_at = self._clock.monotonic()
+            return error
         finally:
             model.is_saving = False
+            del self._saves[model.model_id]
+            for one in aside:
+                one.settle(is_kept=False)
+            if model.slot is not None:
+                self._training.scheduler(model.slot).wake()
+        return None
+
+    def _is_of(self, snapshot_id: str, model: Model) -> bool:
+        sampler = self._samplers.get(snapshot_id)
+        return sampler is not None and sampler.model_id == model.model_id
 
     def _changes(self, model: Model, record: SnapshotRecord, aside: list[_Aside]) -> list[Change]:
         def entry(kind: str, name: str, value: object) -> Entry:
@@ -162,25 +249,7 @@ class Snapshots:
 
         results = self._training.results_of(model, record.next_seq)
         self._journal.lone.update(result.name for result in results)
-        weights = [
-            Entry(
-                kind="weights",
-                name=sampler.sampler_id,
-                session_id=model.session_id,
-                value=WeightsRecord(
-                    base_model=sampler.slot.card.name,
-                    folder=one.folder,
-                    model_id=model.model_id,
-                    model_path=sampler.model_path,
-                    digest=sampler.digest,
-                    origin=sampler.origin,
-                    snapshot_id=one.samplers[-1].sampler_id,
-                    inflight_of=sampler.inflight_of,
-                ),
-            )
-            for one in aside
-            for sampler in one.samplers
-        ]
+        weights = [weights_entry for one in aside for weights_entry in _weights_entries(one)]
         spent = "model_id = ? AND seq < ? AND kind IN ('request', 'binding', 'strike')"
         return [
             *(put(result) for result in results),
@@ -195,8 +264,7 @@ class Snapshots:
         for seq in [seq for seq in model.journaled if seq < record.next_seq]:
             del model.journaled[seq]
         for one in aside:
-            for sampler in one.samplers:
-                sampler.weights_folder = one.folder
+            one.settle(is_kept=True)
         if old is not None and old.folder != record.folder:
             await asyncio.to_thread(_remove, self._data_dir / old.folder)
 
@@ -224,6 +292,28 @@ class Snapshots:
         """Wait for those that are being written."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+
+def _weights_entries(aside: _Aside) -> list[Entry]:
+    return [
+        Entry(
+            kind="weights",
+            name=sampler.sampler_id,
+            session_id=sampler.session_id,
+            value=WeightsRecord(
+                base_model=sampler.slot.card.name,
+                folder=aside.folder,
+                model_id=sampler.model_id or "",
+                model_path=sampler.model_path,
+                digest=sampler.digest,
+                origin=sampler.origin,
+                snapshot_id=aside.snapshot_id,
+                inflight_of=sampler.inflight_of,
+                num_bytes=sampler.num_bytes,
+            ),
+        )
+        for sampler in aside.samplers
+    ]
 
 
 def _remove(folder: Path) -> None:

@@ -283,7 +283,8 @@ class Training:
         live = sum(model.status is not ModelStatus.ENDED for model in self._models.values())
         if live >= self._settings.max_live_models:
             raise Overloaded(
-                f"{live} models are live, the most this server holds; finish a session or unload a model first"
+                f"{live} models are live, the most this server keeps; finish a session or unload a model, or try again "
+                "when others have"
             )
 
     # ---- requests ----

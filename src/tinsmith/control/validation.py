@@ -339,7 +339,7 @@ def lora_spec(config: LoraConfig, alpha: float | None, card: BaseModelCard, draw
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise InvalidInput(f"lora_config.alpha must be finite and above 0, not {alpha!r}")
-    return LoraSpec(
+    spec = LoraSpec(
         rank=config.rank,
         seed=draw_seed() if config.seed is None else config.seed % _SEED_RANGE,
         alpha=DEFAULT_LORA_ALPHA if alpha is None else alpha,
@@ -347,6 +347,19 @@ def lora_spec(config: LoraConfig, alpha: float | None, card: BaseModelCard, draw
         train_mlp=config.train_mlp,
         train_attn=config.train_attn,
     )
+    check_adapter_memory(card, spec)
+    return spec
+
+
+def check_adapter_memory(card: BaseModelCard, spec: LoraSpec) -> None:
+    """Raises `InvalidInput` for an adapter that does not fit into the memory for adapters even alone."""
+    needed, budget = card.adapter_bytes(spec), card.adapter_memory_bytes
+    if budget is not None and needed > budget:
+        raise InvalidInput(
+            f"an adapter of rank {spec.rank} on base model {card.name!r} takes {needed / 2**20:.1f} MiB, and this "
+            f"server has {budget / 2**20:.1f} MiB for all of them; lower lora_config.rank, or start it with a larger "
+            "--adapter-memory"
+        )
 
 
 def check_ttl(ttl_seconds: int | None) -> None:

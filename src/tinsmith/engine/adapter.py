@@ -80,21 +80,17 @@ class Adapter:
         self.num_pending = 0
         self.step += 1
 
-    def copy(self) -> Adapter:
-        """Everything that later requests depend on, as it is now; shares nothing with the original."""
-        copied = Adapter(
-            self.model_id,
-            self.layout,
-            self.grads_P.device,
-            weights=self.weights.flat_P.clone(),
-            step=self.step,
-        )
+    def copy(self, device: torch.device | None = None) -> Adapter:
+        """Everything that later requests depend on, as it is now, bit for bit; shares nothing with the original."""
+        device = device or self.grads_P.device
+        weights_P = self.weights.flat_P.to(device, copy=True)
+        copied = Adapter(self.model_id, self.layout, device, weights=weights_P, step=self.step)
         copied.grads_P.copy_(self.grads_P)
         copied.num_pending = self.num_pending
         copied.corrupted = self.corrupted
-        copied.optimizer = AdamState(
-            self.optimizer.exp_avg_P.clone(), self.optimizer.exp_avg_sq_P.clone(), self.optimizer.count
-        )
+        copied.optimizer.exp_avg_P.copy_(self.optimizer.exp_avg_P)
+        copied.optimizer.exp_avg_sq_P.copy_(self.optimizer.exp_avg_sq_P)
+        copied.optimizer.count = self.optimizer.count
         return copied
 
     def snapshot(self) -> LoraWeights:

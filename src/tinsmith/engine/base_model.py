@@ -23,7 +23,16 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tinsmith.engine.attention import ATTENTION, CurrentPass, PassLayout
-from tinsmith.engine.footprint import ADAPTER_COPIES, ModelShape, check_adapter_fits, check_fits, footprint, in_words
+from tinsmith.engine.footprint import (
+    ADAPTER_COPIES,
+    ModelShape,
+    adapter_memory,
+    check_adapter_fits,
+    check_fits,
+    footprint,
+    host_adapter_memory,
+    in_words,
+)
 from tinsmith.engine.fused import fuse_layers
 from tinsmith.engine.hardware import available_bytes, pick_device, pick_dtype
 from tinsmith.engine.kernels import FusedKernels
@@ -47,7 +56,7 @@ from tinsmith.engine.vision import ImageRows, VisionTower, check_sequence, own_l
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import InvalidInput, TinsmithError, Unsupported
 from tinsmith.types.images import PlacedImage
-from tinsmith.types.operations import BaseModelCard, LoraSpec
+from tinsmith.types.operations import AdapterShape, BaseModelCard, LoraSpec
 
 _ACTIVATIONS_SHARE = 0.5
 """Of the memory free after loading: passes that would keep more than this are recomputed."""
@@ -282,7 +291,26 @@ class BaseModel:
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
             max_rank=options.max_rank,
             images=None if self._vision is None else self._vision.rule,
+            adapter_shape=self._adapter_shape(),
+            adapter_memory_bytes=self._adapter_memory(options),
+            host_adapter_bytes=self._host_adapter_memory(options),
         )
+
+    def _adapter_shape(self) -> AdapterShape:
+        sizes = dict.fromkeys(("attn", "mlp", "unembed"), 0)
+        for site in self.sites:
+            sizes[site.group] += site.elements_per_rank
+        return AdapterShape(**sizes)
+
+    def _adapter_memory(self, options: EngineOptions) -> int | None:
+        needed = footprint(self._shape, options, self.dtype.itemsize)
+        is_host = self.device.type != "cuda"
+        return adapter_memory(needed, options, available_bytes(self.device), is_host=is_host)
+
+    def _host_adapter_memory(self, options: EngineOptions) -> int:
+        if self.device.type != "cuda" and options.host_adapter_bytes is None:
+            return 0  # the same memory
+        return host_adapter_memory(options, available_bytes(torch.device("cpu")))
 
 
 def _refuse_if_too_large(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,10 @@ import psutil
 import torch
 
 from tinsmith.engine.adapter import Adapter, optim_steps
+from tinsmith.engine.adapter_pool import AdapterPool
+from tinsmith.engine.aside import Aside
 from tinsmith.engine.base_model import BaseModel
-from tinsmith.engine.checkpoint_io import load_checkpoint, save_checkpoint, save_weights
+from tinsmith.engine.checkpoint_io import StoredAdapter, load_checkpoint, save_checkpoint, save_weights
 from tinsmith.engine.figures import Figures
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.sampler import Sampler
@@ -28,7 +29,7 @@ from tinsmith.engine.tokenizer import load_decoder
 from tinsmith.engine.trainer import Finished, Trainer
 from tinsmith.types.crash_points import crash_point
 from tinsmith.types.engine_options import EngineOptions, ModelSource
-from tinsmith.types.errors import AlreadyExists, NotFound, ServerError, TinsmithError
+from tinsmith.types.errors import NotFound, ServerError, TinsmithError
 from tinsmith.types.operations import (
     Answer,
     CancelSample,
@@ -41,6 +42,7 @@ from tinsmith.types.operations import (
     LoraSpec,
     Operation,
     OptimStep,
+    ParkAdapter,
     Ping,
     PublishSnapshot,
     Sample,
@@ -48,6 +50,7 @@ from tinsmith.types.operations import (
     SavedCheckpoint,
     SaveSnapshot,
     TrainItem,
+    UnparkAdapter,
 )
 from tinsmith.types.params import AdamParams
 from tinsmith.types.pulse import Pulse
@@ -56,8 +59,6 @@ Outcome: TypeAlias = Answer | TinsmithError
 _Kind = TypeVar("_Kind", TrainItem, OptimStep)
 _MAX_LEAD_S = 0.25
 """How far one side's time account may fall behind: idle time is not saved up."""
-_WRITER_POLL_S = 0.002
-"""How long an engine with nothing else to do waits for its writer before it looks for new operations."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +92,7 @@ class Engine:
         self.figures = Figures()
         self._num_pulses = 0
         self._is_deterministic = options.deterministic
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters = AdapterPool(self._base.device)
         self._snapshots: dict[str, Snapshot] = {}
         self._trainer = Trainer(
             self._base,
@@ -116,15 +117,13 @@ class Engine:
         self._training: tuple[list[int], Generator[list[Finished]]] | None = None
         self._training_time_s = 0.0
         self._sampling_time_s = 0.0
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot-writer")
-        self._writes: dict[int, Future[Outcome]] = {}
-        """What is being written aside, by ticket."""
+        self._aside: Aside[Outcome, tuple[int, Operation]] = Aside()
         self.card = self._base.card
 
     @property
     def has_work(self) -> bool:
         return bool(
-            self._queue or self._training or self._sampler.has_work or self._samples or self._done or self._writes
+            self._queue or self._training or self._sampler.has_work or self._samples or self._done or self._aside
         )
 
     def accept(self, ticket: int, operation: Operation) -> None:
@@ -150,30 +149,29 @@ class Engine:
             self._base.adopt_compiled_layers()
         if self._samples and not self._sampler.has_work:
             self._draw(self._samples.popleft())
-        has_training = bool(self._queue or self._training)
+        has_training = self._training is not None or self._next_operation() is not None
         if has_training and not (self._sampler.has_work and self._sampling_time_s < self._training_time_s):
             self._training_time_s = self._timed(self._advance_training, self._training_time_s, self._sampling_time_s)
         elif self._sampler.has_work:
             # how a prompt is cut must not depend on what else waits, where every bit counts
             step = partial(self._sampler.step, shared=has_training and not self._is_deterministic)
             self._sampling_time_s = self._timed(step, self._sampling_time_s, self._training_time_s)
-        elif self._writes and not self._done:
-            wait(self._writes.values(), timeout=_WRITER_POLL_S)
-        self._collect_writes()
+        elif self._aside and not self._done:
+            self._aside.wait()
+        outcomes, freed = self._aside.collect()
+        self._done.extend(outcomes)
+        self._queue.extendleft(reversed(freed))
         done, self._done = self._done, []
         return done
 
-    def _write_aside(self, ticket: int, write: Callable[[], Answer]) -> None:
-        """`write` must touch nothing that later operations touch."""
-
-        def attempt() -> Outcome:
-            return self._attempt("saving", write)
-
-        self._writes[ticket] = self._writer.submit(attempt)
-
-    def _collect_writes(self) -> None:
-        for ticket in [ticket for ticket, write in self._writes.items() if write.done()]:
-            self._done.append((ticket, self._writes.pop(ticket).result()))
+    def _next_operation(self) -> Operation | None:
+        """The first of the queue whose adapter is not held by what is written or read aside."""
+        while self._queue:
+            operation = self._queue[0][1]
+            if not self._aside.keeps_waiting(getattr(operation, "model_id", None), self._queue[0]):
+                return operation
+            self._queue.popleft()
+        return None
 
     def own_process(self) -> None:
         """Make the most of a process that is the engine's alone; it must end by `os._exit`."""
@@ -181,7 +179,7 @@ class Engine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            num_adapters=len(self._adapters),
+            num_adapters=len(self._adapters) + self._adapters.num_parked,
             num_snapshots=len(self._snapshots),
             num_running=self._sampler.num_running,
             num_waiting=self._sampler.num_waiting,
@@ -228,9 +226,9 @@ class Engine:
         """One pass of the training requests that run, or the next operation; several optimizer steps count as one."""
         if self._training is not None and self._next_pass(*self._training):
             return
-        if not self._queue:
-            return
-        match self._queue[0][1]:
+        match self._next_operation():
+            case None:
+                return
             case TrainItem():
                 crash_point("engine.train")
                 tickets, items = self._take_all(TrainItem)
@@ -242,6 +240,8 @@ class Engine:
                 self._done.extend(zip(tickets, self._optim_steps(steps), strict=True))
             case SaveAdapter(gradients=True) | SaveSnapshot():
                 self._save_aside(*self._queue.popleft())
+            case LoadAdapter(gradients=True):
+                self._load_aside(*self._queue.popleft())
             case _:
                 ticket, operation = self._queue.popleft()
                 self._done.append((ticket, self._attempt(type(operation).__name__, partial(self._execute, operation))))
@@ -258,7 +258,7 @@ class Engine:
         tickets: list[int] = []
         taken: list[_Kind] = []
         stepped: set[str] = set()
-        while self._queue and isinstance(operation := self._queue[0][1], kind):
+        while isinstance(operation := self._next_operation(), kind):
             if isinstance(operation, OptimStep):
                 if operation.model_id in stepped:
                     break
@@ -272,7 +272,7 @@ class Engine:
         due: list[tuple[Adapter, AdamParams]] = []
         for step in steps:
             try:
-                due.append((self._adapter(step.model_id), step.params))
+                due.append((self._adapters.on_device(step.model_id), step.params))
             except NotFound as error:
                 outcomes[step.model_id] = error
         with self.figures.phase("optimizer"):
@@ -294,36 +294,57 @@ class Engine:
         """Copy what is to be saved, now; the copy is written by a thread of its own."""
 
         def prepare() -> Answer:
+            holds: str | None = None
             if isinstance(operation, SaveSnapshot):
-                self._write_aside(
-                    ticket, partial(self._save_snapshot, operation, self._snapshot(operation.snapshot_id))
+                write: Callable[[], Answer] = partial(
+                    self._save_snapshot, operation, self._snapshot(operation.snapshot_id)
                 )
             elif isinstance(operation, SaveAdapter):
-                self._write_aside(
-                    ticket, partial(self._save_adapter, operation, self._adapter(operation.model_id).copy())
-                )
+                adapter = self._adapters.anywhere(operation.model_id)
+                holds = adapter.model_id if operation.is_idle else None
+                write = partial(self._save_adapter, operation, adapter if operation.is_idle else adapter.copy())
+            self._aside.write(ticket, lambda: self._attempt("saving", write), holds=holds)
             return None
 
         fault = self._attempt(type(operation).__name__, prepare)
         if fault is not None:
             self._done.append((ticket, fault))
 
+    def _load_aside(self, ticket: int, operation: Operation) -> None:
+        """Read an adapter's files by a thread; it appears on the device between two passes."""
+        assert isinstance(operation, LoadAdapter)
+
+        def read() -> Callable[[], Outcome]:
+            found: list[StoredAdapter] = []
+            fault = self._attempt("loading", lambda: found.append(self._stored_adapter(operation)))
+            if fault is not None:
+                return lambda: fault
+            return lambda: self._attempt("loading", lambda: self._put_adapter(operation.model_id, found.pop()))
+
+        self._aside.read(ticket, read, holds=operation.model_id)
+
     def _execute(self, operation: Operation) -> Answer:
         match operation:
             case CreateAdapter(model_id=model_id, lora=spec):
-                if model_id in self._adapters:
-                    raise AlreadyExists(f"model {model_id!r} exists already")
-                self._adapters[model_id] = Adapter(model_id, self._base.layout(spec), self._base.device)
+                self._adapters.check_new(model_id)
+                self._adapters.put(Adapter(model_id, self._base.layout(spec), self._base.device))
                 return None
             case LoadAdapter():
-                return self._load_adapter(operation)
+                return self._put_adapter(operation.model_id, self._stored_adapter(operation))
             case DropAdapter():
-                self._adapters.pop(operation.model_id, None)
+                self._adapters.drop(operation.model_id)
+                return None
+            case ParkAdapter():
+                self._adapters.park(operation.model_id)
+                return None
+            case UnparkAdapter():
+                self._adapters.unpark(operation.model_id)
                 return None
             case SaveAdapter():
-                return self._save_adapter(operation, self._adapter(operation.model_id))
+                return self._save_adapter(operation, self._adapters.on_device(operation.model_id))
             case PublishSnapshot():
-                return self._keep_snapshot(operation.snapshot_id, self._adapter(operation.model_id).snapshot())
+                weights = self._adapters.on_device(operation.model_id).snapshot()
+                return self._keep_snapshot(operation.snapshot_id, weights)
             case LoadSnapshot():
                 return self._load_snapshot(operation)
             case DropSnapshot():
@@ -332,18 +353,15 @@ class Engine:
             case _:
                 raise ServerError(f"the engine has no operation {type(operation).__name__}")
 
-    def _adapter(self, model_id: str) -> Adapter:
-        if model_id not in self._adapters:
-            raise NotFound(f"model {model_id!r} is not loaded")
-        return self._adapters[model_id]
-
-    def _load_adapter(self, operation: LoadAdapter) -> LoraSpec:
-        stored = load_checkpoint(
+    def _stored_adapter(self, operation: LoadAdapter) -> StoredAdapter:
+        return load_checkpoint(
             Path(operation.folder), self._base.sites, optimizer=operation.optimizer, gradients=operation.gradients
         )
+
+    def _put_adapter(self, model_id: str, stored: StoredAdapter) -> LoraSpec:
         layout = self._base.layout(stored.spec)
         weights_P = stored.weights_P.to(self._base.device)
-        adapter = Adapter(operation.model_id, layout, self._base.device, weights=weights_P, step=stored.step)
+        adapter = Adapter(model_id, layout, self._base.device, weights=weights_P, step=stored.step)
         if stored.optimizer is not None:
             adapter.optimizer.exp_avg_P.copy_(stored.optimizer.exp_avg_P)
             adapter.optimizer.exp_avg_sq_P.copy_(stored.optimizer.exp_avg_sq_P)
@@ -352,7 +370,7 @@ class Engine:
             adapter.grads_P.copy_(stored.gradients.grads_P)
             adapter.num_pending = stored.gradients.num_pending
             adapter.corrupted = stored.gradients.corrupted
-        self._adapters[operation.model_id] = adapter
+        self._adapters.put(adapter)
         return stored.spec
 
     def _save_adapter(self, operation: SaveAdapter, adapter: Adapter) -> SavedCheckpoint:

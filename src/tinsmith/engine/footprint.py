@@ -14,6 +14,8 @@ _ADAPTER_RANK = 32
 """One adapter of this rank is reckoned with, not on routed experts: those are checked when it is created."""
 ADAPTER_COPIES = 4
 """Weights, gradients and two moments."""
+_HOST_SHARE, _DEVICE_SHARE, _PARKED_SHARE = 0.5, 0.8, 0.4
+"""Of free memory: for adapters in use on a CPU and on another device, and for those parked beside the latter."""
 _LOGITS_BYTES = 2 * 2**24
 """What the loss head holds at once."""
 
@@ -97,6 +99,7 @@ class Footprint:
     activations: int
     """Of one training pass, the least it can do with."""
     adapter: int
+    """Of all that are in use, where that is bounded; else of one."""
 
     @property
     def total(self) -> int:
@@ -116,8 +119,26 @@ def footprint(shape: ModelShape, options: EngineOptions, itemsize: int) -> Footp
         unembedding=shape.vocab * shape.hidden * _FP32 if itemsize != _FP32 else 0,
         kv_cache=options.kv_cache_bytes,
         activations=shape.activation_bytes(options.max_micro_batch_tokens, itemsize, recomputed=recomputed),
-        adapter=_ADAPTER_RANK * shape.num_layers * per_layer * _FP32 * ADAPTER_COPIES,
+        adapter=max(
+            _ADAPTER_RANK * shape.num_layers * per_layer * _FP32 * ADAPTER_COPIES, options.adapter_memory_bytes or 0
+        ),
     )
+
+
+def adapter_memory(needed: Footprint, options: EngineOptions, free: int | None, *, is_host: bool) -> int | None:
+    """Bytes for adapters in use once the base model is loaded: as asked, or a share of what is `free` beside a full
+    cache and a training pass. `is_host`: the rest of the machine lives in the same memory."""
+    if options.adapter_memory_bytes is not None or free is None:
+        return options.adapter_memory_bytes
+    share = _HOST_SHARE if is_host else _DEVICE_SHARE
+    return max(needed.adapter, int(share * (free - needed.kv_cache - needed.activations)))
+
+
+def host_adapter_memory(options: EngineOptions, free: int | None) -> int:
+    """Bytes for parked adapters, where the device has a memory of its own."""
+    if options.host_adapter_bytes is not None:
+        return options.host_adapter_bytes
+    return 0 if free is None else int(_PARKED_SHARE * free)
 
 
 def check_fits(name: str, needed: Footprint, available: int | None, *, dtype: str, device: str) -> None:

@@ -56,6 +56,7 @@ from tinsmith.types.operations import (
     LoraSpec,
     Operation,
     OptimStep,
+    ParkAdapter,
     Ping,
     PublishSnapshot,
     Sample,
@@ -63,6 +64,7 @@ from tinsmith.types.operations import (
     SavedCheckpoint,
     SaveSnapshot,
     TrainItem,
+    UnparkAdapter,
 )
 from tinsmith.types.results import (
     DrawnToken,
@@ -146,6 +148,7 @@ class FakeEngine(Pulseless):
         self._started = False
         self._dead: str | None = None
         self._adapters: dict[str, _Adapter] = {}
+        self._parked: dict[str, _Adapter] = {}
         self._snapshots: dict[str, _Weights] = {}
         self._faults: deque[tuple[type, TinsmithError]] = deque()
         self._item_faults: deque[tuple[str, TinsmithError]] = deque()
@@ -157,6 +160,8 @@ class FakeEngine(Pulseless):
             CreateAdapter: self._create,
             LoadAdapter: self._load,
             DropAdapter: self._drop,
+            ParkAdapter: self._park,
+            UnparkAdapter: self._unpark,
             TrainItem: self._train,
             OptimStep: self._optim_step,
             SaveAdapter: self._save,
@@ -186,6 +191,7 @@ class FakeEngine(Pulseless):
             raise self._start_error
         self._started, self._dead = True, None
         self._adapters.clear()
+        self._parked.clear()
         self._snapshots.clear()
         self.num_starts += 1
         for lane in self._lanes.values():
@@ -291,6 +297,14 @@ class FakeEngine(Pulseless):
 
     def _drop(self, operation: DropAdapter) -> None:
         self._adapters.pop(operation.model_id, None)
+        self._parked.pop(operation.model_id, None)
+
+    def _park(self, operation: ParkAdapter) -> None:
+        self._parked[operation.model_id] = self._adapter(operation.model_id)
+        del self._adapters[operation.model_id]
+
+    def _unpark(self, operation: UnparkAdapter) -> None:
+        self._adapters[operation.model_id] = self._parked.pop(operation.model_id)
 
     def _train(self, item: TrainItem) -> ForwardBackwardOutput:
         for entry in self._item_faults:
@@ -318,7 +332,8 @@ class FakeEngine(Pulseless):
         return {"step_applied": float(applied), "grad_norm:mean": norm, "learning_rate:mean": rate}
 
     def _save(self, operation: SaveAdapter) -> SavedCheckpoint:
-        adapter, folder = self._adapter(operation.model_id), Path(operation.folder)
+        parked, folder = self._parked.get(operation.model_id), Path(operation.folder)
+        adapter = self._adapter(operation.model_id) if parked is None else parked
         saved = _write_folder(folder, adapter.weights, optimizer=operation.optimizer, record=operation.record)
         if operation.gradients:
             (folder / "gradients.json").write_text(json.dumps([adapter.gradient_norm, adapter.has_gradients]))

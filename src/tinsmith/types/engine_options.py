@@ -88,6 +88,11 @@ class EngineOptions(BaseModel):
     """Sequences that advance together in one decode step."""
     kv_cache_bytes: int = Field(default=512 * 2**20, ge=2**20)
     """Keys and values of running sequences and of prompts seen before; small models take less."""
+    adapter_memory_bytes: int | None = Field(default=None, ge=2**16)
+    """Of adapters in use and frozen copies of their weights; others are put aside. `None`: a share of what is free."""
+    host_adapter_bytes: int | None = Field(default=None, ge=0)
+    """Of adapters put aside in the host's memory, where the device has a memory of its own; beyond it they go to disk.
+    `None`: a share of what is free."""
     deterministic: bool = False
     """Bitwise the same numbers whatever else the engine does: no two requests ever share a pass, prompts are not kept,
     nothing is compiled, and dtype `auto` is float32. Slower wherever several requests wait."""

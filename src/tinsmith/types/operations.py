@@ -22,6 +22,9 @@ from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
 from tinsmith.types.results import DrawnToken, ForwardBackwardOutput, SampleResponse
 from tinsmith.types.tensor import TensorData
 
+_FP32 = 4
+"""Bytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:
@@ -46,6 +49,19 @@ class LoraSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterShape:
+    """Parameters that an adapter has for each unit of its rank, by what it trains."""
+
+    attn: int = 0
+    mlp: int = 0
+    unembed: int = 0
+
+    def num_parameters(self, spec: LoraSpec) -> int:
+        trained = ((spec.train_attn, self.attn), (spec.train_mlp, self.mlp), (spec.train_unembed, self.unembed))
+        return spec.rank * sum(size for is_trained, size in trained if is_trained)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModelCard:
     """What an engine says of its base model once it is loaded."""
 
@@ -64,6 +80,23 @@ class BaseModelCard:
     max_rank: int
     images: ImageRule | None = None
     """How it scales pictures; `None` if it reads text only."""
+    adapter_shape: AdapterShape = AdapterShape()
+    adapter_memory_bytes: int | None = None
+    """What its device has for adapters and frozen copies of their weights; `None` if that is not known: no limit."""
+    host_adapter_bytes: int = 0
+    """What the host's memory has for adapters that are not in use; 0 where the device's memory is the host's."""
+
+    def adapter_bytes(self, spec: LoraSpec) -> int:
+        """Weights, gradients and two moments in fp32, and a copy of the weights in the dtype they are multiplied in."""
+        return self.adapter_shape.num_parameters(spec) * (4 * _FP32 + self._copy_bytes)
+
+    def snapshot_bytes(self, spec: LoraSpec) -> int:
+        """Of frozen weights that are sampled."""
+        return self.adapter_shape.num_parameters(spec) * (_FP32 + self._copy_bytes)
+
+    @property
+    def _copy_bytes(self) -> int:
+        return 0 if self.dtype == "float32" else 2
 
     @property
     def tokenizer_id(self) -> str:
@@ -92,12 +125,30 @@ class LoadAdapter:
     folder: str
     optimizer: bool
     gradients: bool = False
-    """The folder was saved with `SaveAdapter.gradients`: the adapter goes on exactly where it was."""
+    """The folder was saved with `SaveAdapter.gradients`: the adapter goes on exactly where it was. The files are read
+    aside: operations on other adapters do not wait for the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropAdapter:
     """Forget an adapter, its gradients and its optimizer. Answer: `None`. Unknown ids are no error."""
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkAdapter:
+    """Move an adapter, with gradients and optimizer, from the device to the host's memory. Answer: `None`.
+
+    It can be saved or dropped there, nothing else. Parking it again changes nothing.
+    """
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnparkAdapter:
+    """Bring a parked adapter back to the device, as it was. Answer: `None`."""
 
     model_id: str
 
@@ -146,6 +197,8 @@ class SaveAdapter:
     gradients: bool = False
     """Keep what the next optimizer step would use, too. The adapter is copied in its turn and written aside: later
     operations do not wait for the disk."""
+    is_idle: bool = False
+    """With `gradients`: write the adapter itself, not a copy. What is asked of it meanwhile waits for the answer."""
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -237,6 +290,7 @@ class Ping:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
     num_adapters: int
+    """On the device and parked."""
     num_snapshots: int
     num_running: int
     num_waiting: int
@@ -249,6 +303,8 @@ Operation: TypeAlias = (
     CreateAdapter
     | LoadAdapter
     | DropAdapter
+    | ParkAdapter
+    | UnparkAdapter
     | TrainItem
     | OptimStep
     | SaveAdapter

@@ -42,7 +42,6 @@ class Server:
         control._state = "killed"
         assert control._ledger is not None
         assert control._supervisor is not None
-        assert control._replay is not None
         await asyncio.to_thread(control._ledger.close)
         await control._supervisor.close()
         await control._janitor.close()
@@ -51,7 +50,7 @@ class Server:
             slot.is_recovering = True
             slot.on_death = lambda slot: None
         await h.engine.close()
-        await control._replay.close()
+        await control._paging.close()
         await control._training.drain()
         await control._sampling.close()
         control._training.close()
