@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.fixtures.postgres import PostgresServer, binaries
 from tests.generated import EXPLORE
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,3 +23,28 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tinsmith")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One for all tests; each takes databases of its own. Whoever stops it starts it again."""
+    folder = binaries()
+    if folder is None:
+        if "REQUIRE_POSTGRES" in os.environ:
+            raise RuntimeError("PostgreSQL is not installed: apt-get install postgresql")
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    server = PostgresServer(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest) -> str | None:
+    """The URL of a database for the registry, or `None` for the file in the data folder."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return None
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database()

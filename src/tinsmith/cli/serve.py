@@ -32,6 +32,15 @@ def serve(
         Path | None,
         typer.Option(help="Checkpoints and registry. Default: $TINSMITH_DATA_DIR or ~/.local/share/tinsmith."),
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="TINSMITH_DATABASE",
+            show_envvar=True,
+            help="PostgreSQL for the registry, postgresql://USER:PASSWORD@HOST/NAME. Default: a file in --data-dir.",
+        ),
+    ] = None,
     dtype: Annotated[DtypeChoice, typer.Option(help="Of base weights and activations.")] = "auto",
     device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
     deterministic: Annotated[
@@ -90,7 +99,8 @@ def serve(
         allow_many_connections()
         options = EngineOptions(dtype=dtype, device=device, deterministic=deterministic)
         recovery = {"ledger": ledger, "snapshot_requests": snapshot_requests, "health": HealthSettings(is_on=True)}
-        control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery)
+        stores = {"database": database}
+        control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery, **stores)
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)
         ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"

@@ -20,6 +20,7 @@ from tinsmith.control import audit, records
 from tinsmith.control.addresses import resolve
 from tinsmith.control.audit import AuditEvent
 from tinsmith.control.engines import EngineSlot
+from tinsmith.control.errors import Unsettled
 from tinsmith.control.folder_store import CHECKPOINTS, FolderStore
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock, Ids
@@ -158,6 +159,8 @@ class CheckpointStore:
 
         try:
             doomed = await self._registry.write(work)
+        except Unsettled:
+            raise  # it may be registered: what is listed must be there
         except TinsmithError:
             await self._remove_folders([row.folder])
             raise

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from tinsmith.control import audit, records
 from tinsmith.control.checkpoints import CheckpointStore, describe, folder_key
+from tinsmith.control.errors import Unsettled
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow, RunRow, SessionRow
@@ -101,6 +102,8 @@ class Copies:
 
         try:
             await self._registry.write(work)
+        except Unsettled:
+            raise  # it may be registered: what is listed must be there
         except BaseException:
             await self._folders.delete(row.folder)
             raise

@@ -9,7 +9,8 @@ UserError
 └── FutureExpired    the request existed; its result is no longer kept
 
 StorageError
-└── NotTaken         the request could not be written down, and was not begun: send it again
+├── NotTaken         the request could not be written down, and was not begun: send it again
+└── Unsettled        a write may have been done or not: the connection was lost at its end
 """
 
 from __future__ import annotations
@@ -47,3 +48,7 @@ class NotTaken(StorageError):
 
 def creation_failed(model_id: str, error: TinsmithError) -> ModelEnded:
     return ModelEnded(f"model {model_id!r} could not be created: {error}")
+
+
+class Unsettled(StorageError):
+    pass

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from tinsmith.control.database import insert_into
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.registry import CHECKPOINTS, RUNS, SAMPLERS, SESSIONS
 from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
@@ -147,7 +148,7 @@ def insert(connection: sa.Connection, table: sa.Table, row: SessionRow | RunRow 
 
 def insert_if_new(connection: sa.Connection, table: sa.Table, row: RunRow | SamplerRow) -> None:
     """Nothing if a row of this key exists: the request that wrote it is done again after a crash."""
-    connection.execute(sa.insert(table).prefix_with("OR IGNORE").values(**asdict(row)))
+    connection.execute(insert_into(connection, table).values(**asdict(row)).on_conflict_do_nothing())
 
 
 def _fetch(connection: sa.Connection, query: sa.Select[Any], row_type: type[RowT]) -> list[RowT]:
@@ -302,7 +303,7 @@ def checkpoints(
     run_id: str | None = None,
     kinds: Collection[str] = PATH_KINDS,
     owner: str | None = None,
-    limit: int = -1,
+    limit: int | None = None,
     offset: int = 0,
 ) -> tuple[list[CheckpointRow], int]:
     """Current versions, newest first, and how many there are; of one run and one user, or of all."""
@@ -352,7 +353,7 @@ def delete_superseded(connection: sa.Connection, row: CheckpointRow, at: float, 
         CHECKPOINTS.c.superseded_at.is_not(None),
         CHECKPOINTS.c.deleted_at.is_(None),
     )
-    doomed = list(connection.execute(old.order_by(CHECKPOINTS.c.version.desc()).offset(keep).limit(-1)))
+    doomed = list(connection.execute(old.order_by(CHECKPOINTS.c.version.desc()).offset(keep)))
     for version in doomed:
         update_checkpoint(connection, version.checkpoint_id, deleted_at=at)
     return [version.folder for version in doomed]

@@ -1,4 +1,4 @@
-"""What survives a restart: sessions, runs, checkpoints, samplers, in one SQLite database.
+"""What survives a restart: sessions, runs, checkpoints, samplers, in one database.
 
 One thread writes. It commits everything that waits for it in one transaction, so that many writers share one fsync;
 a write is durable once its awaitable has returned. Reads run beside it on their own connections.
@@ -7,21 +7,22 @@ a write is durable once its awaitable has returned. Reads run beside it on their
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import os
 import queue
 import secrets
-import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 
 from tinsmith.control import migrations
-from tinsmith.types.errors import StorageError, UserError
+from tinsmith.control.database import DatabaseInUse, database_at
+from tinsmith.control.errors import Unsettled
+from tinsmith.types.errors import InvalidInput, StorageError, TinsmithError, UserError
 
 logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
@@ -191,35 +192,43 @@ QUOTAS = sa.Table(
 
 
 class Registry:
-    """Raises `StorageError` from every call if the disk refuses; `fault` then says why until a write succeeds."""
+    """Raises `StorageError` from every call if the database refuses; `fault` then says why until a write succeeds.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A database that cannot be reached is tried again by every write and by `probe`; reads meanwhile fail at once.
+    """
+
+    def __init__(self, location: Path | str) -> None:
+        """A path is a SQLite file, a string the URL of a PostgreSQL database."""
+        self._database = database_at(location)
         self.fault: str | None = None
-        self._engine = sa.create_engine(
-            f"sqlite:///{path}",
-            connect_args={"check_same_thread": False, "timeout": 30},
-            hide_parameters=True,  # what users wrote stays out of errors
-        )
-        sa.event.listen(self._engine, "connect", _configure_connection)
-        sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        self._is_unreachable = False
+        self._reading = self._database.make_engine(pooled=True)
+        self._writing = self._database.make_engine(pooled=False)
+        self._connection: sa.Connection | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_loop, name="registry-writer", daemon=True)
         self._readers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="registry-reader")
         self._closed = False
 
+    # ---- life ----
+
     def open(self) -> bytes:
         """Create the schema, or upgrade an older one, and start writing; the secret kept with this database. Blocks.
 
-        Raises `UserError` if a newer version of this software wrote the database.
+        Raises `UserError` if a newer version of this software wrote the database, or another server has it.
         """
         try:
-            with self._engine.connect() as connection:
-                self._prepare(connection)
-                with connection.begin():
-                    secret = _secret(connection)
-        except (sa.exc.SQLAlchemyError, OSError, sqlite3.Error) as error:
-            raise StorageError(f"cannot open the registry {str(self.path)!r}: {error}") from error
+            connection = self._connect(wait=True)
+            self._prepare(connection)
+            with connection.begin():
+                secret = _secret(connection)
+                self._database.mark(connection)
+        except sa.exc.SQLAlchemyError as error:
+            self._disconnect()
+            raise StorageError(f"cannot open the registry {self._database.label}: {_reason(error)}") from error
+        except BaseException:
+            self._disconnect()
+            raise
         self._writer.start()
         return bytes.fromhex(secret)
 
@@ -233,21 +242,52 @@ class Registry:
             return
         if version > newest:
             raise UserError(
-                f"the registry {str(self.path)!r} has schema version {version}; this version of Tinsmith "
+                f"the registry {self._database.label} has schema version {version}; this version of Tinsmith "
                 f"knows up to {newest}. Upgrade Tinsmith, or give another data directory"
             )
-        copy = _back_up(self.path, version)
-        logger.warning("the registry is brought from schema version %d to %d; a copy is at %s", version, newest, copy)
-        pragma = connection.connection.cursor().execute  # outside of a transaction, where it has an effect
-        pragma("PRAGMA foreign_keys=OFF")  # tables are copied and dropped
-        with connection.begin():
+        copy = self._database.back_up(version)
+        logger.warning("the registry is brought from schema version %d to %d; %s", version, newest, copy)
+        with self._database.upgrading(connection):
             migrations.upgrade(connection)
-            if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall():
-                raise StorageError(f"the upgrade of the registry leaves references without an end: {broken[:3]}")
-        pragma("PRAGMA foreign_keys=ON")
+
+    def close(self) -> None:
+        """Write what waits, then close. Blocks; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._jobs.put(None)
+        if self._writer.is_alive():
+            self._writer.join()
+        self._readers.shutdown()
+        self._disconnect()
+        self._reading.dispose()
+        self._writing.dispose()
+
+    def _connect(self, *, wait: bool = False) -> sa.Connection:
+        """The connection that writes. Raises `DatabaseInUse`, or what SQLAlchemy raises."""
+        if self._connection is None:
+            connection = self._writing.connect()
+            try:
+                self._database.claim(connection, wait=wait)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sa.exc.SQLAlchemyError):  # it may be broken
+                connection.close()
+
+    # ---- writing ----
 
     async def write(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
-        """Run `work` in a transaction; when this returns, its effects are on disk."""
+        """Run `work` in a transaction; when this returns, its effects are on disk.
+
+        Raises `Unsettled` if the connection was lost at the very end: they may be there or not.
+        """
         return await asyncio.shield(asyncio.wrap_future(self._enqueue(work)))
 
     def post(self, work: Callable[[sa.Connection], Any]) -> None:
@@ -267,10 +307,62 @@ class Registry:
         await self.write(lambda connection: None)
 
     def probe(self) -> None:
-        """If the last write failed, try a small one, so that `fault` ends when the disk is well again."""
+        """If the last write failed, try a small one, so that `fault` ends when the database is well again."""
         if self.fault is not None:
             touch = sa.update(META).where(META.c.key == "schema_version").values(value=META.c.value)
-            self.post(lambda connection: connection.execute(touch))
+            self._enqueue(lambda connection: connection.execute(touch))
+
+    def _write_loop(self) -> None:
+        running = True
+        while running:
+            group = [self._jobs.get()]
+            while len(group) < _MAX_GROUP and not self._jobs.empty():
+                group.append(self._jobs.get())
+            running = None not in group
+            if jobs := [job for job in group if job is not None]:
+                self._commit(jobs)
+
+    def _commit(self, jobs: list[_Job]) -> None:
+        try:
+            answers = self._transact(jobs)
+        except (_DatabaseFailed, DatabaseInUse, sa.exc.SQLAlchemyError) as error:
+            failure = self._note_failure(error)
+            for job in jobs:
+                job.done.set_exception(failure)
+            return
+        if self.fault is not None:
+            logger.warning("the registry can be written again")
+        self.fault, self._is_unreachable = None, False
+        for job, result, failed in answers:
+            job.done.set_exception(failed) if failed is not None else job.done.set_result(result)
+
+    def _transact(self, jobs: list[_Job]) -> list[_Answer]:
+        """Once more over a new connection if the old one turns out to be lost before anything was committed."""
+        was_connected = self._connection is not None
+        try:
+            return _transact(self._connect(), jobs)
+        except (_DatabaseFailed, sa.exc.SQLAlchemyError) as error:
+            in_commit = isinstance(error, _DatabaseFailed) and error.in_commit
+            if in_commit or not was_connected or not self._database.is_lost(_cause(error)):
+                raise
+        self._disconnect()
+        return _transact(self._connect(), jobs)
+
+    def _note_failure(self, error: Exception) -> StorageError:
+        cause = _cause(error)
+        is_lost = isinstance(cause, DatabaseInUse) or self._database.is_lost(cause)
+        reason = f"cannot write the registry {self._database.label}: {_reason(cause)}"
+        if self.fault is None:
+            logger.error("%s", reason)
+        self.fault = reason
+        if is_lost:
+            self._is_unreachable = True
+            self._disconnect()
+        if is_lost and isinstance(error, _DatabaseFailed) and error.in_commit:
+            return Unsettled(f"{reason}; whether the last write was done is not known")
+        return StorageError(reason)
+
+    # ---- reading ----
 
     async def read(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
         """Run `work` on what has been committed."""
@@ -280,48 +372,16 @@ class Registry:
 
     def read_now(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
         """As `read`, in the caller's thread: for single rows by primary key."""
+        if self._is_unreachable:
+            raise StorageError(self.fault or f"the registry {self._database.label} cannot be reached")
         try:
-            with self._engine.connect() as connection:
+            with self._reading.connect() as connection:
                 return work(connection)
         except sa.exc.SQLAlchemyError as error:
-            raise StorageError(f"cannot read the registry: {error}") from error
-
-    def close(self) -> None:
-        """Write what waits, then close. Blocks; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._jobs.put(None)
-        if self._writer.is_alive():
-            self._writer.join()
-        self._readers.shutdown()
-        self._engine.dispose()
-
-    def _write_loop(self) -> None:
-        with self._engine.connect() as connection:
-            running = True
-            while running:
-                group = [self._jobs.get()]
-                while len(group) < _MAX_GROUP and not self._jobs.empty():
-                    group.append(self._jobs.get())
-                running = None not in group
-                self._commit(connection, [job for job in group if job is not None])
-
-    def _commit(self, connection: sa.Connection, jobs: list[_Job]) -> None:
-        answers: list[tuple[_Job, Any, BaseException | None]] = []
-        try:
-            with connection.begin():
-                for job in jobs:
-                    answers.append((job, *_attempt(connection, job)))
-        except (_DatabaseFailed, sa.exc.SQLAlchemyError) as error:
-            self.fault = f"cannot write the registry: {getattr(error, 'orig', error)}"
-            for job in jobs:
-                job.done.set_exception(StorageError(self.fault))
-            return
-        if jobs:
-            self.fault = None
-        for job, result, failure in answers:
-            job.done.set_exception(failure) if failure is not None else job.done.set_result(result)
+            reason = f"cannot read the registry {self._database.label}: {_reason(error)}"
+            if self._database.is_lost(error):
+                self.fault, self._is_unreachable = reason, True
+            raise StorageError(reason) from error
 
 
 class _Job:
@@ -336,7 +396,37 @@ def _log_failure(done: Future[Any]) -> None:
 
 
 class _DatabaseFailed(Exception):
-    """Not the fault of one job: the disk is full, or cannot be read or written."""
+    """Not the fault of one job: the disk is full, or the database cannot be read, written or reached."""
+
+    def __init__(self, error: sa.exc.SQLAlchemyError, *, in_commit: bool = False) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.in_commit = in_commit
+
+
+def _cause(error: Exception) -> Exception:
+    return error.error if isinstance(error, _DatabaseFailed) else error
+
+
+_Answer: TypeAlias = tuple[_Job, Any, BaseException | None]
+
+
+def _transact(connection: sa.Connection, jobs: list[_Job]) -> list[_Answer]:
+    """All jobs in one transaction. Raises `_DatabaseFailed` or an error of SQLAlchemy; then nothing was done."""
+    transaction = connection.begin()
+    try:
+        answers = [(job, *_attempt(connection, job)) for job in jobs]
+    except BaseException:
+        with contextlib.suppress(sa.exc.SQLAlchemyError):  # the first error says what is wrong
+            transaction.rollback()
+        raise
+    try:
+        transaction.commit()
+    except sa.exc.SQLAlchemyError as error:
+        with contextlib.suppress(sa.exc.SQLAlchemyError):
+            transaction.rollback()
+        raise _DatabaseFailed(error, in_commit=True) from error
+    return answers
 
 
 def _attempt(connection: sa.Connection, job: _Job) -> tuple[Any, BaseException | None]:
@@ -345,15 +435,34 @@ def _attempt(connection: sa.Connection, job: _Job) -> tuple[Any, BaseException |
     try:
         result = job.work(connection)
     except sa.exc.OperationalError as error:
-        raise _DatabaseFailed(str(error.orig)) from error  # SQLite may have ended the transaction: no savepoint is left
+        raise _DatabaseFailed(error) from error  # SQLite may have ended the transaction: no savepoint is left
     except sa.exc.SQLAlchemyError as error:
         savepoint.rollback()
-        return None, StorageError(f"cannot write the registry: {error}")
+        return None, _error_of_a_job(error)
     except Exception as error:  # noqa: BLE001 - the boundary of a job: whatever it raised goes to its caller
         savepoint.rollback()
         return None, error
     savepoint.commit()
     return result, None
+
+
+_VALUES_REFUSED = (None, "22003", "22021", "22P05")
+"""Of PostgreSQL: not sent by its client, a number too large, characters it does not have."""
+
+
+def _error_of_a_job(error: sa.exc.SQLAlchemyError) -> TinsmithError:
+    cause = getattr(error, "orig", None)
+    if isinstance(cause, TinsmithError):
+        return cause
+    if isinstance(error, sa.exc.DataError) and getattr(cause, "sqlstate", "") in _VALUES_REFUSED:
+        return InvalidInput(f"the registry cannot hold a value: {_reason(error)}")
+    return StorageError(f"cannot write the registry: {error}")
+
+
+def _reason(error: BaseException) -> str:
+    """What the database said, in one line."""
+    lines = str(getattr(error, "orig", error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _secret(connection: sa.Connection) -> str:
@@ -362,25 +471,3 @@ def _secret(connection: sa.Connection) -> str:
         found = secrets.token_hex(32)
         connection.execute(sa.insert(META).values(key="secret", value=found))
     return str(found)
-
-
-def _back_up(path: Path, version: int) -> Path:
-    """A copy of the database beside it, on disk when this returns. Raises `sqlite3.Error` or `OSError`."""
-    copy = path.with_name(f"{path.stem}.schema-{version}{path.suffix}")
-    temporary = copy.with_name(f".{copy.name}.partial")
-    temporary.unlink(missing_ok=True)
-    source, target = sqlite3.connect(path), sqlite3.connect(temporary)
-    try:
-        source.backup(target)
-    finally:
-        target.close()
-        source.close()
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    return temporary.replace(copy)
-
-
-def _configure_connection(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions begin where SQLAlchemy says, savepoints included
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")

@@ -53,7 +53,7 @@ from tinsmith.control.requests import (
 from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
-from tinsmith.control.settings import ControlSettings
+from tinsmith.control.settings import ControlSettings, registry_location
 from tinsmith.control.signing import Signer
 from tinsmith.control.snapshots import Snapshots
 from tinsmith.control.strikes import Strikes
@@ -89,7 +89,7 @@ class Control:
         self._make_ids = ids
         self._engines = EngineBook(engines)
         self._lock = DataLock(settings.data_dir)
-        self._registry = Registry(settings.data_dir / "registry.sqlite3")
+        self._registry = Registry(registry_location(settings))
         self._folders: FolderStore = LocalFolders(settings.data_dir)
         self._ledger = Ledger(settings.data_dir / "ledger.sqlite3") if settings.ledger else None
         self._journal = Journal(self._ledger)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 
 class HealthSettings(BaseModel):
@@ -39,6 +39,8 @@ class ControlSettings(BaseModel):
 
     data_dir: Path
     """Holds the registry and the checkpoints. One running server per folder."""
+    database: SecretStr | None = None
+    """URL of a PostgreSQL database for the registry, of this server alone; `None` keeps it in a file of `data_dir`."""
     max_batch_tokens: int = Field(default=8192, ge=1)
     """Training tokens handed to an engine together; a single larger request still goes alone."""
     seq_gap_timeout_s: float = Field(default=60.0, gt=0)
@@ -83,3 +85,10 @@ class ControlSettings(BaseModel):
     sweep_interval_s: float = Field(default=1.0, gt=0)
     """How often the janitor looks for what has ended or expired."""
     health: HealthSettings = HealthSettings()
+
+
+def registry_location(settings: ControlSettings) -> Path | str:
+    """As `Registry` takes it."""
+    if settings.database is not None:
+        return settings.database.get_secret_value()
+    return settings.data_dir / "registry.sqlite3"

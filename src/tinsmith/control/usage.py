@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert as upsert
 
+from tinsmith.control.database import insert_into
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock
 from tinsmith.control.registry import CHECKPOINTS, RUNS, SESSIONS, USAGE, Registry
@@ -100,9 +100,11 @@ class Meter:
 
 def _add(connection: sa.Connection, counted: Mapping[_Bucket, int]) -> None:
     for (hour, session_id, base_model, kind), tokens in counted.items():
-        row = upsert(USAGE).values(hour=hour, session_id=session_id, base_model=base_model, kind=kind, tokens=tokens)
-        keys = [USAGE.c.hour, USAGE.c.session_id, USAGE.c.base_model, USAGE.c.kind]
-        connection.execute(row.on_conflict_do_update(keys, set_={"tokens": USAGE.c.tokens + row.excluded.tokens}))
+        row = insert_into(connection, USAGE).values(
+            hour=hour, session_id=session_id, base_model=base_model, kind=kind, tokens=tokens
+        )
+        sum_of_both = {"tokens": USAGE.c.tokens + row.excluded.tokens}
+        connection.execute(row.on_conflict_do_update(index_elements=list(USAGE.primary_key), set_=sum_of_both))
 
 
 def usage_report(connection: sa.Connection, start: int, end: int, now: float, owner: str | None = None) -> UsageReport:

@@ -21,18 +21,26 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module with `ON_BOTH_DATABASES = True` has its tests of control run over SQLite and over PostgreSQL, but for
+    those that name a database themselves."""
+    named = any("database" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "database" in metafunc.fixturenames and getattr(metafunc.module, "ON_BOTH_DATABASES", False) and not named:
+        metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+
+
 OpenControl = Callable[..., AbstractAsyncContextManager[Harness]]
 
 
 @pytest.fixture
-def open_control(tmp_path: Path) -> OpenControl:
+def open_control(tmp_path: Path, database: str | None) -> OpenControl:
     """`async with open_control(setting=…) as h`; the same data folder every time, so a second one is a restart."""
     clock = ManualClock()
 
     @asynccontextmanager
     async def opened(engines: list[FakeEngine] | None = None, **settings: Any) -> AsyncIterator[Harness]:
         handles = engines or [FakeEngine()]
-        values = {"data_dir": tmp_path / "data", "sweep_interval_s": 3600.0, **settings}
+        values = {"data_dir": tmp_path / "data", "database": database, "sweep_interval_s": 3600.0, **settings}
         control = Control(ControlSettings(**values), handles, clock=clock, ids=CountedIds)
         await control.start()
         try:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sqlite3
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 
 from tests.unit.control.conftest import OpenControl
 from tests.unit.control.harness import Harness, draw, forward_backward, optim
 from tinsmith.control import records
 from tinsmith.control.errors import FutureExpired, ModelEnded, SessionEnded
-from tinsmith.control.registry import Registry
 from tinsmith.control.requests import CreateModelFromCheckpoint, LoadState, SaveForSampler, SaveState
 from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
 from tinsmith.types import LoraConfig
@@ -31,6 +26,7 @@ from tinsmith.types.errors import (
 from tinsmith.types.operations import LoadAdapter, SaveAdapter
 
 pytestmark = pytest.mark.anyio
+ON_BOTH_DATABASES = True
 
 
 def save(model_id: str, seq_id: int, name: str = "a", **kwargs: object) -> SaveState:
@@ -340,36 +336,7 @@ async def test_what_an_interrupted_save_left_is_swept_at_the_next_start(
         assert not (run / "weights" / "b").exists()
 
 
-async def test_writes_are_durable_grouped_and_fail_alone(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "r.sqlite3")
-    registry.open()
-    row = records.SessionRow(session_id="s", created_at=1.0)
-
-    def clash(connection: sa.Connection) -> None:
-        records.insert(connection, records.SESSIONS, row)
-        raise AlreadyExists("rolled back")
-
-    def insert(n: int) -> Callable[[sa.Connection], None]:
-        session = records.SessionRow(session_id=f"s{n}", created_at=n)
-        return lambda connection: records.insert(connection, records.SESSIONS, session)
-
-    results = await asyncio.gather(
-        *(registry.write(insert(n)) for n in range(50)),
-        registry.write(clash),
-        registry.write(lambda connection: records.sessions(connection, 1, 0)[1]),
-        return_exceptions=True,
-    )
-    assert isinstance(results[50], AlreadyExists)
-    assert results[51] == 50
-    with sqlite3.connect(tmp_path / "r.sqlite3") as other:
-        assert other.execute("SELECT count(*) FROM sessions").fetchone() == (50,)
-        assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    other.close()
-    registry.close()
-    with pytest.raises(StorageError, match="closed"):
-        await registry.write(clash)
-
-
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 async def test_a_full_disk_turns_readiness_off_until_a_write_succeeds(h: Harness, tmp_path: Path) -> None:
     model_id = await h.model()
     control = h.control

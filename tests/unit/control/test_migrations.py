@@ -16,10 +16,12 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from tests.fixtures.data_folders import HERE, NAMES, restore
+from tests.fixtures.postgres import PostgresServer
 from tests.unit.control.conftest import CountedIds
 from tests.unit.control.harness import Harness, forward_backward, optim
 from tests.unit.control.test_replay import Server, running
 from tinsmith.control import migrations, records
+from tinsmith.control.database import PostgresDatabase
 from tinsmith.control.ledger import Ledger
 from tinsmith.control.records import SessionRow
 from tinsmith.control.registry import METADATA, SESSIONS, Registry
@@ -73,6 +75,25 @@ def test_the_revisions_make_the_schema_that_the_code_has(tmp_path: Path) -> None
         assert differences(connection) == []
     engine.dispose()
     assert schema(tmp_path / "migrated.sqlite3") == schema(tmp_path / "new.sqlite3")
+
+
+def test_the_revisions_make_the_same_in_postgresql(postgres: PostgresServer) -> None:
+    url = postgres.new_database()
+    engine = PostgresDatabase(url).make_engine(pooled=False)
+    with engine.begin() as connection:
+        migrations.upgrade(connection)
+        assert differences(connection) == []
+    registry = Registry(url)
+    registry.open()
+    registry.close()
+    other = PostgresDatabase(postgres.new_database()).make_engine(pooled=False)
+    with engine.connect() as migrated, other.begin() as created:
+        migrations.create(created, METADATA)
+        assert indexes(migrated) == indexes(created)
+
+
+def indexes(connection: sa.Connection) -> set[str]:
+    return set(connection.execute(sa.text("SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'")).scalars())
 
 
 async def test_a_database_from_before_there_were_revisions_is_upgraded_and_copied(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ import sqlalchemy as sa
 
 FOLDER = Path(__file__).parent
 _VERSION_TABLE = sa.Table(
-    "alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True, nullable=False)
+    "alembic_version",
+    sa.MetaData(),
+    sa.Column("version_num", sa.String(32), nullable=False),
+    sa.PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),  # as Alembic makes it
 )
 
 
@@ -36,8 +39,7 @@ def create(connection: sa.Connection, metadata: sa.MetaData) -> None:
     metadata.create_all(connection)
     _VERSION_TABLE.create(connection)
     connection.execute(sa.insert(_VERSION_TABLE).values(version_num=f"{newest_version():04d}"))
-    insert = sa.text("INSERT INTO meta (key, value) VALUES ('schema_version', :version)")
-    connection.execute(insert, {"version": str(newest_version())})
+    _note_version(connection)
 
 
 def upgrade(connection: sa.Connection) -> None:
@@ -52,5 +54,10 @@ def upgrade(connection: sa.Connection) -> None:
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
-    update = sa.text("UPDATE meta SET value = :version WHERE key = 'schema_version'")
-    connection.execute(update, {"version": str(newest_version())})
+    _note_version(connection)
+
+
+def _note_version(connection: sa.Connection) -> None:
+    connection.execute(sa.text("DELETE FROM meta WHERE key = 'schema_version'"))
+    insert = sa.text("INSERT INTO meta (key, value) VALUES ('schema_version', :version)")
+    connection.execute(insert, {"version": str(newest_version())})
