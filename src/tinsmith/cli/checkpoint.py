@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Checkpoints on a server: list, look at, publish, delete, download.",
+    help="Checkpoints on a server: list, look at, publish, delete, download, import.",
 )
 
 _COLUMNS = {
@@ -134,6 +134,26 @@ def download(
     folder = output or Path(path.rpartition("/")[2])
     files = _download(path, folder, base_url, quiet=as_json)
     done(f"{folder}: {', '.join(file.name for file in files)}", as_json=as_json, folder=folder, files=files)
+
+
+@app.command("import")
+def import_adapter(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder in PEFT's layout, or a tar archive of one.")],
+    name: Annotated[str | None, typer.Option(help="Of the checkpoint. Default: the folder's name.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The server's model it is for, if not the one that the adapter names.")
+    ] = None,
+    ttl: Annotated[int | None, typer.Option("--ttl", min=1, help="Seconds from now until it is deleted.")] = None,
+    as_json: AsJson = False,
+    base_url: BaseUrl = None,
+) -> None:
+    """Make a checkpoint of an adapter that was trained elsewhere: to sample from and to train on."""
+    with rest_client(base_url) as rest:
+        try:
+            made = rest.import_adapter(path, name, base_model=base_model, ttl_seconds=ttl).result()
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    done(made.tinker_path, as_json=as_json, **made.model_dump(exclude_none=True))
 
 
 @app.command("push-hf")

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Coroutine, Mapping
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel
@@ -19,6 +20,7 @@ from tinsmith.client.exchanges import RestExchanges
 from tinsmith.client.futures import APIFuture, value_twin, warn_deprecated
 from tinsmith.client.http import Call, escaped, get, json_bytes, post
 from tinsmith.client.models import TraceExport
+from tinsmith.client.uploads import pack_adapter
 from tinsmith.types.checkpoint import Checkpoint, ParsedCheckpointTinkerPath
 from tinsmith.types.replies import CopyWeightsResponse, ExternalWeightsUrlsResponse, WhoamiResponse
 from tinsmith.types.rest import (
@@ -37,6 +39,7 @@ from tinsmith.types.usage import AuditLogResponse, BillingUsageResponse, Current
 AccessScope: TypeAlias = Literal["owned", "accessible"]
 
 _TRACE_POLL_S = 5.0
+_IMPORT_TIMEOUT_S = 1800.0
 _TRACE_GIVE_UP_S = 1800.0
 
 
@@ -130,6 +133,36 @@ class RestClient(RestExchanges):
                 get(f"training_runs/{run}/checkpoints/{checkpoint}/external_weights_urls"), ExternalWeightsUrlsResponse
             ),
         )
+
+    def import_adapter(
+        self,
+        path: Path | str,
+        name: str | None = None,
+        *,
+        base_model: str | None = None,
+        ttl_seconds: int | None = None,
+    ) -> APIFuture[Checkpoint]:
+        """Make a checkpoint of an adapter on this machine, a folder in PEFT's layout or a tar archive of one.
+
+        `name` is that of the folder unless given. `base_model` says for which model, if not the one that the adapter
+        names. Fails with `ValueError` if there is no adapter. Tinsmith servers only.
+        """
+        source = Path(path)
+        params = {"name": name or source.resolve().stem, "base_model": base_model, "ttl_seconds": ttl_seconds}
+
+        async def send() -> Checkpoint:
+            body = await asyncio.to_thread(pack_adapter, source)
+            call = Call(
+                method="POST",
+                path="checkpoints/import",
+                body=body,
+                content_type="application/x-tar",
+                params=params,
+                timeout=_IMPORT_TIMEOUT_S,
+            )
+            return await self._fetch(call, Checkpoint)
+
+        return self._connection.begin(send)
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
         run, checkpoint = escaped(training_run_id), escaped(checkpoint_id, safe=":/")

@@ -14,6 +14,7 @@ from tinsmith.control.registry import AUDIT
 AuditEvent: TypeAlias = Literal[
     "checkpoint_create",
     "checkpoint_copy",
+    "checkpoint_import",
     "checkpoint_read",
     "checkpoint_publish",
     "checkpoint_unpublish",

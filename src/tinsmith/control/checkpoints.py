@@ -8,7 +8,7 @@ makes a new version; versions it supersedes stay for a while (`ControlSettings.s
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,6 +111,22 @@ class CheckpointStore:
         row = replace(draft, step=saved.step, digest=saved.digest, size_bytes=saved.size_bytes)
         await self._register(row, overwrite=order.overwrite)
         crash_point("save.registered")
+        return row
+
+    async def add(
+        self, key: str, write: Callable[[Path], Awaitable[CheckpointRow]], register: records.Register
+    ) -> CheckpointRow:
+        """A checkpoint that no model saves: `write` its files and tell its row, then `register` it.
+
+        Raises what either raises, or `StorageError`; nothing is left behind then.
+        """
+        row = await write(self.folders.draft(key))
+        await self._put(key)
+        try:
+            await self._registry.write(lambda c: register(c, row))
+        except TinsmithError:
+            await self._remove_folders([key])
+            raise
         return row
 
     async def _put(self, key: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
@@ -14,13 +13,12 @@ from tinsmith.control.checkpoints import CheckpointStore, describe, folder_key
 from tinsmith.control.errors import Unsettled
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock, Ids
+from tinsmith.control.once import Once
 from tinsmith.control.records import CheckpointRow, RunRow, SessionRow
 from tinsmith.control.registry import RUNS, SESSIONS, Registry
 from tinsmith.control.validation import check_ttl
-from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, PayloadConflict, StorageError
+from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound, StorageError
 
-MAX_REMEMBERED = 1000
-"""Copies that a repeated request finds again."""
 RECORD = "checkpoint.json"
 
 
@@ -46,7 +44,7 @@ class Copies:
         self._folders = checkpoints.folders
         self._ids = ids
         self._clock = clock
-        self._known: OrderedDict[tuple[str, str], tuple[CopyOrder, asyncio.Task[str]]] = OrderedDict()
+        self._once = Once[str]("copy")
 
     async def copy(self, order: CopyOrder, idempotency_key: str | None) -> str:
         """The path of the copy. The same order under the same key again is the same copy; a failure is not kept.
@@ -54,23 +52,7 @@ class Copies:
         Raises `NotFound`, `InvalidInput`, `AlreadyExists` (the run's number is taken), `PayloadConflict` or
         `StorageError`.
         """
-        if idempotency_key is None:
-            return await self._copy(order)
-        remembered = (order.owner, idempotency_key)
-        if remembered in self._known:
-            known, task = self._known[remembered]
-            if known != order:
-                raise PayloadConflict(f"idempotency key {idempotency_key!r} was already used for another copy")
-        else:
-            task = asyncio.create_task(self._copy(order))
-            self._known[remembered] = (order, task)
-            while len(self._known) > MAX_REMEMBERED:
-                self._known.popitem(last=False)
-        try:
-            return await asyncio.shield(task)
-        except Exception:
-            self._known.pop(remembered, None)
-            raise
+        return await self._once.do(order.owner, idempotency_key, order, lambda: self._copy(order))
 
     async def _copy(self, order: CopyOrder) -> str:
         check_ttl(order.ttl_seconds)
@@ -84,7 +66,7 @@ class Copies:
             owner=order.owner,
             base_model=row.base_model,
             lora=row.lora,
-            parent=source.path,
+            parent=source.present_path,
             created_at=now,
             last_request_at=now,
             ended_at=now,
@@ -98,7 +80,7 @@ class Copies:
                 records.insert(connection, SESSIONS, _session_for_copy(session_id, order, now))
             records.insert(connection, RUNS, run)
             records.register_checkpoint(connection, row, overwrite=False)
-            audit.note_checkpoint(connection, "checkpoint_copy", row, now, source_path=source.path)
+            audit.note_checkpoint(connection, "checkpoint_copy", row, now, source_path=source.present_path)
 
         try:
             await self._registry.write(work)
@@ -129,6 +111,7 @@ class Copies:
             folder=folder_key(run_id, source.kind, source.name, 1),
             parent=source.checkpoint_id,
             public=False,
+            superseded_at=None,
             created_at=now,
             expires_at=None if order.ttl_seconds is None else now + order.ttl_seconds,
         )

@@ -13,6 +13,7 @@ from tinsmith.control.audit import AuditEntry, EventType
 from tinsmith.control.copies import CopyOrder
 from tinsmith.control.folder_store import StoredFile
 from tinsmith.control.identities import Caller, Scope
+from tinsmith.control.imports import ImportOrder
 from tinsmith.control.library import Library
 from tinsmith.control.owners import Owners
 from tinsmith.control.records import CheckpointRow
@@ -140,6 +141,16 @@ class GuardedLibrary:
             check_project(caller, order.project_id)
         order = replace(order, owner=caller.user_id, is_for_all=caller.sees_all)
         return await self._library.copy_weights(order, idempotency_key)
+
+    def upload_place(self) -> AbstractAsyncContextManager[Path]:
+        self._permit("train")
+        return self._library.upload_place()
+
+    async def import_adapter(self, archive: Path, order: ImportOrder, idempotency_key: str | None) -> Checkpoint:
+        caller = self._permit("train")
+        if not caller.is_local:
+            check_project(caller, order.project_id)
+        return await self._library.import_adapter(archive, replace(order, owner=caller.user_id), idempotency_key)
 
     async def checkpoint_files(self, run_id: str, checkpoint_id: str) -> tuple[CheckpointRow, list[StoredFile]]:
         return await self._library.checkpoint_files(run_id, checkpoint_id, reader=_reader(self._read()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tinsmith.control.folder_store import StoredFile
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock
+from tinsmith.control.imports import ImportOrder, Imports
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.session_search import FoundSession, SessionQuery, search
@@ -43,6 +44,7 @@ class Library:
         catalogue: Catalogue,
         checkpoints: CheckpointStore,
         copies: Copies,
+        imports: Imports,
         traces: TraceLog,
         meter: Meter,
         clock: Clock,
@@ -53,6 +55,7 @@ class Library:
         self._catalogue = catalogue
         self._checkpoints = checkpoints
         self._copies = copies
+        self._imports = imports
         self._traces = traces
         self._meter = meter
         self._clock = clock
@@ -151,6 +154,14 @@ class Library:
         if order.session_id is not None:
             self._sessions.get_live(order.session_id)
         return await self._copies.copy(order, idempotency_key)
+
+    def upload_place(self) -> AbstractAsyncContextManager[Path]:
+        """An empty folder for an archive that arrives, there as long as the context lasts."""
+        return self._imports.place()
+
+    async def import_adapter(self, archive: Path, order: ImportOrder, idempotency_key: str | None) -> Checkpoint:
+        """Raises `InvalidInput`, `Unsupported`, `NotFound`, `PayloadConflict`, `StorageError`."""
+        return (await self._imports.take(archive, order, idempotency_key)).as_checkpoint()
 
     async def checkpoint_files(
         self, run_id: str, checkpoint_id: str, *, reader: str | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 
@@ -134,6 +134,9 @@ class SamplerRow:
     """Of the adapter it samples; `None` for the base model."""
     created_at: float
 
+
+Register: TypeAlias = Callable[[sa.Connection, CheckpointRow], None]
+"""Write the row of a checkpoint that is whole in its store, and what belongs to it, in one transaction."""
 
 RowT = TypeVar("RowT", SessionRow, RunRow, CheckpointRow, SamplerRow)
 

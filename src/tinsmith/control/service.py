@@ -26,6 +26,7 @@ from tinsmith.control.folder_store import FolderStore, LocalFolders
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.health import Health
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
+from tinsmith.control.imports import Imports
 from tinsmith.control.inspection import Inspection, engine_states, model_states
 from tinsmith.control.janitor import Janitor
 from tinsmith.control.jobs import Jobs
@@ -302,6 +303,15 @@ class Control:
                 checkpoints=self._checkpoints,
                 ids=ids,
                 clock=clock,
+            ),
+            imports=Imports(
+                registry=self._registry,
+                checkpoints=self._checkpoints,
+                engines=self._engines,
+                ids=ids,
+                clock=clock,
+                folder=settings.data_dir / "uploads",
+                max_bytes=settings.max_adapter_bytes,
             ),
             traces=self._traces,
             meter=self._meter,

@@ -66,6 +66,8 @@ class ControlSettings(BaseModel):
     max_loaded_checkpoints: int = Field(default=32, ge=1)
     """Checkpoint snapshots an engine holds for sampling; beyond it the least recently used is dropped and reloaded
     when asked for."""
+    max_adapter_bytes: int = Field(default=16 * 2**30, ge=1024)
+    """Of a file of an adapter that is imported."""
     superseded_versions_kept: int = Field(default=1, ge=0)
     """Versions of a checkpoint name kept on disk after an overwrite, the newest excluded."""
     ledger: bool = False

@@ -27,11 +27,13 @@ class _Job(Generic[OutcomeT]):
 
 
 class Aside(Generic[OutcomeT, ItemT]):
-    """One thread that writes and one that reads; everything else here is the engine's thread's."""
+    """One thread that writes, one that reads and one for what takes long; everything else here is the engine's
+    thread's."""
 
     def __init__(self) -> None:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot-writer")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot-reader")
+        self._converter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-converter")
         self._jobs: dict[int, _Job[OutcomeT]] = {}
         self._held: dict[str, int] = defaultdict(int)
         """How many jobs hold each adapter."""
@@ -43,11 +45,11 @@ class Aside(Generic[OutcomeT, ItemT]):
     def write(self, ticket: int, work: Callable[[], OutcomeT], *, holds: str | None = None) -> None:
         """`work` must touch nothing that later operations touch, but for the adapter that it `holds`."""
 
-        def attempt() -> Callable[[], OutcomeT]:
-            outcome = work()
-            return lambda: outcome
+        self._add(ticket, self._writer.submit(_finished, work), holds)
 
-        self._add(ticket, self._writer.submit(attempt), holds)
+    def convert(self, ticket: int, work: Callable[[], OutcomeT]) -> None:
+        """From files to files: `work` touches nothing of the engine's. Nobody's writing waits for it."""
+        self._add(ticket, self._converter.submit(_finished, work), None)
 
     def read(self, ticket: int, work: Callable[[], Callable[[], OutcomeT]], *, holds: str) -> None:
         """`work` returns what is left to do in the engine's thread."""
@@ -85,3 +87,8 @@ class Aside(Generic[OutcomeT, ItemT]):
             return ()
         del self._held[name]
         return self._waiting.pop(name, ())
+
+
+def _finished(work: Callable[[], OutcomeT]) -> Callable[[], OutcomeT]:
+    outcome = work()
+    return lambda: outcome

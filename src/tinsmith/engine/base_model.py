@@ -181,6 +181,14 @@ class BaseModel:
         """Bytes that one cached token takes over all layers."""
         return self._shape.kv_bytes_per_token(self.dtype.itemsize)
 
+    def weight_of(self, module: str) -> Tensor | None:
+        """Of embeddings or the unembedding, by path; `None` if there is no such module."""
+        try:
+            weight = self._model.get_submodule(module).weight
+        except AttributeError:
+            return None
+        return weight.detach() if isinstance(weight, Tensor) else None
+
     @property
     def other_modules(self) -> tuple[str, ...]:
         """Module paths that no adapter attaches to."""

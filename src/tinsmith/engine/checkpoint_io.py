@@ -95,20 +95,29 @@ def save_checkpoint(
 
 
 def save_weights(
-    weights: LoraWeights, folder: Path, *, base_model: str, other_modules: Sequence[str], digest: str
-) -> None:
+    weights: LoraWeights,
+    folder: Path,
+    *,
+    base_model: str,
+    other_modules: Sequence[str],
+    digest: str,
+    record: Mapping[str, Any] | None = None,
+) -> SavedCheckpoint:
     """Frozen weights alone, as `load_checkpoint` reads them. Raises `StorageError`; nothing is left behind then."""
     layout = weights.layout
     files = {WEIGHTS: _weights_file(weights), CONFIG: peft_config(layout, base_model, other_modules)}
     described = {
         "format": FORMAT,
+        **(record or {}),
         "base_model": base_model,
         "lora": asdict(layout.spec),
         "step": 0,
         "digest": digest,
         "files": _hashed(files),
     }
-    write_folder(folder, files | {RECORD: json.dumps(described, indent=2, sort_keys=True).encode()})
+    files[RECORD] = json.dumps(described, indent=2, sort_keys=True).encode()
+    write_folder(folder, files)
+    return SavedCheckpoint(size_bytes=sum(map(len, files.values())), digest=digest, step=0)
 
 
 def _hashed(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:

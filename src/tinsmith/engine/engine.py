@@ -24,6 +24,7 @@ from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.checkpoint_io import StoredAdapter, load_checkpoint, save_checkpoint, save_weights
 from tinsmith.engine.figures import Figures
 from tinsmith.engine.lora import LoraWeights
+from tinsmith.engine.peft_import import import_adapter
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.tokenizer import load_decoder
 from tinsmith.engine.trainer import Finished, Trainer
@@ -37,6 +38,8 @@ from tinsmith.types.operations import (
     DropAdapter,
     DropSnapshot,
     EngineStatus,
+    ImportAdapter,
+    ImportedAdapter,
     LoadAdapter,
     LoadSnapshot,
     LoraSpec,
@@ -242,6 +245,9 @@ class Engine:
                 self._save_aside(*self._queue.popleft())
             case LoadAdapter(gradients=True):
                 self._load_aside(*self._queue.popleft())
+            case ImportAdapter() as arrived:
+                work = partial(self._import_adapter, arrived)
+                self._aside.convert(self._queue.popleft()[0], lambda: self._attempt("importing", work))
             case _:
                 ticket, operation = self._queue.popleft()
                 self._done.append((ticket, self._attempt(type(operation).__name__, partial(self._execute, operation))))
@@ -384,6 +390,24 @@ class Engine:
             other_modules=self._base.other_modules,
             record=operation.record,
         )
+
+    def _import_adapter(self, operation: ImportAdapter) -> ImportedAdapter:
+        layout, flat_P = import_adapter(
+            Path(operation.source),
+            self._base.sites,
+            lambda spec: self._base.layout(spec, copies=1),
+            self._base.weight_of,
+        )
+        weights = LoraWeights(layout, flat_P)
+        saved = save_weights(
+            weights,
+            Path(operation.folder),
+            base_model=self.card.name,
+            other_modules=self._base.other_modules,
+            digest=weights.digest(),
+            record=operation.record,
+        )
+        return ImportedAdapter(lora=layout.spec, saved=saved)
 
     def _snapshot(self, snapshot_id: str) -> Snapshot:
         if snapshot_id not in self._snapshots:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tinsmith.engine.lora import LoraLayout, LoraSite
 
-_PREFIX = "base_model.model."
-_NESTED = "gate_up_proj"
+PREFIX = "base_model.model."
+NESTED = "gate_up_proj"
 """Of the two parameters of a module of experts, the one whose wrapper lies inside the other's."""
 
 
@@ -28,7 +28,7 @@ def peft_views(layout: LoraLayout, flat_P: Tensor) -> Iterator[tuple[str, Tensor
     for site, pair in zip(layout.sites, layout.views(flat_P), strict=True):
         if pair is None:
             continue
-        module = f"{_PREFIX}{_wrapper(site)}"
+        module = f"{PREFIX}{wrapper(site)}"
         yield f"{module}.lora_A.weight", pair.a_RI
         yield f"{module}.lora_B.weight", pair.b_RO.mT if site.num_experts is None else pair.b_RO.permute(2, 1, 0)
 
@@ -57,12 +57,12 @@ def peft_config(layout: LoraLayout, base_model: str, other_modules: Sequence[str
     return json.dumps(config, indent=2).encode()
 
 
-def _wrapper(site: LoraSite) -> str:
+def wrapper(site: LoraSite) -> str:
     """PEFT wraps a module once per adapted parameter, the later wrapper around the earlier."""
     if site.num_experts is None:
         return site.name
     module, _, parameter = site.name.rpartition(".")
-    return f"{module}.base_layer" if parameter == _NESTED else module
+    return f"{module}.base_layer" if parameter == NESTED else module
 
 
 def _targets(layout: LoraLayout, other_modules: Sequence[str]) -> tuple[list[str], list[str]]:

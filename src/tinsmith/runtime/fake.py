@@ -51,6 +51,8 @@ from tinsmith.types.operations import (
     DropAdapter,
     DropSnapshot,
     EngineStatus,
+    ImportAdapter,
+    ImportedAdapter,
     LoadAdapter,
     LoadSnapshot,
     LoraSpec,
@@ -165,6 +167,7 @@ class FakeEngine(Pulseless):
             TrainItem: self._train,
             OptimStep: self._optim_step,
             SaveAdapter: self._save,
+            ImportAdapter: self._import,
             PublishSnapshot: self._publish,
             LoadSnapshot: self._load_snapshot,
             SaveSnapshot: self._save_snapshot,
@@ -294,6 +297,12 @@ class FakeEngine(Pulseless):
             adapter.gradient_norm, adapter.has_gradients = json.loads((folder / "gradients.json").read_text())
         self._adapters[operation.model_id] = adapter
         return weights.lora
+
+    def _import(self, operation: ImportAdapter) -> ImportedAdapter:
+        config = json.loads((Path(operation.source) / "adapter_config.json").read_text())
+        lora = LoraSpec(rank=config["r"], seed=0, alpha=config["lora_alpha"])
+        saved = _write_folder(Path(operation.folder), _Weights(lora), optimizer=False, record=operation.record)
+        return ImportedAdapter(lora=lora, saved=saved)
 
     def _drop(self, operation: DropAdapter) -> None:
         self._adapters.pop(operation.model_id, None)

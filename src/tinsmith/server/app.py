@@ -74,7 +74,12 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
     app.add_exception_handler(TinsmithError, handle_tinsmith_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
-    app.add_middleware(Guard, max_body_bytes=settings.max_body_bytes, loopback_hosts_only=settings.loopback_hosts_only)
+    app.add_middleware(
+        Guard,
+        max_body_bytes=settings.max_body_bytes,
+        loopback_hosts_only=settings.loopback_hosts_only,
+        uploads={tinker.PREFIX + tinker.IMPORT_PATH: settings.max_upload_bytes},
+    )
     # the outermost is the last that is added
     prefixes = (tinker.PREFIX, openai.PREFIX, anthropic.PREFIX, hub.PREFIX)
     app.add_middleware(Observed, routes=app.routes, prefixes=prefixes, figures=figures, tracer=None)

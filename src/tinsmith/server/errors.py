@@ -170,9 +170,17 @@ class Guard:
     """Outermost middleware: turns away what browsers are tricked into sending, bounds the size of bodies, and turns
     what nobody caught into a logged 500."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, loopback_hosts_only: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        loopback_hosts_only: bool,
+        uploads: Mapping[str, int] | None = None,
+    ) -> None:
+        """`uploads`: paths whose bodies may have another size."""
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.uploads = uploads or {}
         self.loopback_hosts_only = loopback_hosts_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -197,16 +205,15 @@ class Guard:
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         received = 0
+        limit = self.uploads.get(scope["path"], self.max_body_bytes)
         announced = next((int(v) for k, v in scope["headers"] if k == b"content-length" and v.isdigit()), 0)
 
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if max(received, announced) > self.max_body_bytes:
-                raise HTTPException(
-                    413, f"the body has {max(received, announced)} bytes; the limit is {self.max_body_bytes}"
-                )
+            if max(received, announced) > limit:
+                raise HTTPException(413, f"the body has {max(received, announced)} bytes; the limit is {limit}")
             return message
 
         return limited_receive

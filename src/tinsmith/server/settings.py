@@ -54,6 +54,8 @@ class ServerSettings(BaseModel):
     """Answer only requests whose `Host` and `Origin` name this machine; for a server on a port without keys."""
     max_body_bytes: int = Field(default=256 * 2**20, ge=1024)
     """Of a request as it arrives; a larger one is answered 413."""
+    max_upload_bytes: int = Field(default=16 * 2**30, ge=1024)
+    """Of an adapter's archive that is imported; it goes to disk as it arrives."""
     max_expanded_bytes: int = Field(default=2**30, ge=1024)
     """Of a zstd body once expanded."""
     metadata_only_bytes: int = Field(default=1_000_000, ge=0)

@@ -211,6 +211,26 @@ class SavedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportAdapter:
+    """Write a complete checkpoint folder with the effect of an adapter that came from elsewhere.
+
+    `source` is a folder in PEFT's layout, `folder` and `record` are as in `SaveAdapter`. Written aside. Answer:
+    `ImportedAdapter`. Raises `InvalidInput` if the files are damaged or belong to another base model, `Unsupported` if
+    the adapter does what adapters here cannot.
+    """
+
+    source: str
+    folder: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedAdapter:
+    lora: LoraSpec
+    saved: SavedCheckpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishSnapshot:
     """Freeze the adapter's present weights under `snapshot_id` for sampling. Answer: the digest."""
 
@@ -308,6 +328,7 @@ Operation: TypeAlias = (
     | TrainItem
     | OptimStep
     | SaveAdapter
+    | ImportAdapter
     | PublishSnapshot
     | LoadSnapshot
     | SaveSnapshot
@@ -321,6 +342,7 @@ Answer: TypeAlias = (
     | ForwardBackwardOutput
     | dict[str, float]
     | SavedCheckpoint
+    | ImportedAdapter
     | str
     | DrawnToken
     | SampleResponse

@@ -17,6 +17,7 @@ from tinsmith.server.tinker import (
     downloads,
     futures,
     identity,
+    imports,
     schemas,
     sessions,
     submits,
@@ -71,4 +72,4 @@ def raw_routes() -> list[Route]:
 
 def routers() -> list[APIRouter]:
     """In this order: `/sessions/search` and what ends in a fixed word come before what takes any."""
-    return [identity.router, admin.router, downloads.router, sessions.router, checkpoints.router]
+    return [identity.router, admin.router, downloads.router, imports.router, sessions.router, checkpoints.router]
