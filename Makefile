@@ -24,7 +24,7 @@ test: $(VENV)/.dev $(TINKER_VENV)/.installed ## Run all tests
 	$(BIN)/python -m pytest
 
 faults: $(VENV)/.dev $(TINKER_VENV)/.installed ## Kill servers and engines at every step and every named point
-	FAULTS=1 $(BIN)/python -m pytest tests/faults
+	FAULTS=1 $(BIN)/python -m pytest tests/faults tests/contract/test_client_leaks.py
 
 fuzz: $(VENV)/.dev ## Generated tests with new cases, and generated requests to every documented operation
 	EXPLORE=20 $(BIN)/python -m pytest tests/unit/data tests/unit/control tests/unit/wire tests/unit/test_tiny_model.py
