@@ -72,6 +72,13 @@ def serve(
     log_level: Annotated[
         LogLevel, typer.Option(help="info: one line per HTTP request; debug: polls and heartbeats too.")
     ] = "warning",
+    otel_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send OpenTelemetry traces to this OTLP/HTTP collector. Default: as OTEL_… variables say.",
+        ),
+    ] = None,
     auto_create: Annotated[
         bool, typer.Option(help="Tinkerbell: make an adapter when a request names one that does not exist.")
     ] = True,
@@ -79,7 +86,7 @@ def serve(
     """Serve the Tinker API; prints one line when ready and runs until Ctrl-C."""
     from tinsmith.control.settings import HealthSettings
     from tinsmith.server.app import create_app
-    from tinsmith.server.assemble import default_data_dir, open_control
+    from tinsmith.server.assemble import default_data_dir, open_control, open_tracing
     from tinsmith.server.run import allow_many_connections, bind, run_app, url_of
     from tinsmith.server.settings import ServerSettings, TinkerbellSettings, parse_dialects
     from tinsmith.types.engine_options import EngineOptions, ModelSource
@@ -104,7 +111,7 @@ def serve(
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)
         ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"
-        app = create_app(control, settings)
+        app = create_app(control, settings, open_tracing(otel_endpoint))
         run_app(app, listener, on_ready=lambda: print(ready, flush=True))
     except TinsmithError as error:
         typer.echo(f"tinsmith serve: {error}", err=True)

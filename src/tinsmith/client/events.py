@@ -7,10 +7,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from tinsmith.client.errors import TinkerError
-from tinsmith.types.events import Event, EventSink
+from tinsmith.types.events import Event, EventSink, TracingSink
 
 T = TypeVar("T")
 logger = logging.getLogger("tinsmith.client")
@@ -21,6 +22,7 @@ class Events:
 
     def __init__(self, sinks: Iterable[EventSink] = (), **common: Any) -> None:
         self._sinks = list(sinks)
+        self._tracers = [sink for sink in self._sinks if isinstance(sink, TracingSink)]
         self._common = common
         self._lock = threading.Lock()
 
@@ -29,6 +31,8 @@ class Events:
 
     def add(self, sink: EventSink) -> None:
         self._sinks.append(sink)
+        if isinstance(sink, TracingSink):
+            self._tracers.append(sink)
 
     def emit(self, name: str, /, **fields: Any) -> None:
         """Tell every sink. A sink that fails is dropped, with a warning in the log."""
@@ -55,17 +59,23 @@ class Events:
     async def _watched(
         self, work: Coroutine[Any, Any, T], span: Span, summary: Callable[[T], Mapping[str, Any]] | None
     ) -> T:
-        self.emit("operation.started", **span.fields)
-        try:
-            result = await work
-        except BaseException as error:
-            self.emit("operation.failed", **(span.measured() | describe(error)))
-            raise
-        more = {} if summary is None else dict(summary(result))
-        self.emit(
-            "operation.finished", **(span.measured() | {key: value for key, value in more.items() if value is not None})
-        )
-        return result
+        with ExitStack() as traced:
+            for sink in self._tracers:
+                traced.enter_context(sink.operation(span.operation, span.fields, time.monotonic() - span.called_at))
+            self.emit("operation.started", **span.fields)
+            try:
+                result = await work
+            except BaseException as error:
+                self.emit("operation.failed", **(span.measured() | describe(error)))
+                raise
+            more = {} if summary is None else dict(summary(result))
+            known = {key: value for key, value in more.items() if value is not None}
+            self.emit("operation.finished", **(span.measured() | known))
+            return result
+
+    def headers(self) -> dict[str, str]:
+        """What a request of the present operation carries beside its own headers."""
+        return {name: value for sink in self._tracers for name, value in sink.headers().items()}
 
 
 class Span:
@@ -78,6 +88,10 @@ class Span:
         self.called_at = time.monotonic()
         self.sent_at: float | None = None
         self.acknowledged_at: float | None = None
+
+    @property
+    def operation(self) -> str:
+        return str(self.fields["operation"])
 
     def sent(self) -> None:
         self.sent_at = time.monotonic()

@@ -354,7 +354,7 @@ class Http:
         if call.method != "GET":
             headers["Content-Type"] = call.content_type
             headers["X-Idempotency-Key"] = key
-        return {**headers, **call.headers, **self._config.headers}
+        return {**headers, **self.events.headers(), **call.headers, **self._config.headers}
 
 
 def _idempotency_key() -> str:

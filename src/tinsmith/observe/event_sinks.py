@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from tinsmith.observe.jsonl import JsonlSink, read_jsonl
 from tinsmith.types.events import Event, EventSink
 
-KINDS = ("console", "jsonl", "sqlite")
+KINDS = ("console", "jsonl", "sqlite", "otel")
 _QUIET = ("http.request", "operation.started")
 _SUFFIXES = {".jsonl": "jsonl", ".db": "sqlite", ".sqlite": "sqlite"}
 
@@ -95,18 +95,32 @@ class SqliteEvents:
 
 
 def open_sinks(wanted: str) -> tuple[EventSink, ...]:
-    """Sinks from a text such as `console,jsonl:run.jsonl,sqlite:runs.db`. Raises `ValueError` for anything else."""
+    """Sinks from a text such as `console,jsonl:run.jsonl,sqlite:runs.db,otel`. Raises `ValueError` for anything else.
+
+    `otel` takes the address of a collector, or none where OpenTelemetry's own variables say it.
+    """
     sinks: list[EventSink] = []
     for part in filter(None, (part.strip() for part in wanted.split(","))):
         kind, _, path = part.partition(":")
         if kind not in KINDS:
             raise ValueError(f"{kind!r} is no kind of sink; known are {', '.join(KINDS)}")
+        if kind == "otel":
+            sinks.append(_otel_sink(path or None))
+            continue
         if (kind == "console") == bool(path):
             raise ValueError(
                 f"{part!r}: {kind} takes {'no path' if kind == 'console' else 'a path, as in ' + kind + ':PATH'}"
             )
         sinks.append(ConsoleEvents() if kind == "console" else (JsonlEvents if kind == "jsonl" else SqliteEvents)(path))
     return tuple(sinks)
+
+
+def _otel_sink(endpoint: str | None) -> EventSink:
+    try:
+        from tinsmith.observe.otel_events import OpenTelemetryEvents
+    except ImportError as error:
+        raise ValueError("traces need OpenTelemetry: pip install 'tinsmith[otel]'") from error
+    return OpenTelemetryEvents(endpoint)
 
 
 def read_events(path: Path | str, *, run_id: str | None = None, name: str | None = None) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -32,11 +33,14 @@ from tinsmith.server.service import Service, ServiceDep
 from tinsmith.server.settings import ServerSettings
 from tinsmith.types.errors import TinsmithError
 
+if TYPE_CHECKING:
+    from tinsmith.server.tracing import Tracing
 
-def create_app(control: Control, settings: ServerSettings | None = None) -> FastAPI:
+
+def create_app(control: Control, settings: ServerSettings | None = None, tracing: Tracing | None = None) -> FastAPI:
     """An application whose lifespan starts and closes `control`; `app.state.service` is what its routes share.
 
-    Entering the lifespan raises `UserError` if a base model cannot be loaded.
+    `tracing` is closed with it. Entering the lifespan raises `UserError` if a base model cannot be loaded.
     """
     settings = settings or ServerSettings()
     service = Service(control, settings)
@@ -49,6 +53,8 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
         finally:
             service.close()
             await control.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="Tinsmith",
@@ -71,6 +77,8 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
         app.include_router(models.router, prefix=openai.PREFIX)
     app.include_router(hub.router, prefix=hub.PREFIX)
     figures = _add_metrics(app, service)
+    if tracing is not None:
+        control.observers.add(tracing)
     app.add_exception_handler(TinsmithError, handle_tinsmith_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
@@ -82,7 +90,7 @@ def create_app(control: Control, settings: ServerSettings | None = None) -> Fast
     )
     # the outermost is the last that is added
     prefixes = (tinker.PREFIX, openai.PREFIX, anthropic.PREFIX, hub.PREFIX)
-    app.add_middleware(Observed, routes=app.routes, prefixes=prefixes, figures=figures, tracer=None)
+    app.add_middleware(Observed, routes=app.routes, prefixes=prefixes, figures=figures, tracer=tracing)
     app.openapi = partial(build_openapi, app)  # type: ignore[method-assign]
     return app
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tinsmith.control.service import Control
 from tinsmith.control.settings import ControlSettings
@@ -13,9 +14,15 @@ from tinsmith.runtime.handle import EngineHandle
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from tinsmith.server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
 EngineHome: TypeAlias = Literal["process", "thread"]
 
 DATA_DIR_VARIABLE = "TINSMITH_DATA_DIR"
+OTEL_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 def open_control(
@@ -45,6 +52,24 @@ def _engine(source: ModelSource, options: EngineOptions, home: EngineHome) -> En
     from tinsmith.runtime.process import ProcessEngine
 
     return ProcessEngine(source, options)
+
+
+def open_tracing(endpoint: str | None) -> Tracing | None:
+    """Traces to an OTLP/HTTP collector: at `endpoint`, or where OpenTelemetry's own variables say; `None` without.
+
+    Raises `InvalidInput` if they are asked for and OpenTelemetry is not installed.
+    """
+    if endpoint is None and not any(os.environ.get(name) for name in OTEL_VARIABLES):
+        return None
+    try:
+        from tinsmith.observe.otel import open_provider
+        from tinsmith.server.tracing import Tracing
+    except ImportError as error:
+        if endpoint is None:
+            logger.warning("%s is set, but there is no OpenTelemetry: pip install 'tinsmith[otel]'", OTEL_VARIABLES[0])
+            return None
+        raise InvalidInput("--otel-endpoint needs OpenTelemetry: pip install 'tinsmith[otel]'") from error
+    return Tracing(open_provider("tinsmith", endpoint=endpoint))
 
 
 def default_data_dir() -> Path:

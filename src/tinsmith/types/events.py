@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,3 +28,16 @@ class EventSink(Protocol):
 
     def close(self) -> None:
         """Everything written is safe when this returns. Idempotent."""
+
+
+@runtime_checkable
+class TracingSink(EventSink, Protocol):
+    """A sink that follows operations over the wire."""
+
+    def operation(self, name: str, fields: Mapping[str, Any], age_s: float) -> AbstractContextManager[None]:
+        """Around all that one operation does; it was called `age_s` ago."""
+        ...
+
+    def headers(self) -> Mapping[str, str]:
+        """What requests of the present operation carry, so that a server's trace joins it."""
+        ...
