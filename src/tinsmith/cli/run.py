@@ -85,16 +85,20 @@ def _dry_run(console: Console, recipe: type[Recipe], config: Any) -> None:
 
 
 def _run(console: Console, recipe: type[Recipe], config: TrainingConfig) -> None:
-    from tinsmith.kitchen import run_recipe
+    from tinsmith.kitchen import NothingTrained, run_recipe
     from tinsmith.kitchen.adapters.tinker_training import open_backend
     from tinsmith.observe import ProgressLine
 
-    result = run_recipe(
-        recipe,
-        config,
-        lambda config, folder: open_backend(base_url=config.base_url, model=config.model, store=folder.store),
-        observers=[ProgressLine(console)],
-    )
+    try:
+        result = run_recipe(
+            recipe,
+            config,
+            lambda config, folder: open_backend(base_url=config.base_url, model=config.model, store=folder.store),
+            observers=[ProgressLine(console)],
+        )
+    except NothingTrained as found:
+        console.print(str(found), markup=False, highlight=False)
+        return
     _print_result(console, result)
 
 

@@ -8,6 +8,7 @@ KitchenError             (types.errors.UserError)
 │   └── StageError       one of its stages failed; knows where, and the cause
 ├── RunFolderError       the output folder holds something else, or not what is needed to resume
 ├── GateFailed           the numbers at the start of a run are not what they must be
+├── NothingTrained       a run found no reason to train
 └── TrainingDiverged     the loss is no longer a finite number
 """
 
@@ -60,6 +61,10 @@ class RunFolderError(KitchenError):
 
 
 class GateFailed(KitchenError):
+    pass
+
+
+class NothingTrained(KitchenError):
     pass
 
 

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias, TypeVar
 
 from tinsmith.kitchen.backend import DeferredBackend
 from tinsmith.kitchen.context import Context
-from tinsmith.kitchen.errors import StageError
+from tinsmith.kitchen.errors import NothingTrained, StageError
 from tinsmith.kitchen.ports import TrainingBackend
 from tinsmith.kitchen.recipe import Recipe
+from tinsmith.kitchen.recipes.feedback import FeedbackConfig
 from tinsmith.kitchen.recipes.supervised import Supervised, SupervisedConfig
 from tinsmith.kitchen.run_folder import CheckpointRecord, RunFolder
 from tinsmith.kitchen.run_log import RunLog
@@ -78,14 +79,16 @@ def run_recipe(
 
     `name` is what the run goes by in its manifest and with the server; `adapters` replace those for files.
 
-    Raises what the stages raise, with a note that names the stage; and `ConfigError`, `RunFolderError`.
+    Raises what the stages raise, with a note that names the stage; and `ConfigError`, `RunFolderError`; and
+    `NothingTrained` if the workflow found no reason to.
     """
-    from tinsmith.kitchen.adapters.datasets import FileDatasets
-
     folder = folder_for(config, name or recipe.name)
     backend = DeferredBackend(lambda: connect(config, folder))
-    files = {"dataset_store": FileDatasets(), "training_client": backend, "sampling_client": backend}
-    prepared = prepare(recipe, config, adapters={**files, **(adapters or {})}, observers=observers, folder=folder)
+    files = _file_adapters(config, folder, adapters or {})
+    backends = {"training_client": backend, "sampling_client": backend}
+    prepared = prepare(
+        recipe, config, adapters={**files, **backends, **(adapters or {})}, observers=observers, folder=folder
+    )
     prepared = with_state(prepared, clock=clock, recipe=name or recipe.name)
     try:
         done = blocking(lambda: carry_out(prepared))
@@ -97,6 +100,22 @@ def run_recipe(
         raise
     backend.close()
     return _result(done)
+
+
+def _file_adapters(config: TrainingConfig, folder: RunFolder, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Files in the places that the config names, for ports that nothing else was given for."""
+    from tinsmith.kitchen.adapters.datasets import FileDatasets
+    from tinsmith.kitchen.adapters.files import FolderBlobs, FolderRegistry, JsonlFeedback
+
+    found: dict[str, Any] = {"dataset_store": FileDatasets()}
+    if config.register_as is not None and "model_registry" not in given:
+        found["model_registry"] = FolderRegistry(folder.path.parent)
+    if isinstance(config, FeedbackConfig):
+        if "feedback_client" not in given:
+            found["feedback_client"] = JsonlFeedback(config.data)
+        if "blob_store" not in given:
+            found["blob_store"] = FolderBlobs(config.data.parent / "feedback_loop")
+    return found
 
 
 def run_supervised(
@@ -127,6 +146,8 @@ def run_supervised(
 
 
 def _result(ctx: Context) -> TrainingResult:
+    if "log" not in ctx.state:
+        raise NothingTrained(f"nothing was trained: {ctx.state.outcome}")
     log: RunLog = ctx.state.log
     assert log.checkpoint is not None, "the last step always saves"
     return TrainingResult(

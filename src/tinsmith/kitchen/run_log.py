@@ -14,7 +14,9 @@ from tinsmith.kitchen.run_folder import CheckpointRecord, RunFolder, checkpoint_
 from tinsmith.kitchen.training_config import TrainingConfig
 from tinsmith.observe import JsonlSink, RunObserver, StepRow
 
-FREE_TO_CHANGE = frozenset({"output", "resume", "base_url", "data", "save_every", "eval_every", "numerics_gate"})
+FREE_TO_CHANGE = frozenset(
+    {"output", "resume", "base_url", "data", "save_every", "eval_every", "numerics_gate", "register_as"}
+)
 """Keys that a resumed run may set otherwise, for they change nothing of what is learned; data is compared by hash."""
 
 

@@ -26,6 +26,10 @@ class TrainingConfig(RecipeConfig):
     """Peak learning rate of AdamW."""
     lr_schedule: LrSchedule = "linear"
     """How the learning rate falls from its peak to the end of the run."""
+    lr_end_share: float = Field(default=0.01, gt=0, le=1)
+    """Exponential schedule: the share of the peak that it falls towards."""
+    lr_power: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    """Polynomial schedule: the power of what is left of the run."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises to its peak."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -44,6 +48,8 @@ class TrainingConfig(RecipeConfig):
     """Fixes the adapter's first weights, the order of the data, samples, and the test set."""
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 saves at the end only."""
+    register_as: str | None = Field(default=None, min_length=1)
+    """Name under which the last checkpoint goes into the model registry; none registers nothing."""
     numerics_gate: bool = True
     """Before the first step: check that sampling and training agree on log-probabilities, and stop if they do not."""
 
@@ -52,6 +58,19 @@ class TrainingConfig(RecipeConfig):
         if self.resume and self.output is None:
             raise ValueError("resume=true needs output=: the folder of the run to go on with")
         return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        for key, schedule in (("lr_end_share", "exponential"), ("lr_power", "polynomial")):
+            if self.is_set(key) and self.lr_schedule != schedule:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is of lr_schedule={schedule}, not of {self.lr_schedule}"
+                )
+        return self
+
+    def is_set(self, key: str) -> bool:
+        """Whether it has another value than its default: a config that was written out names every key."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     def bound_keys(self) -> frozenset[str]:
         """Keys that change what is learned here, though elsewhere they do not: a resumed run must keep them."""
@@ -66,6 +85,8 @@ class TrainingConfig(RecipeConfig):
                 step=step - 1,
                 num_steps=num_steps,
                 warmup_steps=self.warmup_steps,
+                end_share=self.lr_end_share,
+                power=self.lr_power,
             ),
             beta1=self.adam_beta1,
             beta2=self.adam_beta2,

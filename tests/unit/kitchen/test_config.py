@@ -54,7 +54,10 @@ def test_none_is_taken_where_a_key_may_be_none() -> None:
         (["data=x", "epochs=0"], "epochs='0': Input should be greater than or equal to 1"),
         (["data=x", "learning_rate=fast"], "learning_rate='fast': Input should be a valid number"),
         (["data=x", "learning_rate=nan"], "learning_rate='nan': Input should be"),
-        (["data=x", "lr_schedule=poly"], "lr_schedule='poly': Input should be 'linear', 'cosine' or 'constant'"),
+        (
+            ["data=x", "lr_schedule=poly"],
+            "lr_schedule='poly': Input should be 'linear', 'cosine', 'constant', 'exponential' or 'polynomial'",
+        ),
         (["data=x", "resume=true"], "resume=true needs output="),
         (["data=x", "eval_every=3"], "eval_every=3 needs test_size"),
         (["data=x", "too_long=skip"], "too_long='skip' needs max_length"),
@@ -102,7 +105,10 @@ def test_every_key_is_documented() -> None:
     keys = {key.name: key for key in config_keys(SupervisedConfig)}
     assert all(key.doc for key in keys.values())
     assert (keys["data"].type, keys["data"].default) == ("path", None)
-    assert (keys["lr_schedule"].type, keys["lr_schedule"].default) == ("linear|cosine|constant", "linear")
+    assert (keys["lr_schedule"].type, keys["lr_schedule"].default) == (
+        "linear|cosine|constant|exponential|polynomial",
+        "linear",
+    )
     assert (keys["max_length"].type, keys["max_length"].default) == ("int|none", "none")
     assert (keys["learning_rate"].default, keys["resume"].type) == ("0.0002", "true|false")
 
@@ -118,6 +124,8 @@ def test_configs_are_immutable() -> None:
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
         ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+        ("exponential", [0.5, 1.0, 1.0, 0.316228, 0.1, 0.031623]),
+        ("polynomial", [0.5, 1.0, 1.0, 0.5625, 0.25, 0.0625]),
     ],
 )
 def test_learning_rates_rise_and_fall(schedule: str, rates: list[float]) -> None:

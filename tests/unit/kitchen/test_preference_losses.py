@@ -93,5 +93,5 @@ def test_gradients_lie_on_the_answers_and_go_up_for_the_chosen(kind: Any) -> Non
 
 
 def test_gamma_of_another_loss_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gamma=0.5 is of loss='simpo', not of 'dpo'"):
-        RECIPES["dpo"].make({"gamma": 0.5})
+    with pytest.raises(ConfigError, match=r"gamma=0.25 is of loss='simpo', not of 'dpo'"):
+        RECIPES["dpo"].make({"gamma": 0.25})

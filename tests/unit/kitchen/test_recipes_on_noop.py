@@ -63,7 +63,7 @@ def cook(tiny_tokenizer: ChatTokenizer, tmp_path: Path) -> Callable[..., Trainin
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert SMALL.keys() | {"supervised", "preference", "reinforcement"} == RECIPES.keys()
+    assert SMALL.keys() | {"supervised", "preference", "reinforcement", "feedback_loop"} == RECIPES.keys()
 
 
 @pytest.mark.parametrize("name", SMALL)

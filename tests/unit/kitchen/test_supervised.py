@@ -18,6 +18,7 @@ from tinsmith.kitchen import (
     TrainingDiverged,
     run_supervised,
 )
+from tinsmith.kitchen.adapters.files import FolderRegistry
 from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopFailure
 from tinsmith.observe import read_jsonl
 from tinsmith.types.errors import UserError
@@ -208,6 +209,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "batch_size": {"batch_size": 3},
     "learning_rate": {"learning_rate": 1e-3},
     "lr_schedule": {"lr_schedule": "constant"},
+    "lr_end_share": {"lr_schedule": "exponential", "lr_end_share": 0.5},
+    "lr_power": {"lr_schedule": "polynomial", "lr_power": 3.0},
+    "register_as": {"register_as": "talker"},
     "warmup_steps": {"warmup_steps": 2},
     "adam_beta1": {"adam_beta1": 0.8},
     "adam_beta2": {"adam_beta2": 0.9},
@@ -229,6 +233,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 BASELINES: dict[str, dict[str, Any]] = {
     "too_long": {"max_length": 24, "too_long": "skip"},
     "eval_every": {"test_size": 2},
+    "lr_end_share": {"lr_schedule": "exponential"},
+    "lr_power": {"lr_schedule": "polynomial"},
 }
 
 
@@ -258,7 +264,8 @@ def test_no_key_is_dead(
             return str(error)
         submitted = [call for call in backend.calls if call.startswith("submit")]
         dumps = [[datum.model_dump() for datum in batch] for batch in backend.data]
-        return connected, submitted, dumps, backend.adam_params, backend.specs
+        registered = FolderRegistry(Path()).list()
+        return connected, submitted, dumps, backend.adam_params, backend.specs, registered
 
     baseline = {"output": "base"} | BASELINES.get(key, {})
     change = {"output": "base"} | BASELINES.get(key, {}) | CHANGES[key]

@@ -11,6 +11,7 @@ from tinsmith.kitchen.recipes.distillation import (
     OffPolicyConfig,
     OffPolicyDistillation,
 )
+from tinsmith.kitchen.recipes.feedback import FeedbackConfig, FeedbackLoop
 from tinsmith.kitchen.recipes.preference import Dpo, Preference, PreferenceConfig
 from tinsmith.kitchen.recipes.reinforcement import MathRl, MultiTurnRl, Reinforcement, ReinforcementConfig
 from tinsmith.kitchen.recipes.supervised import ChatSl, SlBasic, Supervised, SupervisedConfig
@@ -26,6 +27,7 @@ _ALL: Final[tuple[type[Recipe], ...]] = (
     MultiTurnRl,
     Distillation,
     OffPolicyDistillation,
+    FeedbackLoop,
 )
 RECIPES: Final[dict[str, type[Recipe]]] = {recipe.name: recipe for recipe in _ALL}
 
@@ -35,6 +37,8 @@ __all__ = [
     "Distillation",
     "DistillationConfig",
     "Dpo",
+    "FeedbackConfig",
+    "FeedbackLoop",
     "MathRl",
     "MultiTurnRl",
     "OffPolicyConfig",

@@ -43,7 +43,7 @@ class PreferenceConfig(TrainingConfig):
             raise ValueError(f"eval_every={self.eval_every} needs test_size: there is no test set to evaluate on")
         if self.loss in WITHOUT_REFERENCE and self.reference is not None:
             raise ValueError(f"loss={self.loss!r} has no reference; leave out reference={self.reference!r}")
-        if "gamma" in self.model_fields_set and self.loss != "simpo":
+        if self.is_set("gamma") and self.loss != "simpo":
             raise ValueError(f"gamma={self.gamma!r} is of loss='simpo', not of {self.loss!r}")
         return self
 

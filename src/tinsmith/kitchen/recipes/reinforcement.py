@@ -74,7 +74,7 @@ class ReinforcementConfig(RolloutConfig):
         if self.group_size == 1 and not self.kl_penalty_coef:
             raise ValueError("group_size=1 leaves nothing to compare: every advantage would be 0")
         for key in ("gae_gamma", "gae_lambda"):
-            if key in self.model_fields_set and self.advantages != "gae":
+            if self.is_set(key) and self.advantages != "gae":
                 raise ValueError(f"{key}={getattr(self, key)!r} needs advantages=gae, not {self.advantages}")
         return self
 

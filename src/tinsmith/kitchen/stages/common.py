@@ -11,9 +11,9 @@ import numpy as np
 
 from tinsmith.data import Message, choose_renderer
 from tinsmith.kitchen.context import Context
-from tinsmith.kitchen.errors import GateFailed
+from tinsmith.kitchen.errors import ConfigError, GateFailed
 from tinsmith.kitchen.manifest import make_manifest
-from tinsmith.kitchen.ports import Dataset, Sampler, SessionSpec
+from tinsmith.kitchen.ports import Dataset, ModelRegistry, Sampler, SessionSpec
 from tinsmith.kitchen.run_folder import CheckpointRecord, RunFolder
 from tinsmith.kitchen.run_log import RunLog, check_same_data
 from tinsmith.kitchen.stage import Stage
@@ -153,6 +153,31 @@ class FinishRun(Stage):
             "report": log.folder.report_file,
         }
         return ctx.put(artifacts={**ctx.get_state("artifacts", {}), **artifacts})
+
+
+class RegisterModel(Stage):
+    """The next version under the name that the config gives; nothing without one."""
+
+    name = "register_model"
+    on_resume = "run"
+
+    def validate(self, ctx: Context) -> None:
+        if ctx.config.register_as is not None and "model_registry" not in ctx.adapters:
+            raise ConfigError(f"register_as={ctx.config.register_as!r} needs an adapter for 'model_registry'")
+
+    def execute(self, ctx: Context) -> Context:
+        name, log = ctx.config.register_as, ctx.state.log
+        if name is None:
+            return ctx
+        record: CheckpointRecord = log.checkpoint
+        registry: ModelRegistry = ctx.get_adapter("model_registry")
+        made = next((model for model in registry.list(name) if model.path == record.sampler_path), None)
+        if made is None:  # a run that is resumed after its end has registered it already
+            metadata = {"recipe": ctx.state.recipe, "base": ctx.config.model, "step": record.step, "run": record.run_id}
+            made = registry.register(name, record.sampler_path, metadata=metadata)
+            ctx.emit("model.registered", {"version": made.version}, name=name, path=made.path)
+        log.note(f"registered as {name}:{made.version}")
+        return ctx.put(registered=made, artifacts={**ctx.get_state("artifacts", {}), "registered": made})
 
 
 class CloseRun(Stage):

@@ -11,6 +11,7 @@ from tinsmith.kitchen.stages.common import (
     LoadDataset,
     NumericsGate,
     OpenRun,
+    RegisterModel,
     StartSession,
 )
 from tinsmith.kitchen.stages.distillation import (
@@ -73,6 +74,7 @@ distillation: Final = workflow(
     ),
     stage("kl_after", MeasureTeacherKl),
     stage(FinishRun),
+    stage(RegisterModel),
     cleanup=[stage(StopRollouts), stage(CloseRun)],
     description="the student answers, the teacher scores every token, the student moves towards the teacher",
 )
@@ -98,6 +100,7 @@ off_policy_distillation: Final = workflow(
     ),
     stage("read_last_step", ReadStep, leave=0),
     stage(FinishRun),
+    stage(RegisterModel),
     cleanup=[stage(CloseRun)],
     description="the teacher answers the prompts, the student is fine-tuned on its answers",
 )

@@ -11,6 +11,7 @@ from tinsmith.kitchen.stages.common import (
     LoadDataset,
     NumericsGate,
     OpenRun,
+    RegisterModel,
     StartSession,
 )
 from tinsmith.kitchen.stages.preference import BuildPairs, PreferenceGate, ScoreReference, SubmitPairs
@@ -39,6 +40,7 @@ preference: Final = workflow(
     stage("read_last_step", ReadStep, leave=0),
     stage(BestCheckpoint),
     stage(FinishRun),
+    stage(RegisterModel),
     cleanup=[stage(CloseRun)],
     description="score the reference, then batch by batch: a loss of pairs, optim_step, save, evaluate",
 )

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from tinsmith.kitchen.stages.common import BeginTraining, CloseRun, FinishRun, NumericsGate, OpenRun, StartSession
+from tinsmith.kitchen.stages.common import (
+    BeginTraining,
+    CloseRun,
+    FinishRun,
+    NumericsGate,
+    OpenRun,
+    RegisterModel,
+    StartSession,
+)
 from tinsmith.kitchen.stages.reinforcement import (
     Assemble,
     AwaitRollouts,
@@ -41,6 +49,7 @@ reinforcement: Final = workflow(
         conditional(checkpoint_is_due)(stage(SaveRound)),
     ),
     stage(FinishRun),
+    stage(RegisterModel),
     cleanup=[stage(StopRollouts), stage(CloseRun)],
     description="draw episodes, take rewards less their group's mean as advantages, update the policy",
 )

@@ -13,6 +13,7 @@ from tinsmith.kitchen.stages.common import (
     LoadDataset,
     NumericsGate,
     OpenRun,
+    RegisterModel,
     StartSession,
 )
 from tinsmith.kitchen.stages.steps import LogEpoch, ReadStep
@@ -44,6 +45,7 @@ supervised: Final = workflow(
     stage("read_last_step", ReadStep, leave=0),
     stage(BestCheckpoint),
     stage(FinishRun),
+    stage(RegisterModel),
     cleanup=[stage(CloseRun)],
     description="read, render, then batch by batch: forward_backward, optim_step, save, evaluate",
 )
