@@ -23,7 +23,8 @@ serve: $(VENV)/.installed ## Serve the model that ships on http://127.0.0.1:8000
 test: $(VENV)/.dev $(TINKER_VENV)/.installed ## Run all tests
 	$(BIN)/python -m pytest
 
-faults: $(VENV)/.dev $(TINKER_VENV)/.installed ## Kill servers and engines at every step and every named point
+faults: $(VENV)/.dev $(TINKER_VENV)/.installed ## Kill servers and engines, break disks and networks (20 minutes; needs strace)
+	command -v strace > /dev/null || apt-get install --yes --quiet strace
 	FAULTS=1 $(BIN)/python -m pytest tests/faults tests/contract/test_client_leaks.py
 
 fuzz: $(VENV)/.dev ## Generated tests with new cases, and generated requests to every documented operation

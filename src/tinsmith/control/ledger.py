@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tinsmith.control import ledger_codec
+from tinsmith.control.disk_room import is_out_of_room
 from tinsmith.control.errors import NotTaken
 from tinsmith.types.crash_points import crash_point
 from tinsmith.types.errors import StorageError, TinsmithError, UserError
@@ -35,6 +36,7 @@ _PREALLOCATED_BYTES = 4 * 1024 * 1024
 _TIDY_BYTES = _PREALLOCATED_BYTES // 2
 """Written since the log was last moved into the database, before it is moved again."""
 _PAGE_BYTES = 4096
+_PROBE_BYTES = 256 * 1024
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -196,9 +198,19 @@ class Ledger:
         await self.write(())
 
     def probe(self) -> None:
-        """If the last write failed, try a small one, so that `fault` ends when the disk is well again."""
+        """If the last write failed, try one, so that `fault` ends when the disk is well again."""
         if self.fault is not None and self.fatal is None:
-            self.post([_touch], lambda error: None)
+            self.post([self._take_room], lambda error: None)
+
+    def _take_room(self, connection: sqlite3.Connection) -> int:
+        """Raises `sqlite3.OperationalError` if an entry of usual size finds none; a tiny one may still find it."""
+        if is_out_of_room(self.path):
+            full = sqlite3.OperationalError("database or disk is full")
+            full.sqlite_errorname = "SQLITE_FULL"
+            raise full
+        connection.execute("INSERT OR REPLACE INTO meta VALUES ('room', zeroblob(?))", (_PROBE_BYTES,))
+        connection.execute("DELETE FROM meta WHERE key = 'room'")
+        return _PROBE_BYTES
 
     def _write_loop(self) -> None:
         try:
@@ -272,11 +284,16 @@ class Ledger:
     def _note_failure(self, failure: sqlite3.Error) -> StorageError:
         reason = f"cannot write the ledger {str(self.path)!r}: {failure}"
         self.fault = reason
-        if getattr(failure, "sqlite_errorname", "") != "SQLITE_FULL":
+        if not self._is_passing(failure):
             self.fatal = reason
             logger.critical("%s; nothing more is taken", reason)
             self._call(self.on_fatal)
         return NotTaken(reason)
+
+    def _is_passing(self, failure: sqlite3.Error) -> bool:
+        """SQLite tells a full disk from a broken one, but not a quota or a limit of the size of files."""
+        name = getattr(failure, "sqlite_errorname", "")
+        return name == "SQLITE_FULL" or (name == "SQLITE_IOERR_WRITE" and is_out_of_room(self.path))
 
     def _tell(self, writes: list[_Write], error: StorageError | None) -> None:
         for write in writes:  # each by itself: one that fails in being told must not keep it from the others
@@ -354,9 +371,6 @@ def _execute(statement: str, *arguments: object) -> Change:
         return _PAGE_BYTES
 
     return change
-
-
-_touch = _execute("UPDATE meta SET value = value WHERE key = 'schema_version'")
 
 
 def _stored_version(connection: sqlite3.Connection) -> int:

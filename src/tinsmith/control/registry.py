@@ -138,6 +138,13 @@ USAGE = sa.Table(
     sa.Column("tokens", BigInteger, nullable=False),
 )
 
+COUNTED_REQUESTS = sa.Table(
+    "counted_requests",
+    METADATA,
+    sa.Column("request_id", sa.Text, primary_key=True),
+)
+"""Requests that are in `usage` and in the ledger: a replay does them again, and they are not counted again."""
+
 USERS = sa.Table(
     "users",
     METADATA,

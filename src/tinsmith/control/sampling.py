@@ -428,7 +428,8 @@ class Sampling:
             if not self._is_paused(request_id, error):
                 self._finish(request_id, error)
         else:
-            if (sample := self._open.get(request_id)) is not None:
+            sample = self._open.get(request_id)
+            if sample is not None and self._meter.is_first(request_id):
                 self._count(sample.session_id, sample.slot.card.name, sample.prompt_tokens, answer.result())
             self._finish(request_id, _complete(answer.result(), request_id))
 

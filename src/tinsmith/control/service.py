@@ -185,6 +185,8 @@ class Control:
             clock=self._clock,
         )
         self._snapshots.watch(self._engines)
+        self._meter.replayable = self._training.replayable
+        await self._meter.recall()
         await self._replay.restore()
         self._supervisor.begin()
         await self._snapshots.sweep()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -125,12 +126,11 @@ class Training:
 
     async def _execute(self, turn: Turn, on_answered: OnAnswered) -> None:
         """Do a turn, and note what it used."""
-        counted = {work.request_id for _, work in turn if self._futures.ended(work.request_id) is not None}
         for _, work in turn:
             self._futures.start(work.request_id)
 
         def answered(model: Model, work: Work) -> None:
-            if work.request_id not in counted and self._futures.has_succeeded(work.request_id):
+            if self._futures.has_succeeded(work.request_id) and self._meter.is_first(work.request_id):
                 self._note_use(model, work)
             on_answered(model, work)
 
@@ -595,6 +595,15 @@ class Training:
         return entries
 
     # ---- going on after a crash ----
+
+    async def replayable(self) -> set[str]:
+        """Requests, samples among them, that a replay would do again; whatever has left the ledger is not among them,
+        and will not be there after a crash either."""
+        found = {request_id for model in self._models.values() for request_id in model.journaled.values()}
+        found |= self._journal.lone
+        with contextlib.suppress(StorageError):  # then nothing leaves the ledger any more
+            await self._journal.write(())
+        return found
 
     @property
     def models(self) -> list[Model]:

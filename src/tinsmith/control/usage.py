@@ -1,13 +1,14 @@
 """How much was computed and stored: tokens per hour, session and base model; checkpoints and the space they take.
 
-Tokens are counted in memory and written by the janitor; what a crash loses is less than a minute's worth. Checkpoints
-and their space follow from their records.
+Tokens are counted in memory and written by the janitor; what a crash loses is less than a minute's worth, and a request
+that is done again after it is not counted again. Checkpoints and their space follow from their records.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +17,7 @@ import sqlalchemy as sa
 from tinsmith.control.database import insert_into
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock
-from tinsmith.control.registry import CHECKPOINTS, RUNS, SESSIONS, USAGE, Registry
+from tinsmith.control.registry import CHECKPOINTS, COUNTED_REQUESTS, RUNS, SESSIONS, USAGE, Registry
 
 HOUR_S = 3600
 GIGABYTE = 1e9
@@ -63,7 +64,14 @@ class Meter:
     def __init__(self, registry: Registry, clock: Clock) -> None:
         self._registry = registry
         self._clock = clock
+        self._flushing = asyncio.Lock()
         self._pending: Counter[_Bucket] = Counter()
+        self._fresh: set[str] = set()
+        """Requests counted since the last flush."""
+        self._marked: set[str] = set()
+        """Requests counted before, as far as a replay would do them again; on disk with what was counted."""
+        self.replayable: Callable[[], Awaitable[set[str]]] = _nothing
+        """Requests that are in the ledger and will be after a crash."""
         self.on_count: Callable[[TokenKind, str, int], None] = lambda kind, base_model, count: None
 
     def count(self, kind: TokenKind, session_id: str, base_model: str, tokens: int) -> None:
@@ -72,16 +80,38 @@ class Meter:
             self._pending[hour, session_id, base_model, kind] += tokens
             self.on_count(kind, base_model, tokens)
 
+    def is_first(self, request_id: str) -> bool:
+        """Whether what this request uses was not counted yet; from now on it was."""
+        if request_id in self._fresh or request_id in self._marked:
+            return False
+        self._fresh.add(request_id)
+        return True
+
+    async def recall(self) -> None:
+        """After a crash: which of the requests that will be done again were counted."""
+        rows = await self._registry.read(lambda c: c.execute(sa.select(COUNTED_REQUESTS.c.request_id)).all())
+        self._marked = {row.request_id for row in rows}
+
     async def flush(self) -> None:
         """Write what was counted; kept for the next time if the registry refuses."""
+        async with self._flushing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         pending, self._pending = self._pending, Counter()
-        if not pending:
-            return
+        fresh, self._fresh = self._fresh, set()
+        self._marked |= fresh
         try:
-            await self._registry.write(lambda c: _add(c, pending))
-        except Exception:
+            kept = await self.replayable() if self._marked else set()
+            spent = self._marked - kept
+            if pending or fresh or spent:
+                await self._registry.write(lambda c: _write(c, pending, fresh & kept, spent - fresh))
+        except BaseException:
             self._pending.update(pending)
+            self._fresh |= fresh
+            self._marked -= fresh
             raise
+        self._marked -= spent
 
     async def report(self, start: float, end: float, owner: str | None = None) -> UsageReport:
         """Whole hours from `start` up to, not including, `end`; of one user, or of all.
@@ -96,6 +126,19 @@ class Meter:
         """What is stored now; of one project and one user, or of all."""
         now = self._clock.time()
         return await self._registry.read(lambda c: _stored(c, project_id, owner, now))
+
+
+async def _nothing() -> set[str]:
+    return set()
+
+
+def _write(connection: sa.Connection, counted: Mapping[_Bucket, int], marked: set[str], spent: set[str]) -> None:
+    _add(connection, counted)
+    if marked:
+        connection.execute(sa.insert(COUNTED_REQUESTS), [{"request_id": request_id} for request_id in marked])
+    if spent:
+        one = sa.delete(COUNTED_REQUESTS).where(COUNTED_REQUESTS.c.request_id == sa.bindparam("spent"))
+        connection.execute(one, [{"spent": request_id} for request_id in spent])
 
 
 def _add(connection: sa.Connection, counted: Mapping[_Bucket, int]) -> None:

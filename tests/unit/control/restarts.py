@@ -19,13 +19,13 @@ class Server:
     """A server that can be killed and started again over the same folder."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
-        self._data_dir = data_dir
+        self.data_dir = data_dir
         self.settings = settings
         self.clock = ManualClock()
 
     async def start(self, engine: FakeEngine | None = None) -> Harness:
         values = {
-            "data_dir": self._data_dir,
+            "data_dir": self.data_dir,
             "ledger": True,
             "sweep_interval_s": 3600.0,
             "engine_backoff_s": 0.0,
