@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tinsmith.control.metadata import check_checkpoint_metadata
 from tinsmith.control.requests import (
     ApplyOptimizer,
     ForwardBackward,
@@ -50,6 +51,7 @@ def check_request(request: ModelRequest, card: BaseModelCard) -> None:
         case SaveState() | SaveExternal():
             check_checkpoint_name(request.name)
             check_ttl(request.ttl_seconds)
+            check_checkpoint_metadata(request.user_metadata)
         case SaveForSampler():
             _check_save_for_sampler(request)
         case LoadState():
@@ -80,3 +82,4 @@ def _check_save_for_sampler(request: SaveForSampler) -> None:
     if request.sampling_session_seq_id is not None and request.sampling_session_seq_id < 0:
         raise InvalidInput(f"sampling_session_seq_id must be at least 0, not {request.sampling_session_seq_id!r}")
     check_ttl(request.ttl_seconds)
+    check_checkpoint_metadata(request.user_metadata)

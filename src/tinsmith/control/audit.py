@@ -21,6 +21,11 @@ AuditEvent: TypeAlias = Literal[
     "checkpoint_ttl_set",
     "checkpoint_delete",
     "checkpoint_expire",
+    "checkpoint_evict",
+    "checkpoint_retire",
+    "checkpoint_pin",
+    "checkpoint_unpin",
+    "session_expire",
     "project_session_assign",
 ]
 """`<resource>_<action>`."""

@@ -8,11 +8,11 @@ makes a new version; versions it supersedes stay for a while (`ControlSettings.s
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
@@ -33,6 +33,8 @@ from tinsmith.types.errors import AlreadyExists, InvalidInput, StorageError, Tin
 from tinsmith.types.operations import BaseModelCard, LoraSpec, SaveAdapter, SavedCheckpoint
 
 logger = logging.getLogger(__name__)
+
+MakeRoom: TypeAlias = Callable[[sa.Connection, CheckpointRow, float], Sequence[CheckpointRow]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,10 @@ class CheckpointStore:
         self._ids = ids
         self._clock = clock
         self._superseded_versions_kept = superseded_versions_kept
+        self.make_room: MakeRoom = lambda connection, row, at: []
+        """Asked in the transaction that has registered a checkpoint: what was marked deleted for it."""
+        self.on_saved: Callable[[str], None] = lambda run_id: None
+        """Told of every run that has a checkpoint more."""
 
     async def find(self, path: str, *, reader: str | None = None, owner: str | None = None) -> CheckpointRow:
         """What an address means now. Raises `InvalidInput` for no such form, `NotFound` for no such thing.
@@ -122,12 +128,24 @@ class CheckpointStore:
         """
         row = await write(self.folders.draft(key))
         await self._put(key)
-        try:
-            await self._registry.write(lambda c: register(c, row))
-        except TinsmithError:
-            await self._remove_folders([key])
-            raise
+        await self.register_new(row, register)
         return row
+
+    async def register_new(self, row: CheckpointRow, register: records.Register) -> None:
+        """One whose files are whole in the store; they are removed if this raises, but for `Unsettled`."""
+
+        def work(connection: sa.Connection) -> list[str]:
+            register(connection, row)
+            return [old.folder for old in self.make_room(connection, row, row.created_at)]
+
+        try:
+            doomed = await self._registry.write(work)
+        except Unsettled:
+            raise  # it may be registered: what is listed must be there
+        except TinsmithError:
+            await self._remove_folders([row.folder])
+            raise
+        await self._remove_folders(doomed)
 
     async def _put(self, key: str) -> None:
         try:
@@ -171,7 +189,8 @@ class CheckpointStore:
         def work(connection: sa.Connection) -> list[str]:
             records.register_checkpoint(connection, row, overwrite=overwrite)
             audit.note_checkpoint(connection, "checkpoint_create", row, row.created_at, size_bytes=row.size_bytes)
-            return records.delete_superseded(connection, row, row.created_at, keep=keep)
+            doomed = records.delete_superseded(connection, row, row.created_at, keep=keep)
+            return doomed + [old.folder for old in self.make_room(connection, row, row.created_at)]
 
         try:
             doomed = await self._registry.write(work)
@@ -181,6 +200,7 @@ class CheckpointStore:
             await self._remove_folders([row.folder])
             raise
         await self._remove_folders(doomed)
+        self.on_saved(row.run_id)
 
     async def delete(
         self, row: CheckpointRow, event: AuditEvent = "checkpoint_delete", *, reason: str = "asked for"
@@ -240,6 +260,21 @@ class CheckpointStore:
             if row.public != public:
                 audit.note_checkpoint(connection, event, row, at)
             records.update_checkpoint(connection, row.checkpoint_id, public=public)
+
+        await self._registry.write(work)
+
+    async def set_pinned(self, row: CheckpointRow, pinned: bool) -> None:
+        """Whether rules may remove it. Idempotent; what changes nothing is not noted."""
+        event: AuditEvent = "checkpoint_pin" if pinned else "checkpoint_unpin"
+        metadata = {key: value for key, value in (row.user_metadata or {}).items() if key != records.PIN}
+        if pinned:
+            metadata[records.PIN] = records.PINNED
+        at = self._clock.time()
+
+        def work(connection: sa.Connection) -> None:
+            if row.is_pinned != pinned:
+                audit.note_checkpoint(connection, event, row, at)
+            records.update_checkpoint(connection, row.checkpoint_id, user_metadata=metadata or None)
 
         await self._registry.write(work)
 

@@ -10,7 +10,6 @@ import sqlalchemy as sa
 
 from tinsmith.control import audit, records
 from tinsmith.control.checkpoints import CheckpointStore, describe, folder_key
-from tinsmith.control.errors import Unsettled
 from tinsmith.control.identities import LOCAL_USER_ID
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.once import Once
@@ -75,20 +74,14 @@ class Copies:
             raise AlreadyExists(f"training run {row.run_id!r} exists; take the next model_seq_id")
         await self._copy_folder(source, row)
 
-        def work(connection: sa.Connection) -> None:
+        def register(connection: sa.Connection, row: CheckpointRow) -> None:
             if order.session_id is None:
                 records.insert(connection, SESSIONS, _session_for_copy(session_id, order, now))
             records.insert(connection, RUNS, run)
             records.register_checkpoint(connection, row, overwrite=False)
             audit.note_checkpoint(connection, "checkpoint_copy", row, now, source_path=source.present_path)
 
-        try:
-            await self._registry.write(work)
-        except Unsettled:
-            raise  # it may be registered: what is listed must be there
-        except BaseException:
-            await self._folders.delete(row.folder)
-            raise
+        await self._checkpoints.register_new(row, register)
         return row.path
 
     async def _copy_folder(self, source: CheckpointRow, row: CheckpointRow) -> None:

@@ -6,7 +6,8 @@ UserError
 ├── SamplerGone      the sampler's snapshot was dropped
 ├── Unauthorized     no key, or one that is unknown, expired or revoked
 ├── Forbidden        the key is good, and not for this
-└── FutureExpired    the request existed; its result is no longer kept
+├── FutureExpired    the request existed; its result is no longer kept
+└── DiskBudgetExceeded   there is no room for another checkpoint
 
 StorageError
 ├── NotTaken         the request could not be written down, and was not begun: send it again
@@ -39,6 +40,10 @@ class Forbidden(UserError):
 
 
 class FutureExpired(UserError):
+    pass
+
+
+class DiskBudgetExceeded(UserError):
     pass
 
 

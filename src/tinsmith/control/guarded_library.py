@@ -131,6 +131,10 @@ class GuardedLibrary:
         owner = _owner(self._permit("train"), False)
         await self._library.set_published(run_id, checkpoint_id, public, owner=owner)
 
+    async def set_pinned(self, run_id: str, checkpoint_id: str, pinned: bool) -> None:
+        owner = _owner(self._permit("train"), False)
+        await self._library.set_pinned(run_id, checkpoint_id, pinned, owner=owner)
+
     async def copy_weights(self, order: CopyOrder, idempotency_key: str | None) -> str:
         caller = self._permit("train")
         if order.session_id is not None and not caller.is_local:

@@ -148,6 +148,11 @@ class Library:
         row = await self._checkpoints.find_in_run(run_id, checkpoint_id, owner=owner)
         await self._checkpoints.set_public(row, public)
 
+    async def set_pinned(self, run_id: str, checkpoint_id: str, pinned: bool, *, owner: str | None = None) -> None:
+        """Idempotent."""
+        row = await self._checkpoints.find_in_run(run_id, checkpoint_id, owner=owner)
+        await self._checkpoints.set_pinned(row, pinned)
+
     async def copy_weights(self, order: CopyOrder, idempotency_key: str | None) -> str:
         """The path of the copy. Raises `NotFound`, `InvalidInput`, `AlreadyExists`, `SessionEnded`."""
         check_destination(order)

@@ -350,16 +350,37 @@ def delete_versions(connection: sa.Connection, row: CheckpointRow, at: float) ->
 
 
 def delete_superseded(connection: sa.Connection, row: CheckpointRow, at: float, *, keep: int) -> list[str]:
-    """Mark all but the newest `keep` superseded versions of the name deleted; their folders."""
-    old = sa.select(CHECKPOINTS.c.checkpoint_id, CHECKPOINTS.c.folder).where(
+    """Mark all but the newest `keep` superseded versions of the name deleted, but for those that are published or
+    pinned; their folders."""
+    old = sa.select(CHECKPOINTS).where(
         _under(row.run_id, row.kind, row.name),
         CHECKPOINTS.c.superseded_at.is_not(None),
         CHECKPOINTS.c.deleted_at.is_(None),
     )
-    doomed = list(connection.execute(old.order_by(CHECKPOINTS.c.version.desc()).offset(keep)))
+    rows = _fetch(connection, old.order_by(CHECKPOINTS.c.version.desc()), CheckpointRow)
+    doomed = [version for version in rows if not (version.public or version.is_pinned)][keep:]
     for version in doomed:
         update_checkpoint(connection, version.checkpoint_id, deleted_at=at)
     return [version.folder for version in doomed]
+
+
+def stored_checkpoints(
+    connection: sa.Connection, *, owner: str | None = None, project_id: str | None = None
+) -> list[CheckpointRow]:
+    """All versions that take room, oldest first; of one owner, of the sessions of one project, or of all."""
+    query = sa.select(CHECKPOINTS).where(CHECKPOINTS.c.deleted_at.is_(None))
+    if owner is not None:
+        query = query.where(CHECKPOINTS.c.owner == owner)
+    if project_id is not None:
+        query = query.join(RUNS, RUNS.c.run_id == CHECKPOINTS.c.run_id)
+        query = query.join(SESSIONS, SESSIONS.c.session_id == RUNS.c.session_id)
+        query = query.where(SESSIONS.c.project_id == project_id)
+    return _fetch(connection, query.order_by(CHECKPOINTS.c.created_at, CHECKPOINTS.c.checkpoint_id), CheckpointRow)
+
+
+def project_of_run(connection: sa.Connection, run_id: str) -> str | None:
+    query = sa.select(SESSIONS.c.project_id).join(RUNS, RUNS.c.session_id == SESSIONS.c.session_id)
+    return connection.execute(query.where(RUNS.c.run_id == run_id)).scalar_one_or_none()
 
 
 def checkpoint_folders(connection: sa.Connection) -> set[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence, Set
 from typing import Any
 
-from tinsmith.control import records
+from tinsmith.control import audit, records
 from tinsmith.control.accounts import Accounts
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
@@ -51,6 +52,7 @@ from tinsmith.control.requests import (
     SampleRequest,
     Submission,
 )
+from tinsmith.control.retention import Budget, Retention, checkpoints_in_use
 from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
@@ -70,6 +72,8 @@ from tinsmith.types.rest import (
     GetSamplerResponse,
 )
 from tinsmith.types.results import DrawnToken, SampleResponse
+
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
 """How long a stopping server waits for what its engines work on."""
@@ -291,6 +295,17 @@ class Control:
             data_dir=settings.data_dir,
         )
         self._jobs = Jobs(self._futures)
+        self._retention = Retention(
+            registry=self._registry,
+            checkpoints=self._checkpoints,
+            clock=clock,
+            keep=settings.keep_checkpoints,
+            in_use=self._checkpoints_in_use,
+        )
+        self._checkpoints.on_saved = self._retention.saved
+        self._checkpoints.make_room = Budget(
+            max_bytes=settings.checkpoint_bytes_max, quotas=self.accounts, in_use=self._checkpoints_in_use
+        ).make_room
         self.owners = Owners(self._sessions, self._futures, self._registry)
         self.library = Library(
             registry=self._registry,
@@ -323,6 +338,10 @@ class Control:
         for slot in self._engines:
             slot.on_death = self._engine_died
 
+    def _checkpoints_in_use(self) -> Set[str]:
+        live = {session.session_id for session in self._sessions.live}
+        return checkpoints_in_use(list(self._samplers), self._training.models, live.__contains__)
+
     def _make_janitor(self) -> Janitor:
         return Janitor(
             quick=(
@@ -336,6 +355,7 @@ class Control:
             ),
             slow=(
                 self._checkpoints.delete_expired,
+                self._retention.tidy,
                 self._training.flush_activity,
                 self._meter.flush,
                 self._snapshots.sweep,
@@ -533,6 +553,10 @@ class Control:
         at = self._clock.time()
         self._journal.end_session(session.session_id, drop=drop)
         self._registry.post(lambda c: records.end_session(c, session.session_id, at, reason, detail))
+        if reason == records.LOST:
+            logger.info("session %s was ended: %s", session.session_id, detail)
+            details = {"session_id": session.session_id, "reason": detail}
+            self._registry.post(lambda c: audit.note(c, "session_expire", at, session.owner, **details))
 
     # ---- models and training ----
 

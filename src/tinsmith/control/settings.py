@@ -68,6 +68,10 @@ class ControlSettings(BaseModel):
     when asked for."""
     max_adapter_bytes: int = Field(default=16 * 2**30, ge=1024)
     """Of a file of an adapter that is imported."""
+    keep_checkpoints: int | None = Field(default=None, ge=1)
+    """How many checkpoints of a kind a run keeps, unless its metadata say otherwise; `None` keeps all."""
+    checkpoint_bytes_max: int | None = Field(default=None, ge=1)
+    """How much all checkpoints may take; a save beyond it is refused."""
     superseded_versions_kept: int = Field(default=1, ge=0)
     """Versions of a checkpoint name kept on disk after an overwrite, the newest excluded."""
     ledger: bool = False

@@ -25,6 +25,7 @@ from tinsmith.control.futures import FutureStore, RequestType
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.journal import FETCHED_GRACE_S, Journal, ModelRecord, RequestRecord, result_entry
 from tinsmith.control.ledger import Entry, mark_failed, put
+from tinsmith.control.metadata import check_run_metadata
 from tinsmith.control.models import REQUEST_TYPES, Creation, Model, ModelStatus, Work
 from tinsmith.control.queues import Gap
 from tinsmith.control.records import CheckpointRow
@@ -150,6 +151,7 @@ class Training:
         def plan() -> tuple[EngineSlot, Creation]:
             slot = self._engines.resolve(request.base_model)
             check_optimizer_type(request.optimizer_type)
+            check_run_metadata(request.user_metadata)
             lora = lora_spec(request.lora_config, request.alpha, slot.card, self._ids.seed)
             return slot, Creation(lora=lora)
 
@@ -168,6 +170,7 @@ class Training:
             if isinstance(found, TinsmithError):
                 raise found
             check_optimizer_type(request.optimizer_type)
+            check_run_metadata(request.user_metadata)
             check_loadable(found, optimizer=request.optimizer)
             slot = self._engines.resolve(request.base_model or found.base_model)
             check_base_model(found, slot)

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinsmith.control.errors import FutureExpired, NotTaken, SessionEnded
+from tinsmith.control.errors import DiskBudgetExceeded, FutureExpired, NotTaken, SessionEnded
 from tinsmith.control.signing import LinkRefused
 from tinsmith.types.errors import NotFound, Overloaded, ServerError, TinsmithError, UserError
 
@@ -48,7 +48,7 @@ def status_of(error: TinsmithError) -> int:
             return 410
         case Overloaded():
             return 429
-        case NotTaken():
+        case NotTaken() | DiskBudgetExceeded():
             return 507
         case UserError():
             return 400
@@ -59,7 +59,9 @@ def status_of(error: TinsmithError) -> int:
 def error_response(error: TinsmithError) -> Response:
     status = status_of(error)
     headers: dict[str, str] = {}
-    if status in (429, 507):
+    if isinstance(error, DiskBudgetExceeded):  # somebody has to delete something first
+        headers = {"x-should-retry": "false"}
+    elif status in (429, 507):
         headers = {"retry-after": "1", "x-should-retry": "true"}
     elif status == 500:  # a full disk, a dead engine, a fault of ours: sending it again at once changes nothing
         headers = {"x-should-retry": "false"}

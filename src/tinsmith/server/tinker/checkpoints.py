@@ -116,6 +116,19 @@ async def publish_checkpoint(run_id: str, kind: str, name: str, service: Service
     return Response(status_code=204)
 
 
+@router.post(f"{_CHECKPOINT}/pin", status_code=204)
+async def pin_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
+    """No rule removes it: neither how many its run keeps, nor what others need room for."""
+    await service.control.library.set_pinned(run_id, f"{kind}/{name}", True)
+    return Response(status_code=204)
+
+
+@router.delete(f"{_CHECKPOINT}/pin", status_code=204)
+async def unpin_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
+    await service.control.library.set_pinned(run_id, f"{kind}/{name}", False)
+    return Response(status_code=204)
+
+
 @router.delete(f"{_CHECKPOINT}/publish", status_code=204)
 async def unpublish_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Response:
     await service.control.library.set_published(run_id, f"{kind}/{name}", False)

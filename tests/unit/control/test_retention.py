@@ -1,0 +1,192 @@
+"""What is kept of a run, how much may be stored, and what is noted of every removal."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.control.conftest import OpenControl
+from tests.unit.control.harness import Harness, forward_backward, optim
+from tinsmith.control.copies import CopyOrder
+from tinsmith.control.errors import DiskBudgetExceeded
+from tinsmith.control.requests import SaveForSampler, SaveState
+from tinsmith.types.errors import InvalidInput
+
+pytestmark = pytest.mark.anyio
+
+
+async def save(h: Harness, model_id: str, seq_id: int, name: str, **fields: Any) -> str:
+    h.clock.advance(1)
+    path: str = await h.result(h.submit(SaveState(model_id=model_id, seq_id=seq_id, name=name, **fields)))
+    return path
+
+
+async def names(h: Harness, run_id: str) -> list[str]:
+    await h.control.sweep()
+    return [one.checkpoint_id for one in await h.control.library.list_checkpoints(run_id)]
+
+
+async def events(h: Harness) -> list[tuple[str, str | None, str | None]]:
+    """Name, checkpoint and reason of what was noted, reads and saves aside."""
+    entries = await h.control.library.audit_log("all", None)
+    told = [(e.event, e.details.get("tinker_path"), e.details.get("reason")) for e in entries]
+    return [(event, path and path.rpartition("/")[2], reason) for event, path, reason in told if reason]
+
+
+async def test_a_run_keeps_its_newest_of_each_kind_and_what_is_held(open_control: OpenControl) -> None:
+    async with open_control(keep_checkpoints=2) as h:
+        model_id = await h.model()
+        for seq in range(1, 8):
+            metadata = {"tinsmith.pin": "true"} if seq == 2 else None
+            await save(h, model_id, seq, f"s{seq}", user_metadata=metadata)
+            if seq == 3:
+                await h.control.library.set_published(model_id, "weights/s3", True)
+        for seq in (8, 9, 10):
+            h.clock.advance(1)
+            await h.result(h.submit(SaveForSampler(model_id=model_id, seq_id=seq, name=f"p{seq}")))
+        assert await names(h, model_id) == [
+            "sampler_weights/p10",
+            "sampler_weights/p9",
+            "weights/s7",
+            "weights/s6",
+            "weights/s3",
+            "weights/s2",
+        ]
+        await h.control.library.set_published(model_id, "weights/s3", False)
+        await h.control.library.set_pinned(model_id, "weights/s2", False)
+        await save(h, model_id, 11, "s11")
+        assert await names(h, model_id) == [
+            "weights/s11",
+            "sampler_weights/p10",
+            "sampler_weights/p9",
+            "weights/s7",
+        ]
+        reason = "its run keeps the newest 2"
+        retired = [path for event, path, why in await events(h) if event == "checkpoint_retire" and why == reason]
+        assert sorted(retired) == ["p8", "s1", "s2", "s3", "s4", "s5", "s6"]
+
+
+async def test_a_run_says_itself_how_many_it_keeps(open_control: OpenControl, tmp_path: Path) -> None:
+    async with open_control() as h:
+        careful = await h.model(user_metadata={"tinsmith.keep": "1"})
+        lavish = await h.model()
+        for model_id in (careful, lavish):
+            for seq in (1, 2, 3):
+                await save(h, model_id, seq, f"s{seq}")
+        assert await names(h, careful) == ["weights/s3"]
+        assert len(await names(h, lavish)) == 3
+        folders = tmp_path / "data" / "checkpoints" / careful.replace(":", "~") / "weights"
+        assert [folder.name for folder in folders.iterdir() if any(folder.iterdir())] == ["s3"]
+
+
+async def test_a_setting_that_changed_counts_for_older_runs(open_control: OpenControl) -> None:
+    async with open_control() as h:
+        model_id = await h.model()
+        for seq in (1, 2, 3):
+            await save(h, model_id, seq, f"s{seq}")
+        assert len(await names(h, model_id)) == 3
+    async with open_control(keep_checkpoints=1) as h:
+        assert await names(h, model_id) == ["weights/s3"]
+
+
+async def test_what_a_live_sampler_samples_stays_until_it_ends(open_control: OpenControl) -> None:
+    async with open_control(keep_checkpoints=1) as h:
+        model_id, reader = await h.model(), await h.session()
+        path = await save(h, model_id, 1, "s1")
+        await h.control.create_sampling_session(reader, 0, None, path)
+        await save(h, model_id, 2, "s2")
+        assert await names(h, model_id) == ["weights/s2", "weights/s1"]
+        await h.control.finish_session(reader, "success", None)
+        assert await names(h, model_id) == ["weights/s2"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tinsmith.keep": "0"}, "must be a whole number of at least 1, not '0'"),
+        ({"tinsmith.keep": "many"}, "not 'many'"),
+        ({"tinsmith.kept": "1"}, r"user_metadata\['tinsmith.kept'\] is unknown"),
+    ],
+)
+async def test_words_of_ours_that_mean_nothing_are_refused(h: Harness, metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        raise await h.error(await h.create(await h.session(), user_metadata=metadata))
+
+
+async def test_a_pin_that_is_no_pin_is_refused(h: Harness) -> None:
+    model_id = await h.model()
+    request = SaveState(model_id=model_id, seq_id=1, name="a", user_metadata={"tinsmith.pin": "yes"})
+    with pytest.raises(InvalidInput, match="must be 'true' or 'false', not 'yes'"):
+        raise await h.error(h.submit(request))
+
+
+async def test_a_full_budget_refuses_saves_until_something_is_deleted(
+    open_control: OpenControl, tmp_path: Path
+) -> None:
+    async with open_control() as h:
+        model_id = await h.model()
+        size = (await h.control.library.find_checkpoint(await save(h, model_id, 1, "s1"))).size_bytes
+    async with open_control(checkpoint_bytes_max=int(2.5 * size)) as h:
+        model_id = await h.model()
+        second = await save(h, model_id, 1, "s2")
+        error = await h.error(h.submit(SaveState(model_id=model_id, seq_id=2, name="s3")))
+        assert isinstance(error, DiskBudgetExceeded)
+        assert "this server may store" in str(error)
+        assert "keep fewer per run (tinsmith.keep)" in str(error)
+        with pytest.raises(DiskBudgetExceeded):
+            await h.control.library.copy_weights(CopyOrder(source_path=second), None)
+        assert (await h.control.library.list_user_checkpoints(10, 0))[1] == 2
+        folders = [path for path in (tmp_path / "data" / "checkpoints").glob("*/*/*/v*")]
+        assert len(folders) == 2
+        await h.control.library.delete_checkpoint(model_id, "weights/s2")
+        await save(h, model_id, 3, "s3")
+
+
+async def test_superseded_and_expired_versions_make_room_oldest_first(open_control: OpenControl) -> None:
+    async with open_control(superseded_versions_kept=9) as h:
+        model_id = await h.model()
+        size = (await h.control.library.find_checkpoint(await save(h, model_id, 1, "a"))).size_bytes
+        await save(h, model_id, 2, "a", overwrite=True)
+        await save(h, model_id, 3, "b", ttl_seconds=3600)
+    async with open_control(superseded_versions_kept=9, checkpoint_bytes_max=int(3.5 * size)) as h:
+        model_id = await h.model()
+        await save(h, model_id, 1, "c")  # pushes out a~1
+        h.clock.advance(3600)
+        await save(h, model_id, 2, "d")  # b has expired
+        assert isinstance(await h.error(h.submit(SaveState(model_id=model_id, seq_id=3, name="e"))), DiskBudgetExceeded)
+        evicted = [(path, why) for event, path, why in await events(h) if event == "checkpoint_evict"]
+        assert evicted == [("a", "this server needed its room"), ("b", "this server needed its room")]
+
+
+async def test_a_quota_of_a_user_counts_that_users_checkpoints_only(open_control: OpenControl) -> None:
+    async with open_control() as h:
+        model_id = await h.model()
+        size = (await h.control.library.find_checkpoint(await save(h, model_id, 1, "s1"))).size_bytes
+
+        class Quota:
+            disk_bytes: int | None = int(1.5 * size)
+
+        quotas = {"local": Quota()}
+        h.control.accounts.quota_of_user = lambda user_id: quotas[user_id]  # type: ignore[method-assign, assignment]
+        error = await h.error(h.submit(SaveState(model_id=model_id, seq_id=2, name="s2")))
+        assert "user 'local' may store" in str(error)
+        quotas["local"].disk_bytes = None
+        await save(h, model_id, 3, "s2")
+
+
+async def test_sessions_that_are_ended_for_silence_are_noted(h: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    model_id = await h.model()
+    await h.result(h.submit(forward_backward(model_id, 1)))
+    await h.result(h.submit(optim(model_id, 2)))
+    path = await save(h, model_id, 3, "s", ttl_seconds=3600)
+    h.clock.advance(3600)
+    with caplog.at_level(logging.INFO, logger="tinsmith.control"):
+        await h.control.sweep()
+    noted = await events(h)
+    assert ("session_expire", None, "no heartbeat for 600 s") in noted
+    assert ("checkpoint_expire", "s", "its time to live is over") in noted
+    assert f"checkpoint {path} was removed: its time to live is over" in caplog.text
+    assert f"session {model_id.partition(':')[0]} was ended: no heartbeat for 600 s" in caplog.text
