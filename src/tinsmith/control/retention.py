@@ -159,7 +159,8 @@ class Budget:
         self, connection: sa.Connection, row: CheckpointRow, limit: _Limit, now: float
     ) -> list[CheckpointRow]:
         stored = records.stored_checkpoints(connection, owner=limit.owner, project_id=limit.project_id)
-        taken, in_use, removed = sum(one.size_bytes for one in stored), self._in_use(), []
+        taken, in_use = sum(one.size_bytes for one in stored), self._in_use()
+        removed: list[CheckpointRow] = []
         for old in stored:
             if taken <= limit.max_bytes:
                 return removed

@@ -139,7 +139,7 @@ async def test_a_full_budget_refuses_saves_until_something_is_deleted(
         with pytest.raises(DiskBudgetExceeded):
             await h.control.library.copy_weights(CopyOrder(source_path=second), None)
         assert (await h.control.library.list_user_checkpoints(10, 0))[1] == 2
-        folders = [path for path in (tmp_path / "data" / "checkpoints").glob("*/*/*/v*")]
+        folders = list((tmp_path / "data" / "checkpoints").glob("*/*/*/v*"))
         assert len(folders) == 2
         await h.control.library.delete_checkpoint(model_id, "weights/s2")
         await save(h, model_id, 3, "s3")
