@@ -39,6 +39,7 @@ COMMANDS: Final[dict[str, LazyCommand]] = {
     "doctor": LazyCommand(module="tinsmith.cli.doctor", function="doctor"),
     "plan": LazyCommand(module="tinsmith.cli.plan", function="plan"),
     "events": LazyCommand(module="tinsmith.cli.events", function="app"),
+    "experiment": LazyCommand(module="tinsmith.cli.experiment", function="experiment"),
     "model": LazyCommand(module="tinsmith.cli.objects", function="models"),
     "run": LazyCommand(module="tinsmith.cli.run", function="run", context_settings={"help_option_names": []}),
     "runs": LazyCommand(module="tinsmith.cli.runs", function="runs"),

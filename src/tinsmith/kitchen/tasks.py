@@ -8,6 +8,7 @@ from random import Random
 from typing import Final
 
 from tinsmith.data import Message, ParsedAnswer
+from tinsmith.kitchen.environments.programs import Problem, ProgramTasks
 from tinsmith.kitchen.ports import (
     Environment,
     EnvironmentGroup,
@@ -51,11 +52,25 @@ class Sums(EnvironmentSource):
     tries: int = 1
     penalty: float = 0.0
 
-    def group(self, index: int, size: int) -> EnvironmentGroup:
+    def terms(self, index: int) -> tuple[int, int]:
         index = index % self.num_tasks if index >= 0 else index
         rng = Random(f"tinsmith/sums/{self.seed}/{index}")
-        a, b = rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
+        return rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
+
+    def group(self, index: int, size: int) -> EnvironmentGroup:
+        a, b = self.terms(index)
         return SameTask(make_one=lambda: Sum(a, b, self.tries, self.penalty), size=size, tags={"task": f"sums/{index}"})
+
+
+def sum_expressions(seed: int) -> ProgramTasks:
+    """The same sums, answered by a Python expression that is run: `12` and `5 + 7` are both right."""
+    sums = Sums(seed=seed)
+
+    def problem(index: int) -> Problem:
+        a, b = sums.terms(index)
+        return Problem(question=f"What is {a} + {b}?", tests=f"assert answer == {a + b}")
+
+    return ProgramTasks(problem_of=problem, program_of=lambda answer: f"answer = ({answer.strip()})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +98,6 @@ class Prompts(EnvironmentSource):
 ENVIRONMENTS: Final[dict[str, Callable[[int], EnvironmentSource]]] = {
     "addition": lambda seed: Sums(seed=seed),
     "addition_with_retries": lambda seed: Sums(seed=seed, tries=2, penalty=0.5),
+    "addition_in_python": sum_expressions,
 }
 """By the name that configs give, from a seed. An adapter for the port `environment` goes before them."""

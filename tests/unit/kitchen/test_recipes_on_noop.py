@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "chat_sl": {"epochs": 1, "batch_size": 24},
     "dpo": {"epochs": 2, "batch_size": 27},
     "math_rl": {"num_rollouts": 4, "groups_per_batch": 3, "group_size": 4, "eval_size": 2},
+    "code_rl": {"num_rollouts": 4, "groups_per_batch": 3, "group_size": 4, "eval_size": 2},
     "multi_turn_rl": {"num_rollouts": 4, "groups_per_batch": 3, "group_size": 4, "eval_size": 2},
     "distillation": {"num_rollouts": 4, "groups_per_batch": 3, "teacher_epochs": 1},
     "off_policy_distillation": {"epochs": 2, "batch_size": 72, "teacher_epochs": 1},

@@ -15,8 +15,8 @@ from tests.unit.data.family_templates import tokenizer_of
 from tinsmith.data import ChatTokenizer, Message, ParsedAnswer
 from tinsmith.kitchen import RECIPES, ConfigError, RunFolder, TrainingConfig, TrainingResult, WorkflowError, run_recipe
 from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopPending, NoopSampler
-from tinsmith.kitchen.environments import PythonTool, QuestionTasks, SameTask, ToolEnvironment
-from tinsmith.kitchen.evaluators import NumericEvaluator
+from tinsmith.kitchen.environments import Problem, ProgramTasks, PythonTool, QuestionTasks, SameTask, ToolEnvironment
+from tinsmith.kitchen.evaluators import CodeEvaluator, NumericEvaluator
 from tinsmith.kitchen.ports import Environment, EnvironmentGroup, Observation, StepResult
 from tinsmith.types import SampledSequence, SampleResponse, SamplingParams, StopReason
 
@@ -232,3 +232,19 @@ def test_ck_42_a_task_set_holds_its_last_tasks_out_for_evaluation(
 def test_settings_of_gae_without_gae_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"gae_lambda=0.5 needs advantages=gae, not group"):
         RECIPES["reinforcement"].make({"gae_lambda": 0.5})
+
+
+def test_ck_55_programs_are_run_and_tested_once_each(
+    tiny_tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    score = CodeEvaluator.score
+    monkeypatch.setattr(CodeEvaluator, "score", lambda self, *given: ran.append(given[0]) or score(self, *given))
+    tasks = ProgramTasks(
+        problem_of=lambda index: Problem(question="Double 21.", tests="assert answer == 42"),
+        program_of=lambda answer: f"answer = ({answer})",
+    )
+    backend = ScriptedBackend(chat_tokenizer=tiny_tokenizer, says=moods("42", "21 * 2", "forty-two", "42"))
+    result = train(tasks, backend, tmp_path / "run")
+    assert [row["reward"] for row in RunFolder(result.output).rollouts()] == [1.0, 1.0, 0.0, 1.0]
+    assert sorted(ran) == ["answer = (21 * 2)", "answer = (42)", "answer = (forty-two)"]

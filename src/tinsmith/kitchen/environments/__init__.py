@@ -2,6 +2,7 @@
 
 from tinsmith.kitchen.environments.bridge import TaskSource, sampler_policy
 from tinsmith.kitchen.environments.gymnasium_env import GymnasiumEnvironment, GymnasiumTasks, action_names
+from tinsmith.kitchen.environments.programs import Problem, ProgramEnvironment, ProgramTasks
 from tinsmith.kitchen.environments.questions import QuestionEnvironment, QuestionTasks
 from tinsmith.kitchen.environments.reasoning import ReasoningGymTasks
 from tinsmith.kitchen.environments.rollouts import (
@@ -37,6 +38,9 @@ __all__ = [
     "GymnasiumTasks",
     "Observation",
     "Policy",
+    "Problem",
+    "ProgramEnvironment",
+    "ProgramTasks",
     "PythonTool",
     "QuestionEnvironment",
     "QuestionTasks",

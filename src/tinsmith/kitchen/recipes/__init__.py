@@ -13,7 +13,7 @@ from tinsmith.kitchen.recipes.distillation import (
 )
 from tinsmith.kitchen.recipes.feedback import FeedbackConfig, FeedbackLoop
 from tinsmith.kitchen.recipes.preference import Dpo, Preference, PreferenceConfig
-from tinsmith.kitchen.recipes.reinforcement import MathRl, MultiTurnRl, Reinforcement, ReinforcementConfig
+from tinsmith.kitchen.recipes.reinforcement import CodeRl, MathRl, MultiTurnRl, Reinforcement, ReinforcementConfig
 from tinsmith.kitchen.recipes.supervised import ChatSl, SlBasic, Supervised, SupervisedConfig
 
 _ALL: Final[tuple[type[Recipe], ...]] = (
@@ -24,6 +24,7 @@ _ALL: Final[tuple[type[Recipe], ...]] = (
     Dpo,
     Reinforcement,
     MathRl,
+    CodeRl,
     MultiTurnRl,
     Distillation,
     OffPolicyDistillation,
@@ -34,6 +35,7 @@ RECIPES: Final[dict[str, type[Recipe]]] = {recipe.name: recipe for recipe in _AL
 __all__ = [
     "RECIPES",
     "ChatSl",
+    "CodeRl",
     "Distillation",
     "DistillationConfig",
     "Dpo",

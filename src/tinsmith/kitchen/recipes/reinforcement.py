@@ -98,6 +98,17 @@ class MathRl(Recipe):
     }  # fmt: skip
 
 
+class CodeRl(Recipe):
+    name = "code_rl"
+    description = "Sums as Python expressions that are run in a process with limits. Runs offline in about a minute."
+    workflow = reinforcement
+    config_type = ReinforcementConfig
+    defaults = {
+        "environment": "addition_in_python", "num_rollouts": 12, "groups_per_batch": 16, "group_size": 8,
+        "max_tokens": 8, "learning_rate": 2e-3, "lr_schedule": "constant", "eval_size": 16,
+    }  # fmt: skip
+
+
 class MultiTurnRl(Recipe):
     name = "multi_turn_rl"
     description = "Sums with a second try, worth half: episodes of several turns. Runs offline in about a minute."
