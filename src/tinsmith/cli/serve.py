@@ -68,6 +68,14 @@ def serve(
     snapshot_requests: Annotated[
         int, typer.Option(min=1, help="Requests of a model after which it is put on disk, or after a minute.")
     ] = 500,
+    adapter_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for adapters in use, of each base model: 512MiB, 8GiB. Models beyond it wait on disk until "
+            "used. Default: a share of what is free.",
+        ),
+    ] = None,
     log_format: Annotated[LogFormat, typer.Option(help="Of the log on stderr.")] = "text",
     log_level: Annotated[
         LogLevel, typer.Option(help="info: one line per HTTP request; debug: polls and heartbeats too.")
@@ -89,7 +97,7 @@ def serve(
     from tinsmith.server.assemble import default_data_dir, open_control, open_tracing
     from tinsmith.server.run import allow_many_connections, bind, run_app, url_of
     from tinsmith.server.settings import ServerSettings, TinkerbellSettings, parse_dialects
-    from tinsmith.types.engine_options import EngineOptions, ModelSource
+    from tinsmith.types.engine_options import EngineOptions, ModelSource, parse_size
     from tinsmith.types.errors import TinsmithError
 
     os.environ[FORMAT_VARIABLE] = log_format
@@ -104,7 +112,12 @@ def serve(
         )
         listener = bind(host, port)
         allow_many_connections()
-        options = EngineOptions(dtype=dtype, device=device, deterministic=deterministic)
+        options = EngineOptions(
+            dtype=dtype,
+            device=device,
+            deterministic=deterministic,
+            adapter_memory_bytes=None if adapter_memory is None else parse_size("--adapter-memory", adapter_memory),
+        )
         recovery = {"ledger": ledger, "snapshot_requests": snapshot_requests, "health": HealthSettings(is_on=True)}
         stores = {"database": database}
         control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery, **stores)

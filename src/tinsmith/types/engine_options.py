@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tinsmith.types.errors import InvalidInput
 
@@ -67,6 +67,20 @@ def _folder(text: str) -> str:
     return str(path)
 
 
+LEAST_ADAPTER_BYTES = 2**16
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes from `8GiB`, `512MiB`, `64kB` or a plain number. Raises `InvalidInput` naming `name`."""
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise InvalidInput(f"{name} is {text!r}; expected a size as 512MiB or 8GiB") from error
+    if size < LEAST_ADAPTER_BYTES:
+        raise InvalidInput(f"{name} is {text!r}, {size} bytes; the least is {LEAST_ADAPTER_BYTES}")
+    return size
+
+
 class EngineOptions(BaseModel):
     """How an engine runs. Every limit is per engine."""
 
@@ -88,7 +102,7 @@ class EngineOptions(BaseModel):
     """Sequences that advance together in one decode step."""
     kv_cache_bytes: int = Field(default=512 * 2**20, ge=2**20)
     """Keys and values of running sequences and of prompts seen before; small models take less."""
-    adapter_memory_bytes: int | None = Field(default=None, ge=2**16)
+    adapter_memory_bytes: int | None = Field(default=None, ge=LEAST_ADAPTER_BYTES)
     """Of adapters in use and frozen copies of their weights; others are put aside. `None`: a share of what is free."""
     host_adapter_bytes: int | None = Field(default=None, ge=0)
     """Of adapters put aside in the host's memory, where the device has a memory of its own; beyond it they go to disk.
