@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,16 @@ RUN_S = 600.0
 class Daemon:
     """`tinsmith serve` on one port and one folder, started again as a service manager would."""
 
-    def __init__(self, folder: Path, *, snapshot_requests: int = 7, crash_at: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, snapshot_requests: int = 7, crash_at: str | None = None, more: Sequence[str] = ()
+    ) -> None:
+        """`more` are options of the command."""
         self.data_dir = folder / "data"
         self.num_starts = 0
         self._log = (folder / "serve.log").open("a")
         self._port = _free_port()
         self._snapshot_requests = snapshot_requests
+        self._more = more
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         if crash_at is not None:
             self._environment["TINSMITH_CRASH_AT"] = f"{crash_at}:{folder / 'crashed'}"
@@ -53,7 +57,7 @@ class Daemon:
         command = [
             sys.executable, "-c", "from tinsmith.cli import main; main()", "serve", "--port", str(self._port),
             "--data-dir", str(self.data_dir), "--dtype", "float32", "--deterministic",
-            "--snapshot-requests", str(self._snapshot_requests),
+            "--snapshot-requests", str(self._snapshot_requests), *self._more,
         ]  # fmt: skip
         return subprocess.Popen(command, stdout=self._log, stderr=self._log, text=True, env=self._environment)
 
