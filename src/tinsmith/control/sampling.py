@@ -16,6 +16,7 @@ from tinsmith.control.completions import Completion, Group
 from tinsmith.control.engines import EngineBook, EngineSlot, discard
 from tinsmith.control.errors import SamplerGone, SessionEnded
 from tinsmith.control.execution import sampler_name
+from tinsmith.control.fairness import Fairness
 from tinsmith.control.futures import FutureStore, Pending
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.journal import Journal, SampleRecord, SamplerRecord
@@ -75,10 +76,12 @@ class Sampling:
         ids: Ids,
         meter: Meter,
         journal: Journal,
+        fairness: Fairness,
         max_pending: int,
         data_dir: Path,
     ) -> None:
         self._data_dir = data_dir
+        self._fairness = fairness
         self._meter = meter
         self._journal = journal
         self._engines = engines
@@ -308,7 +311,7 @@ class Sampling:
         """
         self._check_room()
         sampler = self._live_sampler(request.sampling_session_id)
-        operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
+        operation = self._operation(request, sampler)
         self._num_attended += 1
         try:
             await self._load(sampler)
@@ -344,7 +347,7 @@ class Sampling:
         sampler = self._live_sampler(request.sampling_session_id)
         if isinstance(request, RejectedSample):
             raise request.error
-        operation = sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed)
+        operation = self._operation(request, sampler)
         is_loaded = self._is_loaded(sampler)
         opened = _Open(sampler.slot, request, sampler.session_id, len(operation.prompt), is_loading=not is_loaded)
         self._open[request_id] = opened
@@ -354,6 +357,10 @@ class Sampling:
         task = asyncio.create_task(self._load_and_send(request_id, operation, sampler))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
+
+    def _operation(self, request: DrawSamples, sampler: Sampler) -> Sample:
+        payer = self._fairness.payer(sampler.session_id, sampler.sampler_id)
+        return sampling_operation(request, sampler.slot.card, sampler.snapshot_id, self._ids.seed, payer)
 
     def _release_held(self, sampler_id: str) -> None:
         for request_id in self._held.pop(sampler_id, []):

@@ -291,6 +291,7 @@ class Control:
             ids=ids,
             meter=self._meter,
             journal=self._journal,
+            fairness=self._fairness,
             max_pending=settings.max_pending_samples,
             data_dir=settings.data_dir,
         )

@@ -29,6 +29,7 @@ from tinsmith.types.errors import InvalidInput, Unsupported
 from tinsmith.types.images import PlacedTokens, place_tokens
 from tinsmith.types.operations import BaseModelCard, LoraSpec, Sample
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams, LoraConfig
+from tinsmith.types.shares import NOBODY, Payer
 from tinsmith.types.tensor import TensorData
 
 MAX_SAMPLES = 4096
@@ -372,7 +373,11 @@ def check_ttl(ttl_seconds: int | None) -> None:
 
 
 def sampling_operation(
-    request: DrawSamples, card: BaseModelCard, snapshot_id: str | None, draw_seed: Callable[[], int]
+    request: DrawSamples,
+    card: BaseModelCard,
+    snapshot_id: str | None,
+    draw_seed: Callable[[], int],
+    payer: Payer = NOBODY,
 ) -> Sample:
     """The engine's operation, with the open values filled in: seed, length, stop tokens.
 
@@ -412,6 +417,7 @@ def sampling_operation(
         prompt_logprobs_last_n=request.prompt_logprobs_last_n,
         target_prompt_logprobs=request.target_prompt_logprobs,
         prompt_alt_tokens_k=request.prompt_alt_tokens_k,
+        payer=payer,
     )
 
 

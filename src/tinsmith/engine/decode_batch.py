@@ -97,9 +97,9 @@ class DecodeBatch:
         lengths = [end - start for start, end in pairwise(bounds)]
         return [(s.request.weights, n) for s, n in zip(firsts, lengths, strict=True) if s is not None]
 
-    def youngest(self) -> int:
-        """The slot that joined last. The batch is not empty."""
-        rows = self.rows()
+    def youngest(self, among: Items[int] | None = None) -> int:
+        """The slot that joined last, of all or of some; there is one."""
+        rows = self.rows() if among is None else np.array(among, np.int64)
         return int(rows[np.argmax(self._joined_S[rows])])
 
     def join(self, sequence: Sequence, blocks: Items[int], num_cached: int) -> int:

@@ -57,6 +57,7 @@ from tinsmith.types.operations import (
 )
 from tinsmith.types.params import AdamParams
 from tinsmith.types.pulse import Pulse
+from tinsmith.types.shares import FairLine
 
 Outcome: TypeAlias = Answer | TinsmithError
 _Kind = TypeVar("_Kind", TrainItem, OptimStep)
@@ -114,7 +115,7 @@ class Engine:
             keep_prompts=not options.deterministic,
             figures=self.figures,
         )
-        self._samples: deque[_WaitingSample] = deque()
+        self._samples: FairLine[_WaitingSample] = FairLine()
         """Only where no two requests may share a pass: the samples that wait for the one that is drawn."""
         self._queue: deque[tuple[int, Operation]] = deque()
         self._training: tuple[list[int], Generator[list[Finished]]] | None = None
@@ -151,7 +152,7 @@ class Engine:
         if not self._is_deterministic:
             self._base.adopt_compiled_layers()
         if self._samples and not self._sampler.has_work:
-            self._draw(self._samples.popleft())
+            self._draw_next()
         has_training = self._training is not None or self._next_operation() is not None
         if has_training and not (self._sampler.has_work and self._sampling_time_s < self._training_time_s):
             self._training_time_s = self._timed(self._advance_training, self._training_time_s, self._sampling_time_s)
@@ -450,9 +451,18 @@ class Engine:
             return
         waiting = _WaitingSample(ticket, operation, snapshot)
         if self._is_deterministic and self._sampler.has_work:
-            self._samples.append(waiting)
+            self._samples.append(operation.payer, waiting)
         else:
             self._draw(waiting)
+
+    def _draw_next(self) -> None:
+        self._samples.shares.compete(self._samples.payers)
+        sample = self._samples.popleft()
+        operation = sample.operation
+        self._samples.shares.charge(
+            operation.payer, len(operation.prompt) + operation.num_samples * operation.max_tokens
+        )
+        self._draw(sample)
 
     def _draw(self, sample: _WaitingSample) -> None:
         weights, digest = (None, None) if sample.snapshot is None else (sample.snapshot.weights, sample.snapshot.digest)
@@ -461,7 +471,7 @@ class Engine:
     def _cancel_sample(self, ticket: int) -> None:
         for waiting in self._samples:
             if waiting.ticket == ticket:
-                self._samples.remove(waiting)
+                self._samples.remove(waiting.operation.payer, waiting)
                 self._draw(waiting)
                 break
         self._sampler.cancel(ticket)

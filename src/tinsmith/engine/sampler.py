@@ -10,7 +10,6 @@ computed again later; their draws do not change, because they depend only on the
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -25,6 +24,7 @@ from tinsmith.engine.figures import Figures
 from tinsmith.engine.kv_cache import KVCache
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.loss_head import logits_of, target_logprobs
+from tinsmith.engine.places import Places
 from tinsmith.engine.prompt_scores import PromptScores, scores_of
 from tinsmith.engine.sampling_pass import PackedPass, pack_pass, segments_of
 from tinsmith.engine.sampling_request import Chunk, Pending, Prefill, Request, Sequence, image_place
@@ -33,6 +33,7 @@ from tinsmith.engine.token_choice import Choices, choose
 from tinsmith.types.errors import InvalidInput, ServerError, TinsmithError, UserError
 from tinsmith.types.operations import Sample
 from tinsmith.types.results import DrawnToken, SampleResponse
+from tinsmith.types.shares import Payer
 
 _PREFILL_BESIDE_RUNNING = 1024
 """Prompt tokens per pass while running sequences wait for it to end."""
@@ -73,7 +74,7 @@ class Sampler:
         self._keep_prompts = keep_prompts
         self._batch = DecodeBatch(max_decode_batch)
         self._open: dict[int, Request] = {}
-        self._waiting: deque[Pending] = deque()
+        self._places = Places()
         self._prefills: list[Prefill] = []
         self._computing: dict[bytes, Prefill] = {}
         """Keys of blocks, and of prompts' ends, that a prefill will have computed soon."""
@@ -125,7 +126,7 @@ class Sampler:
         if self._keep_prompts:
             self._pool.open(owner)
         self._open[ticket] = request
-        self._waiting.append(_pending(request.sequences))
+        self._places.wait(_pending(request.sequences))
 
     def cancel(self, ticket: int) -> None:
         """Whatever stage it is in. Unknown tickets are no error."""
@@ -147,11 +148,13 @@ class Sampler:
         budget = self._max_prefill_tokens
         if shared or self._batch.num_running:
             budget = min(budget, _PREFILL_BESIDE_TRAINING if shared else _PREFILL_BESIDE_RUNNING)
+        self._places.settle()
         self._admit(budget)
         chunks = self._next_chunks(budget)
         resumed, self._resumed = self._resumed, []
         if not chunks and not len(slots_B) and not resumed:
             return
+        self._places.charge_pass()
         began = time.perf_counter()
         try:
             with torch.inference_mode():
@@ -190,38 +193,55 @@ class Sampler:
             owners = [self._sequence(slot).request.owner for slot in slots.tolist()]
             self._batch.add_blocks(slots, [self._pool.take(1, owner)[0] for owner in owners])
 
-    def _preempt_youngest(self) -> None:
-        if self._prefills:
-            prefill = self._prefills[-1]
-            self._drop_prefill(prefill)
-            sequences = prefill.sequences
+    def _preempt_youngest(self, payer: Payer | None = None) -> None:
+        """`payer`: only of its sequences, of which there is one."""
+        prefills = [p for p in self._prefills if payer is None or p.request.operation.payer == payer]
+        if prefills:
+            self._drop_prefill(prefills[-1])
+            sequences = prefills[-1].sequences
         else:
-            sequences = [self._sequence(self._batch.youngest())]
+            sequences = [self._sequence(self._youngest(payer))]
             self._leave(sequences[0])
-        self._waiting.appendleft(_pending(sequences))
+        self._places.wait(_pending(sequences), first=True)
+
+    def _youngest(self, payer: Payer | None) -> int:
+        if payer is None:
+            return self._batch.youngest()
+        slots = self._batch.rows().tolist()
+        return self._batch.youngest([slot for slot in slots if self._sequence(slot).request.operation.payer == payer])
 
     def _admit(self, budget: int) -> None:
-        """Begin waiting prompts, oldest first, while this pass, the batch and the cache have room."""
+        """Begin waiting prompts, by shares, while this pass, the batch and the cache have room.
+
+        For those behind their share room is made, and a prompt is begun even if those of others take all of this pass.
+        """
         passed_over: list[Pending] = []
         queued = sum(prefill.num_left for prefill in self._prefills)
-        while self._waiting and queued < budget and len(passed_over) < _MAX_PASSED_OVER:
-            pending = self._waiting.popleft()
+        while self._places.is_wanted and len(passed_over) < _MAX_PASSED_OVER:
+            pending = self._places.next()
             if pending.request.is_over:
                 continue
+            if queued >= budget and self._places.reads(pending.request, self._prefills):
+                self._places.wait(pending, first=True)
+                break
             reused = self._pool.find(pending.keys[: pending.blocks_reusable])
             if self._is_on_its_way(pending, len(reused)):
                 passed_over.append(pending)
                 continue
             end = self._known_end(pending, len(reused))
             count = self._num_that_fit(pending, reused, end)
+            while count == 0 and (payer := self._places.who_yields(pending.request)) is not None:
+                self._preempt_youngest(payer)
+                count = self._num_that_fit(pending, reused, end)
             if count == 0:
-                self._waiting.appendleft(pending)
+                self._places.wait(pending, first=True)
                 break
             if end is not None:
                 self._resume(pending, reused, end, count)
-                continue
-            queued += self._begin(pending, reused, count).num_left
-        self._waiting.extendleft(reversed(passed_over))
+            else:
+                queued += self._begin(pending, reused, count).num_left
+        for pending in reversed(passed_over):
+            self._places.wait(pending, first=True)
 
     def _is_on_its_way(self, pending: Pending, num_reused: int) -> bool:
         """Someone is computing what this one could reuse in a moment."""
@@ -268,6 +288,7 @@ class Sampler:
         for key in [*pending.keys[len(reused) :], *([pending.end_key] if self._pool.is_open(request.owner) else [])]:
             self._computing.setdefault(key, prefill)
         self._prefills.append(prefill)
+        self._places.take(request, count)
         return prefill
 
     def _resume(self, pending: Pending, reused: list[int], end: PromptEnd, count: int) -> None:
@@ -285,20 +306,22 @@ class Sampler:
             shared = reused if tails else [*reused, end.block]
             self._pool.share(shared)
             slot = self._batch.join(sequence, shared + tails[index : index + 1], num_tokens)
+            self._places.take(request, 1)
             self._resumed.append((slot, end.hidden_H))
         self._pool.release([*reused, end.block])
 
     def _wait_again(self, sequences: list[Sequence]) -> None:
         if sequences:
-            self._waiting.appendleft(_pending(sequences))
+            self._places.wait(_pending(sequences), first=True)
 
     def _next_chunks(self, budget: int) -> list[Chunk]:
         chunks: list[Chunk] = []
-        for prefill in self._prefills:
+        for prefill in self._places.in_order(self._prefills):
             count = min(prefill.num_left, budget)
             if count == 0 or (chunks and count < min(prefill.num_left, _SMALLEST_CHUNK)):
                 break
             chunks.append(Chunk(prefill, prefill.num_done, prefill.num_done + count))
+            self._places.charge_prompt(prefill.request, count)
             budget -= count
         return chunks
 
@@ -416,6 +439,7 @@ class Sampler:
 
     def _join(self, prefill: Prefill) -> list[int]:
         """The first sequence takes over the blocks; the others share them, but for a last block of their own."""
+        self._places.take(prefill.request, len(prefill.sequences))
         num_tokens = len(prefill.pending.tokens)
         slots = [self._batch.join(prefill.sequences[0], prefill.blocks, num_tokens)]
         for index, sequence in enumerate(prefill.sequences[1:]):
@@ -519,6 +543,7 @@ class Sampler:
         """Take a sequence out of the batch. What its blocks hold is kept for those who continue from there."""
         assert sequence.slot is not None
         request = sequence.request
+        self._places.give_back(request, 1)
         num_cached = int(self._batch.cached_S[sequence.slot])
         blocks = self._batch.leave(sequence.slot)
         if not tainted and self._pool.is_open(request.owner):
@@ -533,6 +558,7 @@ class Sampler:
 
     def _remove_prefill(self, prefill: Prefill) -> None:
         self._prefills.remove(prefill)
+        self._places.give_back(prefill.request, len(prefill.sequences))
         for key in [*prefill.pending.keys, prefill.pending.end_key]:
             if self._computing.get(key) is prefill:
                 del self._computing[key]

@@ -20,6 +20,7 @@ from tinsmith.types.errors import InvalidInput
 from tinsmith.types.images import ImageRule, PlacedImage
 from tinsmith.types.params import DEFAULT_LORA_ALPHA, AdamParams
 from tinsmith.types.results import DrawnToken, ForwardBackwardOutput, SampleResponse
+from tinsmith.types.shares import NOBODY, Payer
 from tinsmith.types.tensor import TensorData
 
 _FP32 = 4
@@ -293,6 +294,8 @@ class Sample:
     images: tuple[PlacedImage, ...] = ()
     stream: bool = False
     """Tell the call's `on_token` of every token as it is drawn."""
+    payer: Payer = NOBODY
+    """By whose share it gets a place among the sequences that are drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,11 @@ its models, of equal weight. What follows, and what `tests/unit/control/test_fai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from typing import Generic, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,17 @@ class Payer:
     """Of the project, above 0."""
 
 
+NOBODY = Payer("", "")
+"""Where nobody keeps accounts."""
+
+
 class Shares:
     """Who is next, among those that wait. Pure bookkeeping: it knows neither queues nor time."""
 
-    def __init__(self) -> None:
-        self._projects = _Clocks()
+    def __init__(self, slack: float = 0.0) -> None:
+        """`slack`: tokens by which a party may be behind beyond the turns of others without being taken for content."""
+        self._slack = slack
+        self._projects = _Clocks(slack)
         self._flows: dict[str, _Clocks] = {}
 
     def compete(self, payers: Iterable[Payer]) -> None:
@@ -48,7 +57,7 @@ class Shares:
         self._projects.compete(flows)
         self._flows = {name: clocks for name, clocks in self._flows.items() if self._projects.knows(name)}
         for project, names in flows.items():
-            self._flows.setdefault(project, _Clocks()).compete(names)
+            self._flows.setdefault(project, _Clocks(self._slack)).compete(names)
 
     def rank(self, payer: Payer, promised: Mapping[str, float] | None = None) -> tuple[float, float]:
         """Lowest first; of equals, whoever the caller likes. The payer competes.
@@ -77,7 +86,8 @@ class Shares:
 class _Clocks:
     """Of parties that compete with each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, slack: float) -> None:
+        self._slack = slack
         self.at: dict[str, float] = {}
         self._floor = 0.0
         """Where the one that was furthest behind stood when it was last asked; newcomers begin here."""
@@ -97,7 +107,7 @@ class _Clocks:
         if not here:
             return
         # who is further behind than the turns of the others explain wanted no more than it was given
-        excess = max(self.at[name] - self.lead(name) for name in here)
+        excess = max(self.at[name] - self.lead(name) for name in here) - self._slack
         self._floor = max(excess, min(self.at[name] for name in here))
         for name in here:
             self.at[name] = max(self.at[name], self._floor)
@@ -117,3 +127,48 @@ class _Clocks:
             self.at[name] += amount
             self._turn[name] = self.turn(name) + amount
             self._lead[name] = max(self.lead(name), self.turn(name))
+
+
+ItemT = TypeVar("ItemT")
+
+
+class FairLine(Generic[ItemT]):
+    """A waiting line: each payer's items in order, payers in the order of their shares."""
+
+    def __init__(self, shares: Shares | None = None) -> None:
+        self.shares = Shares() if shares is None else shares
+        self._lines: dict[Payer, deque[ItemT]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[ItemT]:
+        return chain.from_iterable(self._lines.values())
+
+    @property
+    def payers(self) -> Iterable[Payer]:
+        """Of what waits."""
+        return self._lines.keys()
+
+    def append(self, payer: Payer, item: ItemT, *, first: bool = False) -> None:
+        """Behind what the payer has waiting, or before it."""
+        line = self._lines.setdefault(payer, deque())
+        if first:
+            line.appendleft(item)
+        else:
+            line.append(item)
+
+    def popleft(self, promised: Mapping[str, float] | None = None) -> ItemT:
+        """Whose turn it is; not charged yet. `shares.compete` was told of all `payers`. The line is not empty."""
+        payer = min(self._lines, key=lambda payer: self.shares.rank(payer, promised))
+        item = self._lines[payer].popleft()
+        if not self._lines[payer]:
+            del self._lines[payer]
+        return item
+
+    def remove(self, payer: Payer, item: ItemT) -> None:
+        """Raises `ValueError` if it does not wait."""
+        line = self._lines.get(payer, deque())
+        line.remove(item)
+        if not line:
+            del self._lines[payer]
