@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.fixtures.postgres import PostgresServer, binaries
+from tests.fixtures.s3 import S3Server
 from tests.generated import EXPLORE
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,3 +49,14 @@ def database(request: pytest.FixtureRequest) -> str | None:
         return None
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.new_database()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One for all tests; each takes buckets of its own."""
+    server = S3Server(tmp_path_factory.mktemp("s3") / "log")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

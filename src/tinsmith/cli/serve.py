@@ -41,6 +41,18 @@ def serve(
             help="PostgreSQL for the registry, postgresql://USER:PASSWORD@HOST/NAME. Default: a file in --data-dir.",
         ),
     ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|S3-URL",
+            envvar="TINSMITH_CHECKPOINTS",
+            show_envvar=True,
+            help="Where checkpoints are kept: a folder, or s3://BUCKET/PREFIX. Default: --data-dir.",
+        ),
+    ] = None,
+    checkpoint_cache: Annotated[
+        float, typer.Option(min=0, metavar="GB", help="Checkpoints of a bucket that stay on this machine after use.")
+    ] = 20.0,
     dtype: Annotated[DtypeChoice, typer.Option(help="Of base weights and activations.")] = "auto",
     device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
     deterministic: Annotated[
@@ -119,7 +131,11 @@ def serve(
             adapter_memory_bytes=None if adapter_memory is None else parse_size("--adapter-memory", adapter_memory),
         )
         recovery = {"ledger": ledger, "snapshot_requests": snapshot_requests, "health": HealthSettings(is_on=True)}
-        stores = {"database": database}
+        stores = {
+            "database": database,
+            "checkpoints": checkpoints,
+            "checkpoint_cache_bytes": int(checkpoint_cache * 1e9),
+        }
         control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery, **stores)
         url = url_of(listener)
         names = ", ".join(source.name for source in sources)

@@ -131,7 +131,7 @@ class LocalFolders:
             raise StorageError(f"checkpoint folder {key!r} could not be removed: {error}") from error
 
     async def keys(self) -> list[str]:
-        return await asyncio.to_thread(_folders, self.root)
+        return await asyncio.to_thread(folders_under, self.root)
 
     async def tidy(self) -> None:
         await asyncio.to_thread(remove_empty, self.root / CHECKPOINTS)
@@ -154,7 +154,8 @@ def remove_empty(root: Path) -> None:
                 folder.rmdir()
 
 
-def _folders(root: Path) -> list[str]:
+def folders_under(root: Path) -> list[str]:
+    """Keys of all folders, those included that are being written."""
     pattern = "/".join([CHECKPOINTS, *"*" * (KEY_PARTS - 1)])
     return [path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_dir()]
 

@@ -23,7 +23,7 @@ from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
 from tinsmith.control.fairness import Fairness
-from tinsmith.control.folder_store import FolderStore, LocalFolders
+from tinsmith.control.folder_store import FolderStore
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.health import Health
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
@@ -56,9 +56,10 @@ from tinsmith.control.retention import Budget, Retention, checkpoints_in_use
 from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
-from tinsmith.control.settings import ControlSettings, registry_location
+from tinsmith.control.settings import ControlSettings
 from tinsmith.control.signing import Signer
 from tinsmith.control.snapshots import Snapshots
+from tinsmith.control.stores import folder_store, registry_location
 from tinsmith.control.strikes import Strikes
 from tinsmith.control.supervisor import Supervisor
 from tinsmith.control.traces import TraceLog
@@ -95,7 +96,7 @@ class Control:
         self._engines = EngineBook(engines)
         self._lock = DataLock(settings.data_dir)
         self._registry = Registry(registry_location(settings))
-        self._folders: FolderStore = LocalFolders(settings.data_dir)
+        self._folders: FolderStore = folder_store(settings)
         self._ledger = Ledger(settings.data_dir / "ledger.sqlite3") if settings.ledger else None
         self._journal = Journal(self._ledger)
         self._supervisor: Supervisor | None = None

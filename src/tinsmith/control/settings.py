@@ -41,6 +41,10 @@ class ControlSettings(BaseModel):
     """Holds the registry and the checkpoints. One running server per folder."""
     database: SecretStr | None = None
     """URL of a PostgreSQL database for the registry, of this server alone; `None` keeps it in a file of `data_dir`."""
+    checkpoints: SecretStr | None = None
+    """Where checkpoints are kept: a folder, or `s3://BUCKET/PREFIX?OPTION=VALUE`; `None` keeps them in `data_dir`."""
+    checkpoint_cache_bytes: int = Field(default=20 * 2**30, ge=0)
+    """Of checkpoints in a bucket, how much stays on this machine after use."""
     max_batch_tokens: int = Field(default=8192, ge=1)
     """Training tokens handed to an engine together; a single larger request still goes alone."""
     seq_gap_timeout_s: float = Field(default=60.0, gt=0)
@@ -91,10 +95,3 @@ class ControlSettings(BaseModel):
     sweep_interval_s: float = Field(default=1.0, gt=0)
     """How often the janitor looks for what has ended or expired."""
     health: HealthSettings = HealthSettings()
-
-
-def registry_location(settings: ControlSettings) -> Path | str:
-    """As `Registry` takes it."""
-    if settings.database is not None:
-        return settings.database.get_secret_value()
-    return settings.data_dir / "registry.sqlite3"
