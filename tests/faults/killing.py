@@ -24,7 +24,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("training_run.py")
 START_S = 120.0
-RUN_S = 600.0
+RUN_S = 1400.0
 
 
 class Daemon:

@@ -127,7 +127,7 @@ def test_a_run_waits_while_the_disk_is_full(
     python = sys.executable if sdk == "tinsmith" else tinker_python
     refusals: list[str] = []
 
-    with small_disk(tmp_path / "disk", 64) as disk, daemon(disk) as server, httpx2.Client(base_url=server.url) as http:
+    with small_disk(tmp_path / "disk", 160) as disk, daemon(disk) as server, httpx2.Client(base_url=server.url) as http:
 
         def free(ballast: Path) -> None:
             refusals.append(becomes(http, 503).json()["reason"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class SamplerBook:
         self._pools: dict[str, SnapshotPool] = {}
         self.expected: dict[str, str] = {}
         """Samplers that will be published again, each with the model that does it."""
+        self._arrivals: dict[str, asyncio.Event] = {}
         self.on_settled: Callable[[str], None] = lambda sampler_id: None
         """Told when an expected sampler is there, or will never be."""
         self.on_superseded: Callable[[Sampler], None] = lambda sampler: None
@@ -82,8 +84,16 @@ class SamplerBook:
 
     def settle(self, sampler_id: str) -> None:
         """An expected sampler is there, or will never be. Nothing for one that was not expected."""
-        if self.expected.pop(sampler_id, None) is not None:
-            self.on_settled(sampler_id)
+        if self.expected.pop(sampler_id, None) is None:
+            return
+        if (arrived := self._arrivals.pop(sampler_id, None)) is not None:
+            arrived.set()
+        self.on_settled(sampler_id)
+
+    async def arrival(self, sampler_id: str) -> None:
+        """Wait while it is expected."""
+        while sampler_id in self.expected:
+            await self._arrivals.setdefault(sampler_id, asyncio.Event()).wait()
 
     def settle_all_of(self, model_id: str) -> None:
         for sampler_id in [s for s, model in self.expected.items() if model == model_id]:

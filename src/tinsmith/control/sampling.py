@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tinsmith.control import records
+from tinsmith.control.attending import attend
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.completions import Completion, Group
-from tinsmith.control.engines import EngineBook, EngineSlot, discard
+from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SamplerGone, SessionEnded
 from tinsmith.control.execution import sampler_name
 from tinsmith.control.fairness import Fairness
@@ -306,37 +307,24 @@ class Sampling:
     async def draw(self, request: DrawSamples, on_token: Callable[[DrawnToken], None] | None) -> SampleResponse:
         """Submit a sample and wait for it; nothing is kept for a second asking, and its `seq_id` means nothing.
 
-        `on_token` is told of every token as it is drawn. Cancelling the wait stops the drawing. Raises `Overloaded`, or
-        what `submit` would fail the future with.
+        `on_token` is told of every token as it is drawn. It survives a death of its engine. Cancelling the wait stops
+        the drawing. Raises `Overloaded`, or what `submit` would fail the future with.
         """
         self._check_room()
         sampler = self._live_sampler(request.sampling_session_id)
         operation = self._operation(request, sampler)
+
+        async def ready() -> Sample:
+            await self._samplers.arrival(sampler.sampler_id)
+            await self._load(sampler)
+            return replace(operation, stream=on_token is not None, snapshot_id=sampler.snapshot_id)
+
         self._num_attended += 1
         try:
-            await self._load(sampler)
-            operation = replace(operation, stream=on_token is not None, snapshot_id=sampler.snapshot_id)
-            response = await self._attend(sampler.slot, operation, on_token)
+            response = await attend(sampler.slot, ready, on_token)
         finally:
             self._num_attended -= 1
         self._count(sampler.session_id, sampler.slot.card.name, len(operation.prompt), response)
-        return response
-
-    async def _attend(
-        self, slot: EngineSlot, operation: Sample, on_token: Callable[[DrawnToken], None] | None
-    ) -> SampleResponse:
-        call = slot.submit(operation)
-        call.on_token = on_token
-        try:
-            response: SampleResponse = await asyncio.shield(call.answer)
-        except EngineDied as error:
-            slot.declare_dead(error)
-            raise
-        except asyncio.CancelledError:
-            call.on_token = None
-            call.answer.add_done_callback(discard)
-            slot.tell(CancelSample(ticket=call.ticket))
-            raise
         return response
 
     def _begin(self, request_id: str, request: SampleRequest) -> None:
