@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -107,7 +108,7 @@ def serve(
     from tinsmith.control.settings import HealthSettings
     from tinsmith.server.app import create_app
     from tinsmith.server.assemble import default_data_dir, open_control, open_tracing
-    from tinsmith.server.run import allow_many_connections, bind, run_app, url_of
+    from tinsmith.server.run import allow_many_connections, bind, print_aside, run_app, url_of
     from tinsmith.server.settings import ServerSettings, TinkerbellSettings, parse_dialects
     from tinsmith.types.engine_options import EngineOptions, ModelSource, parse_size
     from tinsmith.types.errors import TinsmithError
@@ -141,7 +142,8 @@ def serve(
         names = ", ".join(source.name for source in sources)
         ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"
         app = create_app(control, settings, open_tracing(otel_endpoint))
-        run_app(app, listener, on_ready=lambda: print(ready, flush=True))
+        say = print_aside if log_format == "text" else logging.getLogger("tinsmith.server").warning
+        run_app(app, listener, on_ready=lambda: print(ready, flush=True), say=say)
     except TinsmithError as error:
         typer.echo(f"tinsmith serve: {error}", err=True)
         raise typer.Exit(1) from error

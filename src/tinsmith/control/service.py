@@ -106,6 +106,8 @@ class Control:
         self._sessions = SessionBook()
         self.accounts = Accounts(self._registry, self._clock)
         self.observers = Observers()
+        self.num_left = 0
+        """Once closed: requests that the next server goes on with."""
         self._state = "not started"
 
     # ---- life ----
@@ -403,6 +405,7 @@ class Control:
         await self._engines.close()
         await self._training.drain()
         self._training.close()
+        self.num_left = self._futures.num_open if self.keeps_requests else 0
         self._futures.fail_all(ServerError("the server was stopped"))
         await self._training.flush_activity()
         await self._meter.flush()
@@ -412,10 +415,26 @@ class Control:
         """Begin nothing more; what is in the ledger is done by the next server."""
         if self._supervisor is not None:
             await self._supervisor.close()
+        self._hold()
+
+    def _hold(self) -> None:
         for slot in self._engines:
             self._training.scheduler(slot).is_held = True
             slot.is_recovering = True
             slot.on_death = lambda slot: None
+
+    def end_now(self) -> None:
+        """Do not let engines finish: what they work on is kept by the ledger, or fails when `close` comes to it."""
+        if self._supervisor is not None:
+            self._supervisor.stop()
+        self._hold()
+        for slot in self._engines:
+            slot.handle.kill()
+
+    @property
+    def keeps_requests(self) -> bool:
+        """Whether the next server goes on with what waits."""
+        return self._journal.is_on
 
     @property
     def is_ready(self) -> bool:

@@ -107,8 +107,12 @@ class Supervisor:
         samples = self._sampling.in_flight(slot).items()
         return found + [Entry(kind=KIND, name=request_id, session_id=session_id) for request_id, session_id in samples]
 
-    async def close(self) -> None:
+    def stop(self) -> None:
+        """Start no engine any more."""
         self._is_closed = True
+
+    async def close(self) -> None:
+        self.stop()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

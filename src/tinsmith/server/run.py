@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
+from tinsmith.control.service import Control
 from tinsmith.server.errors import is_loopback
 from tinsmith.server.service import Service
+from tinsmith.server.stopping import AT_ONCE, FINISHING, FINISHING_UNKEPT, StopSignals, last_words
 from tinsmith.types.errors import InvalidInput, StorageError
 
 KEEP_ALIVE_S = 300
 BACKLOG = 4096
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_S = 10
 
 
@@ -59,6 +58,11 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def print_aside(text: str) -> None:
+    """To stderr: stdout is for what the command was asked to print."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def allow_many_connections() -> None:
     """Every waiting sample of a client holds a connection; raise the limit of open files as far as we may."""
     try:
@@ -74,7 +78,13 @@ _SWITCH_S = 0.0005
 """How long a thread that decodes may keep the interpreter from the event loop: Python's 5 ms add up over many turns."""
 
 
-def run_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
+def run_app(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[], None],
+    say: Callable[[str], None] = print_aside,
+) -> None:
     """`serve_app` in an event loop of its own: uvloop's where there is one."""
     sys.setswitchinterval(_SWITCH_S)
     try:
@@ -84,16 +94,40 @@ def run_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], Non
     except ImportError:
         factory = asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(serve_app(app, listener, on_ready=on_ready))
+        runner.run(serve_app(app, listener, on_ready=on_ready, say=say))
 
 
-async def serve_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
-    """Start what is behind the app, listen, call `on_ready`, and serve until SIGINT or SIGTERM.
+async def serve_app(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[], None],
+    say: Callable[[str], None] = print_aside,
+) -> None:
+    """Start what is behind the app, listen, call `on_ready`, and serve until SIGINT or SIGTERM; `say` tells of the end.
+
+    The first signal lets finish what runs, for less than a minute; another one ends the engines at once. With a ledger
+    nothing that was acknowledged is lost in either case.
 
     Raises `UserError` if a base model cannot be loaded; nothing listened then. Raises `StorageError` once the disk
     under the ledger failed for good: a server that is started again goes on with what is on it.
     """
-    control = app.state.service.control
+    control: Control = app.state.service.control
+    with ExitStack() as until_closed:
+        await _serve(app, listener, until_closed, on_ready, say)
+    if control.fatal_reason is not None:
+        raise StorageError(control.fatal_reason)
+    say(last_words(control.num_left))
+
+
+async def _serve(
+    app: FastAPI,
+    listener: socket.socket,
+    until_closed: ExitStack,
+    on_ready: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
+    control: Control = app.state.service.control
     async with app.router.lifespan_context(app):
         config = uvicorn.Config(
             app,
@@ -109,9 +143,18 @@ async def serve_app(app: FastAPI, listener: socket.socket, *, on_ready: Callable
         )
         server = _Server(config, app.state.service, on_ready)
         control.on_fatal = server.end
+
+        def finish() -> None:
+            say(FINISHING if control.keeps_requests else FINISHING_UNKEPT)
+            server.end()
+
+        def end() -> None:
+            say(AT_ONCE)
+            server.force_exit = True
+            control.end_now()
+
+        until_closed.enter_context(StopSignals(finish=finish, end=end).caught())
         await server.serve(sockets=[listener])
-        if control.fatal_reason is not None:
-            raise StorageError(control.fatal_reason)
 
 
 class _Server(uvicorn.Server):
@@ -134,13 +177,5 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As the base class, but a signal that was obeyed is not raised again: control still has to be closed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        """They are caught outside, until control is closed too."""
+        yield
