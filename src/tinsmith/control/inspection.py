@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tinsmith.control.engines import EngineSlot
-from tinsmith.control.models import Model
+from tinsmith.control.models import Model, ModelStatus
+from tinsmith.control.paging import PagingStats
 from tinsmith.types.pulse import Pulse
 
 
@@ -17,6 +18,7 @@ class EngineState:
     is_up: bool
     num_deaths: int
     pulse: Pulse | None
+    paging: PagingStats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,8 @@ class Inspection:
     futures_kept_bytes: int
     models: dict[str, int]
     """By state."""
+    adapters: dict[str, int]
+    """Of models that have not ended, by where they are."""
     num_sessions: int
     num_open_polls: int = 0
     ledger_lag_s: float | None = None
@@ -41,13 +45,14 @@ class Inspection:
     engines: list[EngineState] = field(default_factory=list)
 
 
-def engine_states(slots: Iterable[EngineSlot]) -> list[EngineState]:
+def engine_states(slots: Iterable[EngineSlot], paging: Mapping[str, PagingStats]) -> list[EngineState]:
     return [
         EngineState(
             base_model=slot.card.name,
             is_up=slot.dead is None,
             num_deaths=slot.num_deaths,
             pulse=slot.handle.pulse if slot.dead is None else None,
+            paging=paging.get(slot.card.name),
         )
         for slot in slots
     ]
@@ -59,3 +64,13 @@ def model_states(models: Sequence[Model]) -> dict[str, int]:
     counts.update(model.status.name.lower() for model in models)
     counts.pop("ended", None)
     return dict(counts)
+
+
+def adapter_places(models: Sequence[Model]) -> dict[str, int]:
+    """Device, host memory, disk; `moving` between them."""
+    places = {"RESIDENT": "device", "PARKED": "memory", "ABSENT": "disk"}
+    counts = dict.fromkeys((*places.values(), "moving"), 0)
+    for model in models:
+        if model.status in (ModelStatus.LIVE, ModelStatus.CLOSING):
+            counts[places.get(model.residence.name, "moving")] += 1
+    return counts

@@ -28,7 +28,7 @@ from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.health import Health
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
 from tinsmith.control.imports import Imports
-from tinsmith.control.inspection import Inspection, engine_states, model_states
+from tinsmith.control.inspection import Inspection, adapter_places, engine_states, model_states
 from tinsmith.control.janitor import Janitor
 from tinsmith.control.jobs import Jobs
 from tinsmith.control.journal import Journal, SessionRecord
@@ -463,12 +463,13 @@ class Control:
             futures_kept=self._futures.num_kept,
             futures_kept_bytes=self._futures.kept_bytes,
             models=model_states(self._training.models),
+            adapters=adapter_places(self._training.models),
             num_sessions=len(self._sessions.live),
             ledger_lag_s=None if self._ledger is None else self._ledger.lag_s,
             ledger_bytes=0 if self._ledger is None else self._ledger.num_bytes,
             disk_free_bytes=disk.free_bytes,
             disk_fsync_s=disk.fsync_s,
-            engines=engine_states(self._engines),
+            engines=engine_states(self._engines, self.paging_stats()),
         )
 
     def paging_stats(self) -> dict[str, PagingStats]:

@@ -80,6 +80,7 @@ async def test_the_figures_are_the_work_that_was_done(open_server: OpenServer) -
     assert seen[f'tinsmith_tokens_total{{{base},kind="prefill"}}'] == 3
     assert seen[f'tinsmith_tokens_total{{{base},kind="sampled"}}'] == 8
     assert seen['tinsmith_models{state="live"}'] == 1
+    assert seen['tinsmith_model_adapters{place="device"}'] == 1
     assert seen["tinsmith_sessions"] == 1
     assert seen['tinsmith_futures{state="kept"}'] == 6
     assert seen['tinsmith_queue_depth{class="training"}'] == 0

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from tinsmith import __version__
 from tinsmith.control.inspection import EngineState, Inspection
+from tinsmith.control.paging import PagingStats
 from tinsmith.server.metrics.classes import CLASS_NAMES, CLASSES
 
 _Row: TypeAlias = tuple[tuple[str, ...], float]
@@ -65,6 +66,8 @@ def _control(seen: Inspection) -> Iterator[Metric]:
     yield _gauge("futures_kept_bytes", "Memory of results that are kept.", (), [((), seen.futures_kept_bytes)])
     models: list[_Row] = [((state,), count) for state, count in seen.models.items()]
     yield _gauge("models", "Models by state.", ("state",), models)
+    places: list[_Row] = [((place,), count) for place, count in seen.adapters.items()]
+    yield _gauge("model_adapters", "Adapters of live models by where they are.", ("place",), places)
     yield _gauge("sessions", "Sessions that are live.", (), [((), seen.num_sessions)])
     yield _gauge("open_polls", "Long polls that are held.", (), [((), seen.num_open_polls)])
 
@@ -109,3 +112,19 @@ def _engines(engines: list[EngineState]) -> Iterator[Metric]:
     memory: list[_Row] = [((name, "rss"), p.rss_bytes) for name, p in pulses]
     memory += [((name, "device"), p.device_bytes) for name, p in pulses]
     yield _gauge("engine_memory_bytes", "Memory of the engine's process.", ("base_model", "kind"), memory)
+    yield from _paging([(engine.base_model, engine.paging) for engine in engines if engine.paging is not None])
+
+
+def _paging(engines: list[tuple[str, PagingStats]]) -> Iterator[Metric]:
+    moves: list[_Row] = []
+    for name, stats in engines:
+        moves += [((name, "read"), stats.pages_in), ((name, "dropped"), stats.pages_out)]
+        moves += [((name, "parked"), stats.parked), ((name, "unparked"), stats.unparked)]
+        moves += [((name, "failed"), stats.failures)]
+    yield _counter("engine_adapter_moves", "Adapters that came or went, by how.", ("base_model", "kind"), moves)
+    waits: list[_Row] = [((name,), stats.wait_s) for name, stats in engines]
+    yield _counter("engine_adapter_wait_seconds", "Time models waited for room.", ("base_model",), waits)
+    waiting: list[_Row] = [((name,), stats.num_waiting) for name, stats in engines]
+    yield _gauge("engine_adapters_waiting", "Models that wait for room.", ("base_model",), waiting)
+    used: list[_Row] = [((name,), stats.used_bytes) for name, stats in engines]
+    yield _gauge("engine_adapter_bytes", "Memory that adapters take up.", ("base_model",), used)
