@@ -24,6 +24,7 @@ from tinsmith.kitchen.adapters.noop_services import (
     MemoryRegistry,
 )
 from tinsmith.kitchen.adapters.sets import PRESETS, resolve_preset
+from tinsmith.kitchen.adapters.stores import ObjectBlobs, SqliteMetrics
 from tinsmith.kitchen.adapters.tinker_training import open_backend
 from tinsmith.kitchen.errors import ConfigError
 from tinsmith.kitchen.ports import (
@@ -220,9 +221,16 @@ def test_ck_21_a_folders_files_are_its_splits_and_texts_are_records(tmp_path: Pa
 # -- blobs, metrics, registry, feedback, hub, evaluator ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["memory", "folder"])
+BLOBS: dict[str, Callable[[Path], BlobStore]] = {
+    "memory": lambda folder: MemoryBlobs(),
+    "folder": FolderBlobs,
+    "objects": lambda folder: ObjectBlobs.at("memory:///"),
+}
+
+
+@pytest.mark.parametrize("kind", BLOBS)
 def test_ck_22_blobs_are_written_whole_and_read_back(kind: str, tmp_path: Path) -> None:
-    store: BlobStore = MemoryBlobs() if kind == "memory" else FolderBlobs(tmp_path)
+    store = BLOBS[kind](tmp_path)
     data = hashlib.sha256(b"x").digest() * 100
     store.write("a/b", b"old")
     store.write("a/b", data)
@@ -239,11 +247,22 @@ def test_ck_22_a_blob_key_cannot_leave_its_folder(tmp_path: Path) -> None:
     for key in ("../x", "/x", ""):
         with pytest.raises(InvalidInput, match="must be of the form a/b/c"):
             FolderBlobs(tmp_path / "blobs").write(key, b"")
+        with pytest.raises(InvalidInput, match="must be of the form a/b/c"):
+            BLOBS["objects"](tmp_path).write(key, b"")
+    with pytest.raises(ConfigError, match="'tin://x' is no address of object storage"):
+        ObjectBlobs.at("tin://x")
 
 
-@pytest.mark.parametrize("kind", ["memory", "jsonl"])
+METRICS: dict[str, Callable[[Path], MetricsStore]] = {
+    "memory": lambda folder: MemoryMetrics(),
+    "jsonl": lambda folder: JsonlMetrics(folder / "m" / "metrics.jsonl"),
+    "sqlite": lambda folder: SqliteMetrics(folder / "m" / "metrics.sqlite3"),
+}
+
+
+@pytest.mark.parametrize("kind", METRICS)
 def test_ck_24_metrics_come_back_in_order(kind: str, tmp_path: Path) -> None:
-    store: MetricsStore = MemoryMetrics() if kind == "memory" else JsonlMetrics(tmp_path / "m" / "metrics.jsonl")
+    store = METRICS[kind](tmp_path)
     rows = [
         MetricRow(run_id=run, metric=metric, value=0.5, step=step, timestamp=1.0, metadata={"a": 1})
         for step, (run, metric) in enumerate([("r", "loss"), ("s", "loss"), ("r", "reward"), ("r", "loss")])

@@ -31,6 +31,9 @@ def run(
     save_every: Annotated[str | None, typer.Option(help="Short for save_every=…")] = None,
     eval_every: Annotated[str | None, typer.Option(help="Short for eval_every=…")] = None,
     max_length: Annotated[str | None, typer.Option(help="Short for max_length=…")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="KIND[:TARGET] of a tracker: tensorboard, wandb, mlflow, trackio.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, train nothing.")] = False,
     show_help: Annotated[bool, typer.Option("--help", "-h", help="Explain a recipe and its keys.")] = False,
 ) -> None:
@@ -54,7 +57,16 @@ def run(
     if dry_run:
         _dry_run(console, found, made)
         return
+    _attach(track or [])
     _run(console, found, made)
+
+
+def _attach(trackers: list[str]) -> None:
+    from tinsmith.kitchen import attach_telemetry
+
+    for word in trackers:
+        kind, _, target = word.partition(":")
+        attach_telemetry(kind, target=target)
 
 
 def find_recipe(name: str) -> type[Recipe]:

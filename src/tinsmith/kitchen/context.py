@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from tinsmith.kitchen.errors import AdapterError, ConfigError, WorkflowError, nearest
 from tinsmith.kitchen.telemetry import Telemetry
 
@@ -157,6 +159,12 @@ class Context:
 
     def emit(self, event: str, measurements: Mapping[str, float] | None = None, /, **metadata: Any) -> None:
         self.telemetry.emit(event, measurements, **metadata)
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """As JSON has it where the config is typed; else its values."""
+        config = self.config
+        return dict(config.model_dump(mode="json") if isinstance(config, BaseModel) else config or {})
 
     # -- randomness: a function of the seed and the place, so that a resumed run draws what it would have drawn -------
 

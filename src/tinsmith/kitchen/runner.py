@@ -63,7 +63,7 @@ class Runner:
     async def run(self, workflow: Workflow, ctx: Context) -> Context:
         """Raises `StageError`, and cancels what still runs if it is cancelled itself."""
         began = self.clock()
-        ctx.emit("workflow.run.start", workflow=workflow.name)
+        ctx.emit("workflow.run.start", workflow=workflow.name, config=ctx.plain_config)
         try:
             ctx = await self._workflow(workflow, ctx, _Way(going_on=bool(self.cursor)))
         except BaseException as error:

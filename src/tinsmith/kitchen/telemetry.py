@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TextIO, TypeAlias
+from typing import Any, Final, Protocol, TextIO, TypeAlias
 
 from tinsmith.kitchen.errors import ConfigError, nearest
 from tinsmith.observe import JsonlSink
@@ -80,7 +80,7 @@ class ConsoleHandler:
     def __call__(self, event: Event) -> None:
         if event.name.startswith(f"{PREFIX}stage.") and not self._stages and not event.name.endswith("exception"):
             return
-        values = {**event.measurements, **{k: v for k, v in event.metadata.items() if k != "run_id"}}
+        values = {**event.measurements, **{k: v for k, v in event.metadata.items() if k not in ("run_id", "config")}}
         text = "  ".join(f"{key}={_short(value)}" for key, value in values.items())
         print(f"{event.name.removeprefix(PREFIX):24} {text}".rstrip(), file=self._stream or sys.stderr, flush=True)
 
@@ -111,14 +111,42 @@ class _Attached:
 
 _ATTACHED: Final[dict[int, _Attached]] = {}
 _NUMBERS = itertools.count(1)
-_KINDS: Final[dict[str, Callable[..., ConsoleHandler | JsonlHandler]]] = {
+
+
+class ClosableHandler(Protocol):
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _tracker(kind: str) -> Callable[..., ClosableHandler]:
+    def make(**options: Any) -> ClosableHandler:
+        from tinsmith.kitchen.tracking import TrackerHandler
+
+        return TrackerHandler(kind, **options)
+
+    return make
+
+
+def _prometheus(**options: Any) -> ClosableHandler:
+    from tinsmith.kitchen.tracking import PrometheusHandler
+
+    return PrometheusHandler(**options)
+
+
+_KINDS: Final[dict[str, Callable[..., ClosableHandler]]] = {
     "console": ConsoleHandler,
     "jsonl": JsonlHandler,
+    "prometheus": _prometheus,
+    **{kind: _tracker(kind) for kind in ("tensorboard", "wandb", "mlflow", "trackio")},
 }
 
 
 def attach_telemetry(handler: str | Handler, **options: Any) -> int:
-    """Listen to all runs of this process: `"console"`, `"jsonl"` with `path=…`, or a function of one `Event`.
+    """Listen to all runs of this process: by kind, or with a function of one `Event`.
+
+    Kinds: `"console"`; `"jsonl"` and `"prometheus"` with `path=…`; `"tensorboard"`, `"wandb"`, `"mlflow"` and
+    `"trackio"` with `target=…`, a folder, project or address.
 
     Returns what `detach_telemetry` takes. Raises `ConfigError` for an unknown kind or option.
     """

@@ -107,7 +107,7 @@ def test_the_help_of_a_recipe_lists_every_key_with_its_default(cli: Run) -> None
     lines = [line.rstrip() for line in outcome.out.splitlines()]
     place = lines.index("  batch_size=128  int")
     assert lines[place + 1] == "      Conversations per optimizer step."
-    assert "  lr_schedule=linear  linear|cosine|constant" in lines
+    assert "  lr_schedule=linear  linear|cosine|constant|exponential|polynomial" in lines
     assert "  data (required)  path" in lines
 
 
