@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ RequestType: TypeAlias = Literal[
     "Sample",
     "UnloadModel",
 ]
+_MAX_REFUSED = 1000
 QueueState: TypeAlias = Literal["active", "paused_capacity", "paused_rate_limit"]
 
 
@@ -139,6 +140,8 @@ class FutureStore:
         self._by_key: dict[Hashable, str] = {}
         self._finished: deque[tuple[float, str]] = deque()
         self._retained_bytes = 0
+        self._refused: OrderedDict[str, StorageError] = OrderedDict()
+        """The newest requests that could not be written, for whoever has yet to ask."""
         self.num_succeeded = 0
         """Requests that ended with a result."""
         self.completions = Completions()
@@ -285,6 +288,9 @@ class FutureStore:
             return
         committed.set_exception(error)
         committed.exception()  # whoever waits gets it; it is no complaint if nobody does
+        self._refused[request_id] = error
+        while len(self._refused) > _MAX_REFUSED:
+            self._refused.popitem(last=False)
         if promise.outcome is None:
             self._forget(request_id)
             promise.outcome = Outcome(request_type=promise.request_type, error=error, subject=promise.subject)
@@ -295,6 +301,8 @@ class FutureStore:
         promise = self._promises.get(request_id)
         if promise is not None and promise.committed is not None:
             await asyncio.shield(promise.committed)
+        elif (refusal := self._refused.get(request_id)) is not None:
+            raise refusal
 
     def is_spent(self, request_id: str, grace_s: float) -> bool:
         """Whether its result was fetched at least `grace_s` ago, or is no longer kept."""

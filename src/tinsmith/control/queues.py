@@ -112,12 +112,16 @@ class ModelQueue(Generic[ItemT]):
         self._gap_since = None
         return items
 
-    def withdraw(self, seq: int) -> None:
-        """As if it had never come; it may come again."""
+    def withdraw(self, seq: int, now: float) -> None:
+        """As if it had never come; it may come again, and what came after it waits no longer than for any other."""
         self._waiting.pop(seq, None)
         self._highest = max([self._next - 1, *self._waiting])
-        if self.missing_seq is None:
-            self._gap_since = None
+        self._watch_gap(now)
+
+    def wait_anew(self, now: float) -> None:
+        """What is missed is missed from now on."""
+        if self._gap_since is not None:
+            self._gap_since = now
 
     def rewind(self, first_seq: int, items: Mapping[int, ItemT], now: float) -> None:
         """Go back to `first_seq`: `items` were taken from there on, and wait again."""

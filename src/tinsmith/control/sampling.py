@@ -127,12 +127,12 @@ class Sampling:
             sampler = Sampler(sampler_id=sampler_id, session_id=session_id, owner=owner, slot=slot, snapshot_id=None)
         else:
             raise InvalidInput("create_sampling_session needs a base_model or a model_path")
+        await self._record(sampler, (base_model, model_path))
         session = self._sessions.get_live(session_id)
         if self._is_known(sampler_id, base_model, model_path):  # a retry overtook this call while it loaded
             return sampler_id
         self._adopt(session, sampler, (base_model, model_path))
         session.last_seen = self._clock.monotonic()
-        await self._record(sampler)
         return sampler_id
 
     def _adopt(self, session: Session, sampler: Sampler, bound_to: tuple[str | None, str | None]) -> None:
@@ -170,12 +170,13 @@ class Sampling:
             digest=digest,
         )
 
-    async def _record(self, sampler: Sampler) -> None:
+    async def _record(self, sampler: Sampler, bound_to: tuple[str | None, str | None]) -> None:
+        """A sampler that cannot be written is not there: whoever asks again has it written again."""
         row = sampler.row(self._clock.time())
         await self._registry.write(lambda c: records.insert_if_new(c, SAMPLERS, row))
         record = SamplerRecord(
             base_model=sampler.slot.card.name,
-            bound_to=self._bindings[sampler.sampler_id],
+            bound_to=bound_to,
             checkpoint_id=None if sampler.checkpoint is None else sampler.checkpoint.checkpoint_id,
             digest=sampler.digest,
         )

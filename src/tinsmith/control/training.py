@@ -367,7 +367,7 @@ class Training:
     def _withdraw(self, model: Model, seq: int, work: Work) -> None:
         model.journaled.pop(seq, None)
         if model.status is not ModelStatus.ENDED:
-            model.queue.withdraw(seq)
+            model.queue.withdraw(seq, self._clock.monotonic())
             model.pending_tokens -= work.num_tokens
 
     def submit_deferred(
@@ -550,6 +550,10 @@ class Training:
                 self._models.pop(model_id, None)
 
     def give_up_gaps(self) -> None:
+        if self._journal.fault is not None:  # what is missing may have been refused for want of room, and comes again
+            for model in self._models.values():
+                model.queue.wait_anew(self._clock.monotonic())
+            return
         timeout_s = self._settings.seq_gap_timeout_s
         for model in self._models.values():
             gap = model.queue.give_up_gap(self._clock.monotonic(), timeout_s)
