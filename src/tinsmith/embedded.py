@@ -65,7 +65,7 @@ def build_app(url: str, folder_number: int = 1) -> FastAPI:
 
     `folder_number` picks among the default data folders, if `url` names none.
     """
-    from tinsmith.server import create_app
+    from tinsmith.server import ServerSettings, create_app
     from tinsmith.server.assemble import open_control
     from tinsmith.server.errors import explain
 
@@ -77,7 +77,8 @@ def build_app(url: str, folder_number: int = 1) -> FastAPI:
         engine_options = EngineOptions.model_validate({name: values[0] for name, values in options.items()})
     except ValidationError as error:
         raise InvalidInput(f"{url!r}: {explain(error)}") from error
-    return create_app(open_control(sources, engine_options, data_dir, home="thread"))
+    control = open_control(sources, engine_options, data_dir, home="thread")
+    return create_app(control, ServerSettings(accounts=False))
 
 
 def _default_folder(number: int) -> Path:

@@ -7,7 +7,8 @@ number, so that a change is seen everywhere, made by this process or by another 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -236,6 +237,15 @@ def quotas(connection: sa.Connection) -> dict[tuple[QuotaSubject, str], Quota]:
     rows = connection.execute(sa.select(QUOTAS).order_by(QUOTAS.c.subject, QUOTAS.c.subject_id)).mappings()
     names = [f.name for f in fields(Quota)]
     return {(row["subject"], row["subject_id"]): Quota(**{name: row[name] for name in names}) for row in rows}
+
+
+def changed_quota(quota: Quota | None, limits: Mapping[str, int | None]) -> Quota:
+    """Raises `InvalidInput` for a limit that there is not."""
+    names = [f.name for f in fields(Quota)]
+    for name in limits:
+        if name not in names:
+            raise InvalidInput(f"quota {name!r} is unknown; known are {', '.join(names)}")
+    return replace(quota or Quota(), **limits)
 
 
 def set_quota(connection: sa.Connection, subject: QuotaSubject, subject_id: str, quota: Quota) -> None:

@@ -1,4 +1,4 @@
-"""Who did what to which checkpoint and project. Written in the transaction of what it tells of."""
+"""Who did what to which checkpoint, project and account. Written in the transaction of what it tells of."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ AuditEvent: TypeAlias = Literal[
     "checkpoint_unpin",
     "session_expire",
     "project_session_assign",
+    "project_create",
+    "project_weight_set",
+    "project_member_add",
+    "project_member_remove",
+    "organization_user_create",
+    "organization_user_role_set",
+    "organization_user_disable",
+    "organization_user_enable",
+    "organization_key_create",
+    "organization_key_revoke",
+    "organization_quota_set",
 ]
 """`<resource>_<action>`."""
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tinsmith.control.administration import Administration, OwnKey
 from tinsmith.control.completions import Completion
 from tinsmith.control.errors import Forbidden
 from tinsmith.control.futures import Outcome, Pending, RequestType
@@ -69,6 +70,18 @@ class GuardedControl:
 
     def _sees(self, caller: Caller, object_id: str) -> bool:
         return caller.sees_all or self._control.owners.of(object_id) == caller.user_id
+
+    # ---- accounts ----
+
+    @property
+    def administration(self) -> Administration:
+        """Raises `Forbidden` unless the caller is an admin."""
+        return self._control.administration(self.permit("admin"))
+
+    @property
+    def own_key(self) -> OwnKey:
+        """Raises `Unsupported` on a server without keys."""
+        return self._control.own_key(self.caller)
 
     # ---- the server ----
 

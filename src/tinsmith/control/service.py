@@ -14,6 +14,7 @@ from typing import Any
 
 from tinsmith.control import audit, records
 from tinsmith.control.accounts import Accounts
+from tinsmith.control.administration import Administration, OwnKey
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.completions import Completion, Completions
@@ -26,6 +27,7 @@ from tinsmith.control.fairness import Fairness
 from tinsmith.control.folder_store import FolderStore
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
 from tinsmith.control.health import Health
+from tinsmith.control.identities import Caller
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
 from tinsmith.control.imports import Imports
 from tinsmith.control.inspection import Inspection, adapter_places, engine_states, model_states
@@ -66,7 +68,7 @@ from tinsmith.control.traces import TraceLog
 from tinsmith.control.training import Training
 from tinsmith.control.usage import Meter
 from tinsmith.runtime.handle import EngineHandle
-from tinsmith.types.errors import EngineDied, NotFound, ServerError, TinsmithError
+from tinsmith.types.errors import EngineDied, NotFound, ServerError, TinsmithError, Unsupported
 from tinsmith.types.operations import BaseModelCard
 from tinsmith.types.rest import (
     GetInfoResponse,
@@ -503,6 +505,20 @@ class Control:
             return
         self._training.engine_died(slot, error)
         self._sampling.engine_died(slot, error)
+
+    # ---- accounts ----
+
+    def administration(self, caller: Caller) -> Administration:
+        """As done by `caller`."""
+        return Administration(self._registry, self._clock, self.accounts, caller)
+
+    def own_key(self, caller: Caller) -> OwnKey:
+        """Raises `Unsupported` on a server without keys."""
+        if caller.key_id is None:
+            raise Unsupported(
+                "this server has no keys, so there is none to revoke; any key is accepted on this machine"
+            )
+        return OwnKey(self.accounts, self.administration(caller), caller.key_id)
 
     # ---- sessions ----
 

@@ -17,6 +17,8 @@ from starlette.responses import Response
 from tinsmith import __version__
 from tinsmith.control.service import Control
 from tinsmith.server import anthropic, openai, tinker, tinkerbell
+from tinsmith.server.auth import Authenticate
+from tinsmith.server.dialects import refuse
 from tinsmith.server.errors import (
     Guard,
     handle_http_exception,
@@ -29,7 +31,7 @@ from tinsmith.server.metrics import CountedFigures, WatchedFigures, metrics_rout
 from tinsmith.server.observed import Noting, Observed
 from tinsmith.server.openai import models
 from tinsmith.server.openapi import build_openapi
-from tinsmith.server.service import Service, ServiceDep
+from tinsmith.server.service import ServerState, ServiceDep
 from tinsmith.server.settings import ServerSettings
 from tinsmith.types.errors import TinsmithError
 
@@ -38,12 +40,12 @@ if TYPE_CHECKING:
 
 
 def create_app(control: Control, settings: ServerSettings | None = None, tracing: Tracing | None = None) -> FastAPI:
-    """An application whose lifespan starts and closes `control`; `app.state.service` is what its routes share.
+    """An application whose lifespan starts and closes `control`; `app.state.service` is what its requests share.
 
     `tracing` is closed with it. Entering the lifespan raises `UserError` if a base model cannot be loaded.
     """
     settings = settings or ServerSettings()
-    service = Service(control, settings)
+    state = ServerState(control, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -51,7 +53,7 @@ def create_app(control: Control, settings: ServerSettings | None = None, tracing
             await control.start()
             yield
         finally:
-            service.close()
+            state.close()
             await control.close()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
@@ -61,10 +63,10 @@ def create_app(control: Control, settings: ServerSettings | None = None, tracing
         summary="Post-training of language models through the Tinker API.",
         version=__version__,
         lifespan=lifespan,
-        routes=[*tinkerbell.routes(service), *tinker.raw_routes()],
+        routes=[*tinkerbell.routes(state), *tinker.raw_routes()],
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service = state
     app.include_router(_about)
     for router in tinker.routers():
         app.include_router(router, prefix=tinker.PREFIX)
@@ -76,16 +78,17 @@ def create_app(control: Control, settings: ServerSettings | None = None, tracing
     if {"openai", "anthropic"} & settings.dialects:
         app.include_router(models.router, prefix=openai.PREFIX)
     app.include_router(hub.router, prefix=hub.PREFIX)
-    figures = _add_metrics(app, service)
+    figures = _add_metrics(app, state)
     if tracing is not None:
         control.observers.add(tracing)
     app.add_exception_handler(TinsmithError, handle_tinsmith_error)
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_middleware(Authenticate, state=state, refuse=refuse)
     app.add_middleware(
         Guard,
         max_body_bytes=settings.max_body_bytes,
-        loopback_hosts_only=settings.loopback_hosts_only,
+        loopback_hosts_only=lambda: settings.loopback_hosts_only and not state.asks_for_keys,
         uploads={tinker.PREFIX + tinker.IMPORT_PATH: settings.max_upload_bytes},
     )
     # the outermost is the last that is added
@@ -95,14 +98,14 @@ def create_app(control: Control, settings: ServerSettings | None = None, tracing
     return app
 
 
-def _add_metrics(app: FastAPI, service: Service) -> CountedFigures:
+def _add_metrics(app: FastAPI, state: ServerState) -> CountedFigures:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(WatchedFigures(service.inspect))
+    registry.register(WatchedFigures(state.inspect))
     app.include_router(metrics_router(registry))
     figures = CountedFigures(registry)
-    service.control.observers.add(figures)
-    service.control.observers.add(Noting())
+    state.control.observers.add(figures)
+    state.control.observers.add(Noting())
     return figures
 
 
@@ -114,7 +117,7 @@ async def about(service: ServiceDep) -> dict[str, Any]:
     return {
         "name": "tinsmith",
         "version": __version__,
-        "models": [card.name for card in service.control.base_models()],
+        "models": [card.name for card in service.control.base_models()] if service.control.caller.scopes else [],
         "endpoints": tinkerbell.listing() if "tinkerbell" in service.settings.dialects else {},
         "links": {"api": tinker.PREFIX, "openapi": "/openapi.json", "docs": "/docs", "ready": "/readyz"},
     }

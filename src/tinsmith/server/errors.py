@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,8 +23,15 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinsmith.control.errors import DiskBudgetExceeded, FutureExpired, NotTaken, SessionEnded
-from tinsmith.control.signing import LinkRefused
+from tinsmith.control.errors import (
+    DiskBudgetExceeded,
+    Forbidden,
+    FutureExpired,
+    NotTaken,
+    SessionEnded,
+    Unauthorized,
+)
+from tinsmith.control.signing import LinkRefused, TokenRefused
 from tinsmith.types.errors import NotFound, Overloaded, ServerError, TinsmithError, UserError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +49,9 @@ def status_of(error: TinsmithError) -> int:
     match error:
         case NotFound():
             return 404
-        case LinkRefused():
+        case Unauthorized():
+            return 401
+        case LinkRefused() | Forbidden():
             return 403
         case SessionEnded() | FutureExpired():
             return 410
@@ -59,13 +68,21 @@ def status_of(error: TinsmithError) -> int:
 def error_response(error: TinsmithError) -> Response:
     status = status_of(error)
     headers: dict[str, str] = {}
-    if isinstance(error, DiskBudgetExceeded):  # somebody has to delete something first
+    if isinstance(error, Unauthorized):
+        headers = challenge(error)
+    elif isinstance(error, DiskBudgetExceeded):  # somebody has to delete something first
         headers = {"x-should-retry": "false"}
     elif status in (429, 507):
         headers = {"retry-after": "1", "x-should-retry": "true"}
     elif status == 500:  # a full disk, a dead engine, a fault of ours: sending it again at once changes nothing
         headers = {"x-should-retry": "false"}
     return json_response({"detail": error.message}, status, headers)
+
+
+def challenge(error: Unauthorized) -> dict[str, str]:
+    """The header of a 401 (RFC 6750). A client exchanges its key for a new token if only the token was refused."""
+    refused = ', error="invalid_token"' if isinstance(error, TokenRefused) else ""
+    return {"www-authenticate": f'Bearer realm="tinsmith"{refused}'}
 
 
 def new_incident(error: BaseException, **facts: Any) -> InternalError:
@@ -176,7 +193,7 @@ class Guard:
         self,
         app: ASGIApp,
         max_body_bytes: int,
-        loopback_hosts_only: bool,
+        loopback_hosts_only: Callable[[], bool],
         uploads: Mapping[str, int] | None = None,
     ) -> None:
         """`uploads`: paths whose bodies may have another size."""
@@ -188,7 +205,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if self.loopback_hosts_only and (refusal := refuse_foreign_host(Headers(scope=scope))):
+        if self.loopback_hosts_only() and (refusal := refuse_foreign_host(Headers(scope=scope))):
             return await refusal(scope, receive, send)
         started = False
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from tinsmith.server.service import Service
+from tinsmith.server.service import ServerState
 from tinsmith.server.tinker import PREFIX, RAW
 from tinsmith.server.tinkerbell import documents
 from tinsmith.wire.tinker_proto import CONTENT_TYPE as PROTOBUF
@@ -72,8 +72,8 @@ def build_openapi(app: FastAPI) -> dict[str, Any]:
     """Built once, and kept."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        service: Service = app.state.service
-        _add_raw_routes(document, with_tinkerbell="tinkerbell" in service.settings.dialects)
+        state: ServerState = app.state.service
+        _add_raw_routes(document, with_tinkerbell="tinkerbell" in state.settings.dialects)
         _add_errors(document)
         app.openapi_schema = document
     return app.openapi_schema

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from tinsmith.control.service import Control
 from tinsmith.server.errors import is_loopback
-from tinsmith.server.service import Service
+from tinsmith.server.service import ServerState
 from tinsmith.server.stopping import AT_ONCE, FINISHING, FINISHING_UNKEPT, StopSignals, last_words
 from tinsmith.types.errors import InvalidInput, StorageError
 
@@ -158,7 +158,7 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: ServerState, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
         self._on_ready = on_ready

@@ -50,8 +50,12 @@ class ServerSettings(BaseModel):
 
     poll_hold_s: float = Field(default=25.0, gt=0, le=40)
     """How long `retrieve_future` holds a request whose result is not there. The official SDK gives up after 45 s."""
+    accounts: bool = True
+    """Ask for keys once there is one; without accounts whoever reaches the server owns everything on it."""
+    keys_required: bool = False
+    """Ask for keys even while there is none; for a server that other machines can reach."""
     loopback_hosts_only: bool = False
-    """Answer only requests whose `Host` and `Origin` name this machine; for a server on a port without keys."""
+    """While there are no keys, answer only requests whose `Host` and `Origin` name this machine."""
     max_body_bytes: int = Field(default=256 * 2**20, ge=1024)
     """Of a request as it arrives; a larger one is answered 413."""
     max_upload_bytes: int = Field(default=16 * 2**30, ge=1024)

@@ -90,5 +90,5 @@ def say(client: Client, text: str) -> None:
 
 async def decoded(client: Client, operation: Sample) -> str:
     """The prompt as the model reads it."""
-    target = await client.app.state.service.chat.target(FAKE_CARD.name)
+    target = await client.app.state.service.seen_by(None).chat.target(FAKE_CARD.name)
     return target.text.decode_with_special(operation.prompt.tolist())

@@ -96,7 +96,7 @@ def test_no_permanent_error_has_a_status_that_is_sent_again() -> None:
 async def test_an_unforeseen_error_is_logged_under_a_number_and_tells_nothing(
     client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(*_: Any) -> None:
+    async def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("the secret plan")
 
     monkeypatch.setattr(client.app.state.service.control.library, "list_sessions", broken)

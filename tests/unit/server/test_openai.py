@@ -332,7 +332,7 @@ async def test_a_caller_that_leaves_stops_the_drawing(chat: Client, stream: bool
     left.set()
     await asyncio.wait_for(call, 5)
     assert [o for o in chat.engine.operations if isinstance(o, CancelSample)]
-    assert chat.app.state.service.chat._draws == set()
+    assert chat.app.state.service.seen_by(None).chat._draws == set()
 
 
 async def test_a_stopping_server_ends_its_chats(chat: Client) -> None:
@@ -379,7 +379,7 @@ async def test_the_sampler_of_a_training_script_is_a_model_too(chat: Client) -> 
 
 async def test_a_session_that_ended_for_want_of_use_is_made_anew(chat: Client) -> None:
     await answer(chat.http, CHAT, {"messages": HELLO, "max_tokens": 1})
-    desk = chat.app.state.service.chat
+    desk = chat.app.state.service.seen_by(None).chat
     first = desk._session_id
     await chat.app.state.service.control.finish_session(first, "interrupted", None)
     await answer(chat.http, CHAT, {"messages": HELLO, "max_tokens": 1})

@@ -67,7 +67,7 @@ class FullDisk:
 
 async def test_what_cannot_be_recorded_is_not_answered(open_server: OpenServer, tmp_path: Path) -> None:
     async with open_server(card=tiny_card(), record_folder=tmp_path / "kept") as chat:
-        recorder = chat.app.state.service.chat._recorder
+        recorder = chat.app.state.service.recorder
         disk = recorder._file
         recorder._file = FullDisk(disk)
         response = await post(chat.http, "chat/completions", {"messages": HELLO, "max_tokens": 1})

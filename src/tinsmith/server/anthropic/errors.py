@@ -6,13 +6,21 @@ from typing import Any
 
 from starlette.responses import Response
 
+from tinsmith.control.errors import Unauthorized
 from tinsmith.server.chat.fields import BadField
 from tinsmith.server.chat.routing import DialectRoute
-from tinsmith.server.errors import json_response, status_of
+from tinsmith.server.errors import challenge, json_response, status_of
 from tinsmith.types.errors import TinsmithError
 
 OVERLOADED = 529
-_TYPES = {400: "invalid_request_error", 404: "not_found_error", 410: "invalid_request_error", 500: "api_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    410: "invalid_request_error",
+    500: "api_error",
+}
 
 
 def error_body(error: TinsmithError) -> dict[str, Any]:
@@ -34,8 +42,14 @@ def error_status(error: TinsmithError) -> int:
 
 class AnthropicRoute(DialectRoute):
     def error_response(self, error: TinsmithError) -> Response:
-        status = error_status(error)
-        headers = {"retry-after": "1"} if status == OVERLOADED else {}
-        if status == 500:
-            headers = {"x-should-retry": "false"}
-        return json_response(error_body(error), status, headers)
+        return error_response(error)
+
+
+def error_response(error: TinsmithError) -> Response:
+    status = error_status(error)
+    headers = {"retry-after": "1"} if status == OVERLOADED else {}
+    if status == 500:
+        headers = {"x-should-retry": "false"}
+    if isinstance(error, Unauthorized):
+        headers = challenge(error)
+    return json_response(error_body(error), status, headers)

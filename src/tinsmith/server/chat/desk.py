@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from tinsmith.control.errors import SessionEnded
+from tinsmith.control.guarded import GuardedControl
 from tinsmith.control.requests import NewSession
-from tinsmith.control.service import Control
 from tinsmith.server.bodies import Codecs
 from tinsmith.server.chat.asks import Ask, Target
 from tinsmith.server.chat.fields import BadField
@@ -26,15 +26,31 @@ from tinsmith.types.results import DrawnToken, SampledSequence, SampleResponse
 CHECKPOINT_SCHEME = "tinker://"
 
 
-class ChatDesk:
-    """One per server. Its samplers live in a session of its own, made anew when it has ended for want of use."""
+class ChatTexts:
+    """Tokenizers and templates of the base models, for all desks of a server: loaded once each, off the event loop."""
 
-    def __init__(self, control: Control, codecs: Codecs, recorder: Recorder | None) -> None:
+    def __init__(self, codecs: Codecs) -> None:
         self.started_at = time.time()
+        self._codecs = codecs
+        self._loads: dict[str, asyncio.Task[ModelText]] = {}
+
+    async def of(self, card: BaseModelCard) -> ModelText:
+        task = self._loads.get(card.name)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.create_task(self._codecs.offload(lambda: load_model_text(card)))
+            self._loads[card.name] = task
+        return await asyncio.shield(task)
+
+
+class ChatDesk:
+    """One per caller. Its samplers live in a session of its own, made anew when it has ended for want of use."""
+
+    def __init__(self, control: GuardedControl, codecs: Codecs, texts: ChatTexts, recorder: Recorder | None) -> None:
+        self.started_at = texts.started_at
         self._control = control
         self._codecs = codecs
         self._recorder = recorder
-        self._texts: dict[str, asyncio.Task[ModelText]] = {}
+        self._texts = texts
         self._session_id: str | None = None
         self._samplers: dict[str, str] = {}
         """Sampler ids by base model or checkpoint version, in this session."""
@@ -59,14 +75,14 @@ class ChatDesk:
                 card = base
                 sampler_id = await self._sampler(card.name, card.name, None)
             else:
-                card = self._card(self._control.get_sampler(model).base_model)
+                card = self._card(self._control.own_sampler(model).base_model)
                 sampler_id = model
             digest = self._control.sampler_digest(sampler_id)
         except NotFound as error:
             raise BadField("model", self._unknown(model), code="model_not_found") from error
         except InvalidInput as error:
             raise BadField("model", f"model: {error.message}") from error
-        return Target(model=model, sampler_id=sampler_id, digest=digest, card=card, text=await self._text(card))
+        return Target(model=model, sampler_id=sampler_id, digest=digest, card=card, text=await self._texts.of(card))
 
     def _find_card(self, name: str) -> BaseModelCard | None:
         cards = {card.name: card for card in self._control.base_models()}
@@ -102,14 +118,6 @@ class ChatDesk:
             self._session_id = await self._control.create_session(session)
             self._samplers.clear()
         return self._session_id
-
-    async def _text(self, card: BaseModelCard) -> ModelText:
-        """Loaded once per base model, off the event loop."""
-        task = self._texts.get(card.name)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(self._codecs.offload(lambda: load_model_text(card)))
-            self._texts[card.name] = task
-        return await asyncio.shield(task)
 
     # ---- drawing ----
 
@@ -180,11 +188,6 @@ class ChatDesk:
         self._is_draining = True
         for task in self._draws:
             task.cancel()
-
-    def close(self) -> None:
-        self.drain()
-        if self._recorder is not None:
-            self._recorder.close()
 
 
 def _numbered(

@@ -6,13 +6,14 @@ from typing import Any
 
 from starlette.responses import Response
 
+from tinsmith.control.errors import Unauthorized
 from tinsmith.server.chat.fields import BadField
 from tinsmith.server.chat.routing import DialectRoute
-from tinsmith.server.errors import json_response, status_of
+from tinsmith.server.errors import challenge, json_response, status_of
 from tinsmith.types.errors import TinsmithError
 
-_TYPES = {429: "rate_limit_error", 500: "server_error"}
-_CODES = {429: "rate_limit_exceeded"}
+_TYPES = {403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
+_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 def error_body(error: TinsmithError) -> dict[str, Any]:
@@ -35,6 +36,12 @@ def error_status(error: TinsmithError) -> int:
 
 class OpenAIRoute(DialectRoute):
     def error_response(self, error: TinsmithError) -> Response:
-        status = error_status(error)
-        headers = {"retry-after": "1"} if status == 429 else {"x-should-retry": "false"} if status == 500 else {}
-        return json_response(error_body(error), status, headers)
+        return error_response(error)
+
+
+def error_response(error: TinsmithError) -> Response:
+    status = error_status(error)
+    headers = {"retry-after": "1"} if status == 429 else {"x-should-retry": "false"} if status == 500 else {}
+    if isinstance(error, Unauthorized):
+        headers = challenge(error)
+    return json_response(error_body(error), status, headers)

@@ -10,14 +10,15 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from tinsmith.control.audit import AuditEntry, EventType
+from tinsmith.control.identities import Caller
 from tinsmith.control.records import moment
 from tinsmith.control.session_search import DEFAULT_PROJECT, FoundSession, SessionQuery, StatusFilter
 from tinsmith.control.sessions import FINISH_REASONS
-from tinsmith.control.signing import LOCAL_USER
+from tinsmith.control.signing import user_of_urn, user_urn
 from tinsmith.control.usage import GIGABYTE, HOUR_S, UsageEvent
 from tinsmith.server.errors import brief
 from tinsmith.server.service import ServiceDep
-from tinsmith.server.tinker.schemas import ProjectBody, SessionSearchBody, StatusBody
+from tinsmith.server.tinker.schemas import OwnerBody, ProjectBody, SessionSearchBody, StatusBody
 from tinsmith.types.errors import InvalidInput
 from tinsmith.types.rest_admin import (
     ActiveStatus,
@@ -53,11 +54,9 @@ _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 @router.post("/sessions/search", response_model_exclude_none=True)
 async def search_sessions(body: SessionSearchBody, service: ServiceDep) -> SessionSearchResponse:
     """Newest first, a page at a time."""
-    owners = body.owner.owner_urns
-    if owners is not None and LOCAL_USER not in owners:
-        return SessionSearchResponse()
     found = await service.control.library.search_sessions(
         SessionQuery(
+            owners=_owners(body.owner, service.control.caller),
             session_id=body.session_id,
             display_name=body.display_name,
             project_ids=body.project_ids,
@@ -74,6 +73,13 @@ async def search_sessions(body: SessionSearchBody, service: ServiceDep) -> Sessi
         if last is None
         else SessionSearchCursor(last_created_at=moment(last.created_at), last_session_id=last.session_id),
     )
+
+
+def _owners(owner: OwnerBody, caller: Caller) -> list[str] | None:
+    """`accessible` is what the caller may see; control knows what that is."""
+    if owner.owner_urns is not None:
+        return [user_of_urn(urn) for urn in owner.owner_urns]
+    return [caller.user_id] if owner.type == "own" and not caller.is_local else None
 
 
 def _status_filter(status: StatusBody) -> StatusFilter:
@@ -98,7 +104,7 @@ def _summary(found: FoundSession) -> SessionSummary:
     return SessionSummary(
         session_id=row.session_id,
         created_at=moment(row.created_at),
-        owner=LOCAL_USER,
+        owner=user_urn(row.owner),
         project_id=row.project_id or DEFAULT_PROJECT,
         status=status,
         checkpoints_count=found.checkpoints_count,
@@ -110,7 +116,7 @@ def _summary(found: FoundSession) -> SessionSummary:
 
 @router.put("/sessions/{session_id}/project", status_code=204)
 async def assign_session_project(session_id: str, body: ProjectBody, service: ServiceDep) -> Response:
-    """A project is a label here: any name will do."""
+    """On a server without keys a project is a label, and any name will do."""
     await service.control.library.assign_project(session_id, body.project_id)
     return Response(status_code=204)
 
@@ -141,7 +147,7 @@ def _entry(entry: AuditEntry) -> AuditLogEntry:
     return AuditLogEntry(
         timestamp=entry.at,
         event=entry.event,
-        event_details={"owner": LOCAL_USER, **details},
+        event_details={"owner": user_urn(entry.owner), **details},
         model_id=details.get("training_run_id"),
         tinker_path=details.get("tinker_path"),
         purpose=details.get("purpose"),
@@ -188,7 +194,7 @@ def _usage_event(event: UsageEvent) -> BillingUsageEvent:
         bucket_start=moment(event.hour),
         bucket_end=moment(event.hour + HOUR_S),
         base_model=event.base_model,
-        user_id=LOCAL_USER,
+        user_id=user_urn(event.user_id),
         session_id=event.session_id,
         project_id=event.project_id,
         event_info=_usage_info(event),
@@ -219,7 +225,8 @@ async def current_checkpoint_storage(
         data=[
             CheckpointStorageItem(
                 project_id=share.project_id,
-                org_user_urn=LOCAL_USER,
+                org_user_urn=user_urn(share.user_id),
+                user_name=share.user_id,
                 checkpoint_count=share.count,
                 size_bytes=share.size_bytes,
                 size_gigabytes=share.size_bytes / GIGABYTE,

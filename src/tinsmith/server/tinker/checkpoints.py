@@ -13,7 +13,7 @@ from starlette.responses import Response
 from tinsmith.control.copies import CopyOrder
 from tinsmith.server.service import ServiceDep
 from tinsmith.server.tinker.schemas import CopyWeightsBody, TtlBody, WeightsInfoBody
-from tinsmith.server.tinker.sessions import Limit, Offset
+from tinsmith.server.tinker.sessions import AccessScope, Limit, Offset
 from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.rest import (
     CheckpointsListResponse,
@@ -44,9 +44,15 @@ KnownKinds = Annotated[Collection[str], Depends(_kinds_known_to)]
 
 @router.get("/training_runs", response_model_exclude_none=True)
 async def list_training_runs(
-    service: ServiceDep, limit: Limit = 20, offset: Offset = 0, project_id: Annotated[str | None, Query()] = None
+    service: ServiceDep,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    project_id: Annotated[str | None, Query()] = None,
+    access_scope: AccessScope = "owned",
 ) -> TrainingRunsResponse:
-    runs, total = await service.control.library.list_training_runs(limit, offset, project_id)
+    """The caller's own; an admin's `accessible` ones are everyone's."""
+    everything = access_scope == "accessible"
+    runs, total = await service.control.library.list_training_runs(limit, offset, project_id, everything=everything)
     return TrainingRunsResponse(training_runs=runs, cursor=Cursor(offset=offset, limit=limit, total_count=total))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from urllib.parse import quote
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -19,7 +19,7 @@ from tinsmith.control.downloads import archive_files, archive_name, stored_file,
 from tinsmith.control.records import moment
 from tinsmith.control.signing import SignedLink
 from tinsmith.server.errors import json_response
-from tinsmith.server.service import Service, ServiceDep
+from tinsmith.server.service import Service, ServiceDep, service_by_link
 from tinsmith.types.errors import InvalidInput, TinsmithError
 from tinsmith.types.rest_admin import ExternalWeightsUrlsResponse, TraceExportResponse
 
@@ -29,17 +29,24 @@ PREFIX = "/api/v1"
 _CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 Expires = Annotated[int, Query(ge=0, lt=2**53)]
 Signature = Annotated[str, Query()]
+KeyOfLink = Annotated[int | None, Query(ge=0, lt=2**53)]
 
 
 def _signed_url(request: Request, service: Service, path: str) -> tuple[str, int]:
     """An absolute URL under the host by which the caller reached us, and when it expires."""
-    link = service.control.signer.sign(path, service.settings.link_ttl_s)
-    query = f"expires={link.expires}&signature={link.signature}"
+    link = service.sign(path)
+    key = "" if link.key_id is None else f"&key={link.key_id}"
+    query = f"expires={link.expires}{key}&signature={link.signature}"
     return f"{request.url.scheme}://{request.url.netloc}{PREFIX}{quote(path, safe='/:@+=')}?{query}", link.expires
 
 
-def _check_link(service: Service, path: str, expires: int, signature: str) -> None:
-    service.control.signer.check(path, SignedLink(expires=expires, signature=signature))
+def _linked_service(request: Request, expires: Expires, signature: Signature, key: KeyOfLink = None) -> Service:
+    """The server as whoever was given the link sees it. Raises `LinkRefused`."""
+    resource = request.scope["path"].removeprefix(PREFIX)
+    return service_by_link(request, resource, SignedLink(expires=expires, key_id=key, signature=signature))
+
+
+LinkedDep = Annotated[Service, Depends(_linked_service)]
 
 
 class HeldFile(FileResponse):
@@ -85,10 +92,7 @@ async def external_weights_urls(
 
 
 @router.get("/files/{run_id}/{kind}/{name}/{file:path}")
-async def download_file(
-    run_id: str, kind: str, name: str, file: str, service: ServiceDep, expires: Expires, signature: Signature
-) -> Response:
-    _check_link(service, f"/files/{run_id}/{kind}/{name}/{file}", expires, signature)
+async def download_file(run_id: str, kind: str, name: str, file: str, service: LinkedDep) -> Response:
     async with AsyncExitStack() as stack:
         opened = service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "download")
         path = await run_sync(stored_file, await stack.enter_async_context(opened), file)
@@ -106,11 +110,8 @@ async def archive_url(run_id: str, kind: str, name: str, request: Request, servi
 
 
 @router.get("/archives/{run_id}/{kind}/{name}")
-async def download_archive(
-    run_id: str, kind: str, name: str, service: ServiceDep, expires: Expires, signature: Signature
-) -> Response:
+async def download_archive(run_id: str, kind: str, name: str, service: LinkedDep) -> Response:
     """A tar archive, made while it is sent."""
-    _check_link(service, f"/archives/{run_id}/{kind}/{name}", expires, signature)
     async with AsyncExitStack() as stack:
         opened = service.control.library.checkpoint_folder(f"tinker://{run_id}/{kind}/{name}", "archive")
         folder = await stack.enter_async_context(opened)
@@ -136,8 +137,7 @@ async def export_trace(session_id: str, request: Request, service: ServiceDep) -
 
 
 @router.get("/traces/{session_id}")
-async def download_trace(session_id: str, service: ServiceDep, expires: Expires, signature: Signature) -> Response:
-    _check_link(service, f"/traces/{session_id}", expires, signature)
+async def download_trace(session_id: str, service: LinkedDep) -> Response:
     trace = await service.control.library.trace(session_id)
     headers = {"content-disposition": f'attachment; filename="{session_id}.json"'}
     return await run_sync(json_response, trace, 200, headers)

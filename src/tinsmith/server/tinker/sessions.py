@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request
@@ -40,6 +40,7 @@ router = APIRouter(tags=["sessions"])
 
 Limit = Annotated[int, Query(ge=0, le=10_000)]
 Offset = Annotated[int, Query(ge=0)]
+AccessScope = Annotated[Literal["owned", "accessible"], Query()]
 
 
 @router.post("/client/config")
@@ -105,8 +106,12 @@ async def session_heartbeat(request: Request) -> Response:
 
 
 @router.get("/sessions", response_model_exclude_none=True)
-async def list_sessions(service: ServiceDep, limit: Limit = 20, offset: Offset = 0) -> ListSessionsResponse:
-    sessions, total = await service.control.library.list_sessions(limit, offset)
+async def list_sessions(
+    service: ServiceDep, limit: Limit = 20, offset: Offset = 0, access_scope: AccessScope = "owned"
+) -> ListSessionsResponse:
+    """The caller's own; an admin's `accessible` ones are everyone's."""
+    everything = access_scope == "accessible"
+    sessions, total = await service.control.library.list_sessions(limit, offset, everything=everything)
     return ListSessionsResponse(sessions=sessions, cursor=Cursor(offset=offset, limit=limit, total_count=total))
 
 
@@ -149,5 +154,5 @@ async def get_sampler(sampler_id: str, service: ServiceDep) -> GetSamplerRespons
 @router.post("/join_sampling_session")
 async def join_sampling_session(body: SamplingSessionBody, service: ServiceDep) -> dict[str, int]:
     """A number for one more client of a sampling session; its sequence numbers start at a billion times that."""
-    service.control.get_sampler(body.sampling_session_id)
+    service.control.own_sampler(body.sampling_session_id)
     return {"client_counter": service.next_client_number()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from tinsmith.control.guarded import GuardedControl
 from tinsmith.control.requests import ApplyOptimizer, LoadState, ModelRequest, SaveForSampler, SaveState, Submission
-from tinsmith.control.service import Control
 from tinsmith.server.bodies import fingerprint
 from tinsmith.server.settings import TinkerbellSettings
 from tinsmith.server.tinkerbell import schemas, training
@@ -30,9 +30,9 @@ class Receipt:
 class Operations:
     """Every method raises `TinsmithError` if nothing was started; what goes wrong later fails the future."""
 
-    def __init__(self, control: Control, settings: TinkerbellSettings) -> None:
+    def __init__(self, control: GuardedControl, settings: TinkerbellSettings, texts: ModelTexts) -> None:
         self._control = control
-        self.texts = ModelTexts(control)
+        self.texts = texts
         self.book = AdapterBook(control, settings)
         self._drawing = Drawing(control, self.texts)
 

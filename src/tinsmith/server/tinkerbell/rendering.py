@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from tinsmith.control.service import Control
 from tinsmith.data import ChatTemplateRenderer, ChatTokenizer, load_tokenizer
 from tinsmith.types.errors import TinsmithError, Unsupported
 from tinsmith.types.operations import BaseModelCard
@@ -43,10 +42,10 @@ class ModelText:
 
 
 class ModelTexts:
-    """Of all base models that `control` serves."""
+    """Of all base models that are served, for all callers."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
+    def __init__(self, base_models: Callable[[], Sequence[BaseModelCard]]) -> None:
+        self._base_models = base_models
         self._loads: dict[str, asyncio.Task[ModelText]] = {}
 
     async def of(self, base_model: str) -> ModelText:
@@ -60,7 +59,7 @@ class ModelTexts:
     def _load(self, base_model: str) -> asyncio.Task[ModelText]:
         load = self._loads.get(base_model)
         if load is None or (load.done() and (load.cancelled() or load.exception() is not None)):
-            card = next(card for card in self._control.base_models() if card.name == base_model)
+            card = next(card for card in self._base_models() if card.name == base_model)
             load = self._loads[base_model] = asyncio.create_task(asyncio.to_thread(_load, card))
         return load
 

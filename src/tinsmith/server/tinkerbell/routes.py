@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from tinsmith.control.futures import Outcome, Pending, result_bytes
 from tinsmith.server.errors import error_response, json_response, new_incident, status_of
-from tinsmith.server.service import Service
+from tinsmith.server.service import ServerState, Service, service_of
 from tinsmith.server.settings import TinkerbellSettings
 from tinsmith.server.tinker import PREFIX, RAW
 from tinsmith.server.tinker.decode import read
@@ -21,6 +21,7 @@ from tinsmith.server.tinkerbell import schemas
 from tinsmith.server.tinkerbell.adapters import Owner
 from tinsmith.server.tinkerbell.dialect import Endpoint, ParsedEndpoint, read_object, shared_path
 from tinsmith.server.tinkerbell.operations import Operations, Receipt
+from tinsmith.server.tinkerbell.rendering import ModelTexts
 from tinsmith.server.tinkerbell.results import PromptsSampled, result_of
 from tinsmith.types.errors import TinsmithError
 from tinsmith.types.results import SampleResponse
@@ -133,12 +134,12 @@ OPERATIONS: tuple[Operation, ...] = (
 LOSS_FUNCTIONS = ("cross_entropy", "importance_sampling")
 
 
-def routes(service: Service) -> list[Route]:
+def routes(state: ServerState) -> list[Route]:
     """None if the dialect is switched off. They must come before those of the Tinker dialect, with which they share
     four paths."""
-    if "tinkerbell" not in service.settings.dialects:
+    if "tinkerbell" not in state.settings.dialects:
         return []
-    desk = _Desk(service)
+    desk = _Desk(state)
     found = [
         Route("/retrieve_future", desk.retrieve_future, methods=["POST"]),
         Route("/get_info", desk.get_info, methods=["POST"]),
@@ -187,10 +188,13 @@ def listing() -> dict[str, Any]:
 class _Desk:
     """The endpoints of one server."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._settings: TinkerbellSettings = service.settings.tinkerbell
-        self._operations = Operations(service.control, self._settings)
+    def __init__(self, state: ServerState) -> None:
+        self._settings: TinkerbellSettings = state.settings.tinkerbell
+        self._texts = ModelTexts(state.control.base_models)
+
+    def _operations(self, service: Service) -> Operations:
+        """One for all requests of a caller: it remembers the caller's adapters."""
+        return service.keep(Operations, lambda: Operations(service.control, self._settings, self._texts))
 
     # ---- operations ----
 
@@ -207,14 +211,15 @@ class _Desk:
 
     def sync_endpoint(self, operation: Operation) -> ParsedEndpoint:
         async def endpoint(request: Request, fields: Mapping[str, Any]) -> Response:
+            service = service_of(request)
             try:
                 receipt = await self._start(operation, request, fields)
                 hold_s: float = getattr(self._settings, operation.timeout)
-                state = await self._service.poll(request, receipt.request_id, hold_s)
+                state = await service.poll(request, receipt.request_id, hold_s)
             except TinsmithError as error:
                 return error_response(error)
             if isinstance(state, Pending):
-                return self._late(receipt.request_id, hold_s, state)
+                return self._late(service, receipt.request_id, hold_s, state)
             if state.error is not None:
                 return _failed(state.error, receipt.request_id)
             return await self._finished(request, state)
@@ -222,13 +227,15 @@ class _Desk:
         return endpoint
 
     async def _start(self, operation: Operation, request: Request, fields: Mapping[str, Any]) -> Receipt:
+        service = service_of(request)
+        operations = self._operations(service)
         size = int(request.headers.get("content-length", "0"))
-        body = await self._service.codecs.run(size, lambda: read(operation.body, fields))
-        owner = await self._operations.book.owner(request)
-        return await operation.start(self._operations, owner, body)
+        body = await service.codecs.run(size, lambda: read(operation.body, fields))
+        owner = await operations.book.owner(request)
+        return await operation.start(operations, owner, body)
 
-    def _late(self, request_id: str, hold_s: float, state: Pending) -> Response:
-        if self._service.is_draining:
+    def _late(self, service: Service, request_id: str, hold_s: float, state: Pending) -> Response:
+        if service.is_draining:
             return json_response({"detail": "the server is about to end", "request_id": request_id}, 503)
         why = "" if state.reason is None else f" ({state.reason})"
         detail = f"no result after {hold_s:g} s{why}; fetch it later with POST /retrieve_future"
@@ -240,7 +247,7 @@ class _Desk:
         """At once: 202 while there is no result, 200 with it, 500 if the request failed."""
         try:
             body = read(schemas.RetrieveBody, await read_object(request))
-            state = await self._service.control.wait_future(body.request_id, 0)
+            state = await service_of(request).control.wait_future(body.request_id, 0)
         except TinsmithError as error:
             return error_response(error)
         if isinstance(state, Pending):
@@ -250,24 +257,23 @@ class _Desk:
         return await self._finished(request, state)
 
     async def _finished(self, request: Request, outcome: Outcome) -> Response:
+        service = service_of(request)
         try:
-            outcome = await self._with_text(outcome)
-            size = result_bytes(outcome.result)
-            return await self._service.codecs.run(
-                size, lambda: json_response(result_of(outcome, self._operations.backend))
-            )
+            outcome = await self._with_text(service, outcome)
+            size, backend = result_bytes(outcome.result), self._operations(service).backend
+            return await service.codecs.run(size, lambda: json_response(result_of(outcome, backend)))
         except TinsmithError as error:
             return json_response({"detail": _job_failed(error)}, 500)
         except Exception as error:  # noqa: BLE001 - a result that cannot be written is a failed request
             incident = new_incident(error, path=request.url.path, request_type=outcome.request_type)
             return json_response({"detail": _job_failed(incident)}, 500)
 
-    async def _with_text(self, outcome: Outcome) -> Outcome:
+    async def _with_text(self, service: Service, outcome: Outcome) -> Outcome:
         """Samples that another dialect asked for, with their completions."""
         response = outcome.result
         if not isinstance(response, SampleResponse) or isinstance(response, PromptsSampled) or outcome.subject is None:
             return outcome
-        text = await self._operations.texts.of(self._service.control.get_sampler(outcome.subject).base_model)
+        text = await self._texts.of(service.control.get_sampler(outcome.subject).base_model)
         completions = await text.run(lambda: [text.decode(sequence.tokens) for sequence in response.sequences])
         scores = response.prompt_logprobs
         told = PromptsSampled(
@@ -282,17 +288,19 @@ class _Desk:
     async def get_info(self, request: Request) -> Response:
         try:
             body = read(schemas.AdapterBody, await read_object(request))
-            owner = await self._operations.book.owner(request)
+            service = service_of(request)
+            owner = await self._operations(service).book.owner(request)
             adapter = owner.adapters.get(body.model_id)
-            info = self._service.control.model_info(adapter.model_id if adapter else body.model_id)
+            info = service.control.model_info(adapter.model_id if adapter else body.model_id)
         except TinsmithError as error:
             return error_response(error)
         return json_response(info.model_dump(exclude_none=True) | {"model_id": body.model_id})
 
     async def get_server_capabilities(self, request: Request) -> Response:
-        cards = self._service.control.base_models()
+        service = service_of(request)
+        cards = service.control.base_models()
         models = [{"model_id": card.name, "model_name": card.name, "arch": card.architecture} for card in cards]
-        return json_response({"supported_models": models, "backend": self._operations.backend})
+        return json_response({"supported_models": models, "backend": self._operations(service).backend})
 
     async def list_loss_functions(self, request: Request) -> Response:
         return json_response({"available_loss_functions": LOSS_FUNCTIONS})

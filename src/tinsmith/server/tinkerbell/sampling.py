@@ -11,8 +11,8 @@ import numpy as np
 
 from tinsmith.control.errors import SamplerGone
 from tinsmith.control.futures import Outcome, SamplerSaved
+from tinsmith.control.guarded import GuardedControl
 from tinsmith.control.requests import DrawSamples, SaveForSampler
-from tinsmith.control.service import Control
 from tinsmith.server.bodies import fingerprint
 from tinsmith.server.tinkerbell.adapters import Adapter, Owner
 from tinsmith.server.tinkerbell.rendering import ModelTexts
@@ -27,7 +27,7 @@ WAIT_S = 60.0
 
 
 class Drawing:
-    def __init__(self, control: Control, texts: ModelTexts) -> None:
+    def __init__(self, control: GuardedControl, texts: ModelTexts) -> None:
         self._control = control
         self._texts = texts
         self._numbers = itertools.count(1)
