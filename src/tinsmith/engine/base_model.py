@@ -339,7 +339,7 @@ def _count_parameters(config: PretrainedConfig) -> int | None:
     """From the configuration alone; `None` if the architecture cannot be built without its weights."""
     try:
         with torch.device("meta"):
-            return int(_auto_class(config).from_config(config, attn_implementation="eager").num_parameters())
+            return int(auto_class(config).from_config(config, attn_implementation="eager").num_parameters())
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
         _logger.info("the size of this architecture is not known before it is loaded: %r", error)
         return None
@@ -370,7 +370,7 @@ def _load_config(source: ModelSource) -> PretrainedConfig:
     return config
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
@@ -382,7 +382,7 @@ def _attention_at_load(config: PretrainedConfig) -> str | dict[str, str]:
 def _load(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     try:
-        model = _auto_class(config).from_pretrained(
+        model = auto_class(config).from_pretrained(
             source.load_from, config=config, dtype=dtype, attn_implementation=_attention_at_load(config)
         )
     except (OSError, ValueError, KeyError) as error:

@@ -23,7 +23,8 @@ from tinsmith.engine.aside import Aside
 from tinsmith.engine.base_model import BaseModel
 from tinsmith.engine.checkpoint_io import StoredAdapter, load_checkpoint, save_checkpoint, save_weights
 from tinsmith.engine.figures import Figures
-from tinsmith.engine.lora import LoraWeights
+from tinsmith.engine.lora import LoraLayout, LoraWeights
+from tinsmith.engine.merged_export import Merge, export_merged
 from tinsmith.engine.peft_import import import_adapter
 from tinsmith.engine.sampler import Sampler
 from tinsmith.engine.tokenizer import load_decoder
@@ -43,6 +44,7 @@ from tinsmith.types.operations import (
     LoadAdapter,
     LoadSnapshot,
     LoraSpec,
+    MergeAdapter,
     Operation,
     OptimStep,
     ParkAdapter,
@@ -249,6 +251,9 @@ class Engine:
             case ImportAdapter() as arrived:
                 work = partial(self._import_adapter, arrived)
                 self._aside.convert(self._queue.popleft()[0], lambda: self._attempt("importing", work))
+            case MergeAdapter() as merging:
+                merge = partial(self._merge_adapter, merging)
+                self._aside.convert(self._queue.popleft()[0], lambda: self._attempt("merging", merge))
             case _:
                 ticket, operation = self._queue.popleft()
                 self._done.append((ticket, self._attempt(type(operation).__name__, partial(self._execute, operation))))
@@ -389,6 +394,18 @@ class Engine:
             gradients=operation.gradients,
             base_model=self.card.name,
             other_modules=self._base.other_modules,
+            record=operation.record,
+        )
+
+    def _merge_adapter(self, operation: MergeAdapter) -> SavedCheckpoint:
+        stored = load_checkpoint(Path(operation.source), self._base.sites, optimizer=False)
+        layout = LoraLayout(self._base.sites, stored.spec)
+        digest = LoraWeights(layout, stored.weights_P).digest()
+        return export_merged(
+            self.card.source,
+            Merge(layout, stored.weights_P, digest),
+            Path(operation.folder),
+            dtype=operation.dtype,
             record=operation.record,
         )
 

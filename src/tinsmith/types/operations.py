@@ -232,6 +232,21 @@ class ImportedAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergeAdapter:
+    """Write the base model's full weights with a checkpoint's adapter merged into them, as transformers loads them.
+
+    `source` is a checkpoint folder, `folder` and `record` are as in `SaveAdapter`. Written aside, tensor by tensor.
+    Answer: `SavedCheckpoint`. Raises `Unsupported` if the base model's files cannot be merged into.
+    """
+
+    source: str
+    folder: str
+    dtype: str | None = None
+    """Of every weight: float32, bfloat16 or float16; `None` leaves each as the base model's files have it."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishSnapshot:
     """Freeze the adapter's present weights under `snapshot_id` for sampling. Answer: the digest."""
 
@@ -332,6 +347,7 @@ Operation: TypeAlias = (
     | OptimStep
     | SaveAdapter
     | ImportAdapter
+    | MergeAdapter
     | PublishSnapshot
     | LoadSnapshot
     | SaveSnapshot
