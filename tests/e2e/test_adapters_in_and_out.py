@@ -41,7 +41,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def command(*arguments: str) -> dict[str, Any]:
     outcome = CliRunner().invoke(app, ["checkpoint", *arguments, "--json"])
     assert outcome.exit_code == 0, outcome.output
-    answer: dict[str, Any] = json.loads(outcome.stdout)
+    answer: dict[str, Any] = json.loads(outcome.stdout.splitlines()[-1])
     return answer
 
 
@@ -73,6 +73,19 @@ def test_an_imported_adapter_samples_and_trains_as_in_peft(server: str, outside:
     assert "loss:sum" in listed
     info = command("info", saved.replace("/on", "/~latest"), "--base-url", server)
     assert (info["tinker_path"], info["version"], info["step"]) == (saved, 1, 3)
+
+
+def test_a_merged_export_is_a_model_of_its_own(server: str, outside: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, peft = outside
+    made = command("import", str(folder), "--name", "a", "--base-url", server)
+    wanted = ["--merged", "--dtype", "float32", "-o", str(tmp_path / "model")]
+    told = command("export", made["tinker_path"], *wanted, "--base-url", server)
+    assert {Path(file).name for file in told["files"]} >= {"model.safetensors", "config.json", "tokenizer.json"}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert (logprobs_of(merged) - logprobs_of(peft)).abs().max() <= 1e-4
+    run_id = made["tinker_path"].split("/")[2]
+    listed = CliRunner().invoke(app, ["checkpoint", "list", "--run-id", run_id, "--json", "--base-url", server])
+    assert [one["checkpoint_id"] for one in json.loads(listed.stdout)] == ["weights/a"]
 
 
 def test_what_is_no_adapter_is_refused_before_anything_is_sent(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Checkpoints on a server: list, look at, publish, delete, download, import.",
+    help="Checkpoints on a server: list, look at, publish, delete, download, import, export.",
 )
 
 _COLUMNS = {
@@ -31,6 +31,8 @@ _COLUMNS = {
     "kept": "kept",
 }
 _FIGURES = 3
+_EXPORT_TTL_S = 86_400
+DtypeChoice = Literal["float32", "bfloat16", "float16"]
 _WIDTH = 32
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="tinker://RUN/KIND/ADDRESS: a name, NAME~VERSION, ~latest, ~best(METRIC)")
@@ -133,6 +135,31 @@ def download(
     """Fetch a checkpoint in PEFT layout. A download that was cut off goes on where it stopped."""
     folder = output or Path(path.rpartition("/")[2])
     files = _download(path, folder, base_url, quiet=as_json)
+    done(f"{folder}: {', '.join(file.name for file in files)}", as_json=as_json, folder=folder, files=files)
+
+
+@app.command()
+def export(
+    path: PathArgument,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model: base weights with the adapter merged into them.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder. Default: the checkpoint's name and -merged.")
+    ] = None,
+    dtype: Annotated[DtypeChoice | None, typer.Option(help="Of every weight. Default: the base model's.")] = None,
+    as_json: AsJson = False,
+    base_url: BaseUrl = None,
+) -> None:
+    """Fetch a checkpoint as a model of its own, which transformers and inference servers load without an adapter."""
+    if not merged:
+        raise typer.BadParameter("give --merged; the adapter alone is fetched by `tinsmith checkpoint download`")
+    with rest_client(base_url) as rest:
+        source = _find(rest, path).tinker_path
+        made = rest.export_merged(source, dtype=dtype, ttl_seconds=_EXPORT_TTL_S).result()
+        folder = output or Path(made.tinker_path.rpartition("/")[2])
+        files = _download(made.tinker_path, folder, base_url, quiet=as_json)
+        rest.delete_checkpoint_from_tinker_path(made.tinker_path).result()
     done(f"{folder}: {', '.join(file.name for file in files)}", as_json=as_json, folder=folder, files=files)
 
 

@@ -18,7 +18,7 @@ from tinsmith.client.credentials import claims, is_jwt
 from tinsmith.client.errors import TinkerError
 from tinsmith.client.exchanges import RestExchanges
 from tinsmith.client.futures import APIFuture, value_twin, warn_deprecated
-from tinsmith.client.http import Call, escaped, get, json_bytes, post
+from tinsmith.client.http import Call, escaped, get, json_bytes, parse, post
 from tinsmith.client.models import TraceExport
 from tinsmith.client.uploads import pack_adapter
 from tinsmith.types.checkpoint import Checkpoint, ParsedCheckpointTinkerPath
@@ -163,6 +163,25 @@ class RestClient(RestExchanges):
             return await self._fetch(call, Checkpoint)
 
         return self._connection.begin(send)
+
+    def export_merged(
+        self,
+        tinker_path: str,
+        name: str | None = None,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        ttl_seconds: int | None = None,
+    ) -> APIFuture[Checkpoint]:
+        """Full weights, the adapter merged into the base model: an external checkpoint, to be downloaded.
+
+        `dtype` is that of every weight; by default each keeps the base model's. Takes minutes for a large model.
+        Tinsmith servers only.
+        """
+        body = {"name": name, "dtype": dtype, "ttl_seconds": ttl_seconds}
+        return self._at_path(
+            tinker_path,
+            lambda run, checkpoint: self._export(post(f"training_runs/{run}/checkpoints/{checkpoint}/merged", body)),
+        )
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> APIFuture[None]:
         run, checkpoint = escaped(training_run_id), escaped(checkpoint_id, safe=":/")
@@ -337,6 +356,14 @@ class RestClient(RestExchanges):
                 )
             ),
         )
+
+    async def _export(self, call: Call) -> Checkpoint:
+        link = self._connection.link
+        await link.configure()
+        while True:  # the server holds each request for a while, and ends an export that failed
+            answer = await link.http.send(call, link.submit_retry)
+            if answer.status_code != 202:
+                return parse(answer, Checkpoint)
 
     async def _export_trace(self, session_id: str) -> str:
         call = get(f"sessions/{escaped(session_id)}/trace_export")

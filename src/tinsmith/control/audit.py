@@ -15,6 +15,7 @@ AuditEvent: TypeAlias = Literal[
     "checkpoint_create",
     "checkpoint_copy",
     "checkpoint_import",
+    "checkpoint_export",
     "checkpoint_read",
     "checkpoint_publish",
     "checkpoint_unpublish",

@@ -131,6 +131,14 @@ class CheckpointStore:
         await self.register_new(row, register)
         return row
 
+    async def next_version(self, row: CheckpointRow) -> int:
+        """Of a name: one that no version had, and under which nothing was left."""
+        older = await self._registry.read(lambda c: records.versions(c, row.run_id, row.kind, row.name))
+        version = older[0].version + 1 if older else 1
+        while await self.folders.exists(folder_key(row.run_id, row.kind, row.name, version)):
+            version += 1
+        return version
+
     async def register_new(self, row: CheckpointRow, register: records.Register) -> None:
         """One whose files are whole in the store; they are removed if this raises, but for `Unsettled`."""
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from tinsmith.control.audit import AuditEntry, EventType
 from tinsmith.control.copies import CopyOrder
+from tinsmith.control.exports import MergeOrder
 from tinsmith.control.folder_store import StoredFile
 from tinsmith.control.identities import Caller, Scope
 from tinsmith.control.imports import ImportOrder
@@ -155,6 +156,9 @@ class GuardedLibrary:
         if not caller.is_local:
             check_project(caller, order.project_id)
         return await self._library.import_adapter(archive, replace(order, owner=caller.user_id), idempotency_key)
+
+    async def export_merged(self, order: MergeOrder) -> Checkpoint | None:
+        return await self._library.export_merged(order, owner=_owner(self._permit("train"), False))
 
     async def checkpoint_files(self, run_id: str, checkpoint_id: str) -> tuple[CheckpointRow, list[StoredFile]]:
         return await self._library.checkpoint_files(run_id, checkpoint_id, reader=_reader(self._read()))

@@ -16,6 +16,7 @@ from tinsmith.control.audit import AuditEntry, EventType
 from tinsmith.control.catalogue import Catalogue
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.copies import Copies, CopyOrder, check_destination
+from tinsmith.control.exports import Exports, MergeOrder
 from tinsmith.control.folder_store import StoredFile
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identities import LOCAL_USER_ID
@@ -45,6 +46,7 @@ class Library:
         checkpoints: CheckpointStore,
         copies: Copies,
         imports: Imports,
+        exports: Exports,
         traces: TraceLog,
         meter: Meter,
         clock: Clock,
@@ -56,6 +58,7 @@ class Library:
         self._checkpoints = checkpoints
         self._copies = copies
         self._imports = imports
+        self._exports = exports
         self._traces = traces
         self._meter = meter
         self._clock = clock
@@ -167,6 +170,11 @@ class Library:
     async def import_adapter(self, archive: Path, order: ImportOrder, idempotency_key: str | None) -> Checkpoint:
         """Raises `InvalidInput`, `Unsupported`, `NotFound`, `PayloadConflict`, `StorageError`."""
         return (await self._imports.take(archive, order, idempotency_key)).as_checkpoint()
+
+    async def export_merged(self, order: MergeOrder, *, owner: str | None = None) -> Checkpoint | None:
+        """The export once it is made; `None` if it is not yet: ask again. Raises as `Exports.merged`."""
+        row = await self._exports.merged(order, owner=owner)
+        return None if row is None else row.as_checkpoint()
 
     async def checkpoint_files(
         self, run_id: str, checkpoint_id: str, *, reader: str | None = None

@@ -23,6 +23,7 @@ from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
+from tinsmith.control.exports import Exports
 from tinsmith.control.fairness import Fairness
 from tinsmith.control.folder_store import FolderStore
 from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
@@ -336,6 +337,7 @@ class Control:
                 folder=settings.data_dir / "uploads",
                 max_bytes=settings.max_adapter_bytes,
             ),
+            exports=Exports(checkpoints=self._checkpoints, engines=self._engines, ids=ids, clock=clock),
             traces=self._traces,
             meter=self._meter,
             clock=clock,

@@ -56,6 +56,7 @@ from tinsmith.types.operations import (
     LoadAdapter,
     LoadSnapshot,
     LoraSpec,
+    MergeAdapter,
     Operation,
     OptimStep,
     ParkAdapter,
@@ -168,6 +169,7 @@ class FakeEngine(Pulseless):
             OptimStep: self._optim_step,
             SaveAdapter: self._save,
             ImportAdapter: self._import,
+            MergeAdapter: self._merge,
             PublishSnapshot: self._publish,
             LoadSnapshot: self._load_snapshot,
             SaveSnapshot: self._save_snapshot,
@@ -303,6 +305,10 @@ class FakeEngine(Pulseless):
         lora = LoraSpec(rank=config["r"], seed=0, alpha=config["lora_alpha"])
         saved = _write_folder(Path(operation.folder), _Weights(lora), optimizer=False, record=operation.record)
         return ImportedAdapter(lora=lora, saved=saved)
+
+    def _merge(self, operation: MergeAdapter) -> SavedCheckpoint:
+        weights = _read_folder(Path(operation.source))
+        return _write_folder(Path(operation.folder), weights, optimizer=False, record=operation.record)
 
     def _drop(self, operation: DropAdapter) -> None:
         self._adapters.pop(operation.model_id, None)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tinsmith.control.copies import CopyOrder
+from tinsmith.control.exports import MergeOrder
 from tinsmith.server.service import ServiceDep
-from tinsmith.server.tinker.schemas import CopyWeightsBody, TtlBody, WeightsInfoBody
+from tinsmith.server.tinker.schemas import CopyWeightsBody, MergedBody, TtlBody, WeightsInfoBody
 from tinsmith.server.tinker.sessions import AccessScope, Limit, Offset
 from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.rest import (
@@ -101,6 +102,28 @@ async def copy_weights(
 async def get_checkpoint(run_id: str, kind: str, name: str, service: ServiceDep) -> Checkpoint:
     """What an address means now: a name, `name~version`, `~latest`, `~best(metric)`."""
     return await service.control.library.get_checkpoint(run_id, f"{kind}/{name}")
+
+
+_STILL_MERGING: dict[int | str, dict[str, Any]] = {202: {"description": "It is not ready yet: ask again"}}
+
+
+@router.post(f"{_CHECKPOINT}/merged", response_model_exclude_none=True, responses=_STILL_MERGING)
+async def export_merged(
+    run_id: str, kind: str, name: str, body: MergedBody, service: ServiceDep, response: Response
+) -> Checkpoint | None:
+    """Full weights, the adapter merged into the base model, as an external checkpoint of the same run. Asked again, it
+    is the same export."""
+    order = MergeOrder(
+        run_id=run_id,
+        checkpoint_id=f"{kind}/{name}",
+        name=body.name,
+        dtype=body.dtype,
+        ttl_seconds=body.ttl_seconds,
+    )
+    made = await service.control.library.export_merged(order)
+    if made is None:
+        response.status_code = 202
+    return made
 
 
 @router.delete(_CHECKPOINT, status_code=204)

@@ -313,6 +313,12 @@ class CopyWeightsBody(Body):
     weights_access_token: str | None = None
 
 
+class MergedBody(Body):
+    name: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    ttl_seconds: int | None = None
+
+
 class SaveWeightsExternalBody(ModelOperationBody):
     path: str
     ttl_seconds: int | None = None
