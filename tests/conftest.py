@@ -26,6 +26,14 @@ settings.register_profile(
 settings.load_profile("tinsmith")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module with `ON_BOTH_DATABASES = True` has its tests of control run over SQLite and over PostgreSQL, but for
+    those that name a database themselves."""
+    named = any("database" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "database" in metafunc.fixturenames and getattr(metafunc.module, "ON_BOTH_DATABASES", False) and not named:
+        metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """One for all tests; each takes databases of its own. Whoever stops it starts it again."""

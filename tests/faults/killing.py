@@ -173,7 +173,9 @@ def run_script(
 
 def _hashes(data_dir: Path, path: str) -> dict[str, str]:
     run_id, kind, name = path.removeprefix("tinker://").split("/")
-    folders = list((data_dir / "checkpoints" / run_id.replace(":", "~") / kind / name).iterdir())
+    cache = data_dir / "checkpoint-cache"  # of a server that keeps them in a bucket
+    root = cache if cache.exists() else data_dir
+    folders = list((root / "checkpoints" / run_id.replace(":", "~") / kind / name).iterdir())
     assert len(folders) == 1, folders
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folders[0].glob("*.safetensors")}
 

@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from tinsmith.control.folder_cache import FolderCache
 from tinsmith.control.folder_store import CHECKPOINTS, KEY_PARTS, StoredFile, stored_files
+from tinsmith.types.crash_points import crash_point
 from tinsmith.types.errors import CheckpointDamaged, InvalidInput, NotFound, StorageError, UserError
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class ObjectFolders:
             for file in sorted(files, key=lambda file: file.name == RECORD):
                 digest = await asyncio.to_thread(_sha256, folder / file.name)
                 await self._put(self._path(key, file.name), folder / file.name, digest)
+                crash_point("store.file")
             stored = await self.files(key)
         if stored != files:
             raise StorageError(f"the checkpoint store {self.label} holds other files of {key!r} than were written")

@@ -209,6 +209,7 @@ class Registry:
         self._database = database_at(location)
         self.fault: str | None = None
         self._is_unreachable = False
+        self._is_beside = self._is_shared = False
         self._reading = self._database.make_engine(pooled=True)
         self._writing = self._database.make_engine(pooled=False)
         self._connection: sa.Connection | None = None
@@ -219,17 +220,20 @@ class Registry:
 
     # ---- life ----
 
-    def open(self) -> bytes:
+    def open(self, *, beside: bool = False) -> bytes:
         """Create the schema, or upgrade an older one, and start writing; the secret kept with this database. Blocks.
 
+        A command that works `beside` a server takes the database as it is if a server has it.
         Raises `UserError` if a newer version of this software wrote the database, or another server has it.
         """
+        self._is_beside = beside
         try:
             connection = self._connect(wait=True)
             self._prepare(connection)
             with connection.begin():
                 secret = _secret(connection)
-                self._database.mark(connection)
+                if not beside:
+                    self._database.mark(connection)
         except sa.exc.SQLAlchemyError as error:
             self._disconnect()
             raise StorageError(f"cannot open the registry {self._database.label}: {_reason(error)}") from error
@@ -243,10 +247,15 @@ class Registry:
         newest = migrations.newest_version()
         with connection.begin():
             version = migrations.stored_version(connection)
-            if version is None:
+            if version is None and not self._is_shared:
                 migrations.create(connection, METADATA)
         if version is None or version == newest:
             return
+        if self._is_shared:
+            raise UserError(
+                f"the registry {self._database.label} has schema version {version} and is in use by a server; this "
+                f"version of Tinsmith has {newest}. Use the server's version"
+            )
         if version > newest:
             raise UserError(
                 f"the registry {self._database.label} has schema version {version}; this version of Tinsmith "
@@ -275,12 +284,20 @@ class Registry:
         if self._connection is None:
             connection = self._writing.connect()
             try:
-                self._database.claim(connection, wait=wait)
+                self._claim(connection, wait=wait and not self._is_beside)
             except BaseException:
                 connection.close()
                 raise
             self._connection = connection
         return self._connection
+
+    def _claim(self, connection: sa.Connection, *, wait: bool) -> None:
+        try:
+            self._database.claim(connection, wait=wait)
+        except DatabaseInUse:
+            if not self._is_beside:
+                raise
+            self._is_shared = True
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

@@ -21,14 +21,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module with `ON_BOTH_DATABASES = True` has its tests of control run over SQLite and over PostgreSQL, but for
-    those that name a database themselves."""
-    named = any("database" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "database" in metafunc.fixturenames and getattr(metafunc.module, "ON_BOTH_DATABASES", False) and not named:
-        metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
-
-
 OpenControl = Callable[..., AbstractAsyncContextManager[Harness]]
 
 

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from tinsmith.control import account_records as rows
 from tinsmith.control.accounts import Accounts
 from tinsmith.control.errors import Unauthorized
 from tinsmith.control.identities import LOCAL, SCOPES, Quota, check_name, check_role, check_scopes
-from tinsmith.control.registry import Registry
+from tinsmith.control.registry import METADATA, Registry
 from tinsmith.types.errors import AlreadyExists, InvalidInput, NotFound
 
 pytestmark = pytest.mark.anyio
+ON_BOTH_DATABASES = True
 
 
 class Clock:
@@ -31,7 +33,7 @@ class Clock:
 
 
 class House:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = path
         self.clock = Clock()
         self.registry = Registry(path)
@@ -50,8 +52,8 @@ class House:
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    made = House(tmp_path / "registry.sqlite3")
+async def house(tmp_path: Path, database: str | None) -> AsyncIterator[House]:
+    made = House(database or tmp_path / "registry.sqlite3")
     await made.accounts.start()
     yield made
     await made.accounts.close()
@@ -85,13 +87,20 @@ async def test_from_the_first_key_on_everyone_needs_one(house: House) -> None:
         house.accounts.authenticate(None)
 
 
+def _everything(connection: sa.Connection) -> bytes:
+    return repr([list(connection.execute(sa.select(table))) for table in METADATA.sorted_tables]).encode()
+
+
 async def test_a_key_is_random_and_kept_nowhere(house: House) -> None:
     await _anna(house)
     secrets = {(await house.new_key())[0] for _ in range(20)}
     assert len(secrets) == 20
     assert all(secret.startswith("tml-") and len(secret) == 4 + 48 for secret in secrets)
     await house.registry.flush()
-    stored = b"".join(path.read_bytes() for path in house.path.parent.iterdir())
+    if isinstance(house.path, Path):
+        stored = b"".join(path.read_bytes() for path in house.path.parent.iterdir())
+    else:
+        stored = await house.registry.read(_everything)
     assert not any(secret[4 + 8 :].encode() in stored for secret in secrets)
 
 
@@ -111,7 +120,7 @@ async def test_a_change_of_another_process_is_seen_without_being_told(house: Hou
     await _anna(house)
     secret, key = await house.new_key()
     other = Registry(house.path)
-    other.open()
+    other.open(beside=True)
     await other.write(lambda c: rows.revoke_key(c, key.key_id, 5.0))
     for _ in range(200):
         await asyncio.sleep(0.02)

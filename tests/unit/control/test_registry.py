@@ -148,6 +148,16 @@ async def test_one_server_per_database(remote: Registry, url: str) -> None:
     third.close()
 
 
+async def test_a_command_beside_a_server_writes_what_the_server_sees(registry: Registry, location: Path | str) -> None:
+    command = Registry(location)
+    await asyncio.to_thread(command.open, beside=True)
+    await command.write(insert("of-the-command"))
+    await registry.write(insert("of-the-server"))
+    assert await registry.read(lambda c: records.sessions(c, 9, 0)[1]) == 2
+    command.close()
+    assert registry.fault is None
+
+
 async def test_a_commit_is_on_disk_whatever_the_database_says(postgres: PostgresServer, url: str) -> None:
     name = url.rpartition("/")[2]
     postgres.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")

@@ -24,13 +24,14 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def open_server(tmp_path: Path) -> OpenServer:
+def open_server(tmp_path: Path, database: str | None) -> OpenServer:
     @asynccontextmanager
     async def opened(
         control: dict[str, Any] | None = None, card: BaseModelCard = FAKE_CARD, **settings: Any
     ) -> AsyncIterator[Client]:
         engine = FakeEngine(card)
-        service = Control(ControlSettings(data_dir=tmp_path / "data", **(control or {})), [engine])
+        values = {"data_dir": tmp_path / "data", "database": database, **(control or {})}
+        service = Control(ControlSettings(**values), [engine])
         app = create_app(service, ServerSettings(**({"poll_hold_s": 5.0} | settings)))
         async with app.router.lifespan_context(app):
             transport = httpx2.ASGITransport(app)

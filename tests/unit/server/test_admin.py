@@ -12,6 +12,7 @@ import pytest
 from tests.unit.server.tinker_client import Client, OpenServer
 
 pytestmark = pytest.mark.anyio
+ON_BOTH_DATABASES = True
 
 
 async def saved(client: Client, model_id: str, seq_id: int = 1, name: str = "a") -> str:

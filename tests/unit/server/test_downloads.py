@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 import time
 from datetime import datetime
@@ -12,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from tests.fixtures.s3 import S3Server
 from tests.unit.server.tinker_client import Client, OpenServer
 from tinsmith.control.downloads import archive_files, tar_chunks, tar_size
 from tinsmith.control.folder_store import stored_files
@@ -43,6 +45,32 @@ async def test_an_external_checkpoint_is_fetched_file_by_file(client: Client) ->
     assert sum(len(answer.content) for answer in files.values()) == listed["size_bytes"]
     left = datetime.fromisoformat(links["expires"]).timestamp() - time.time()
     assert 3500 < left <= 3600
+
+
+async def test_files_of_a_bucket_are_fetched_through_the_server(
+    open_server: OpenServer, s3: S3Server, tmp_path: Path
+) -> None:
+    bucket = s3.new_bucket()
+    async with open_server(control={"checkpoints": s3.url(bucket)}) as client:
+        model_id, links = await exported(client)
+        shutil.rmtree(tmp_path / "data" / "checkpoint-cache" / "checkpoints")
+        url = links["urls"]["adapter_model.safetensors"]
+        whole = await client.http.get(url)
+        assert whole.status_code == 200
+        part = await client.http.get(url, headers={"range": "bytes=2-5"})
+        assert (part.status_code, part.content) == (206, whole.content[2:6])
+        shutil.rmtree(tmp_path / "data" / "checkpoint-cache" / "checkpoints")
+        answer = await client.get(f"training_runs/{model_id}/checkpoints/external_weights/e1/archive")
+        archive = await client.http.get(answer.headers["location"])
+        with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
+            member = tar.extractfile("adapter_model.safetensors")
+            assert member is not None
+            assert member.read() == whole.content
+        assert not client.app.state.service.control._folders._cache._held
+        checkpoint = f"/api/v1/training_runs/{model_id}/checkpoints/external_weights/e1"
+        assert (await client.http.delete(checkpoint)).status_code == 204
+        assert s3.objects(bucket) == []
+        assert (await client.http.get(url)).status_code == 404
 
 
 async def test_a_link_opens_one_file_for_its_time(open_server: OpenServer) -> None:
