@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +37,48 @@ def _served(folder: Path) -> Iterator[str]:
             process.terminate()
 
 
-@pytest.fixture(scope="module", params=[_embedded, _served], ids=["embedded", "served"])
+def _older(folder: Path) -> Iterator[str]:
+    """A server behind something that hides `client/config`, as one does that has none and knows only JSON."""
+    for url in _served(folder):
+        with _HidingProxy(("127.0.0.1", 0), int(url.rpartition(":")[2])) as proxy:
+            thread = threading.Thread(target=proxy.serve_forever, name="hiding proxy")
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{proxy.server_address[1]}"
+            finally:
+                proxy.shutdown()
+                thread.join(10)
+
+
+class _HidingProxy(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, address: tuple[str, int], port: int) -> None:
+        super().__init__(address, _Hide)
+        self.port = port
+
+
+class _Hide(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        server = self.server
+        assert isinstance(server, _HidingProxy)
+        with socket.create_connection(("127.0.0.1", server.port)) as upstream:
+            back = threading.Thread(target=_pump, args=(upstream, self.request), daemon=True)
+            back.start()
+            _pump(self.request, upstream, hidden=b"/api/v1/client/config")
+            back.join()
+
+
+def _pump(source: socket.socket, sink: socket.socket, hidden: bytes = b"") -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            assert b"x-protobuf" not in data
+            sink.sendall(data.replace(hidden, b"/api/v1/client/hidden") if hidden else data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module", params=[_embedded, _served, _older], ids=["embedded", "served", "older"])
 def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield from request.param(tmp_path_factory.mktemp("data"))
 

@@ -15,6 +15,7 @@ from tinsmith.types.results import ForwardBackwardOutput
 from tinsmith.wire.chunking import chunk_datums
 from tinsmith.wire.compression import compress
 from tinsmith.wire.metrics import merge_metrics
+from tinsmith.wire.tinker_json import encode_train_request_json, with_seq_id
 from tinsmith.wire.tinker_proto import TrainRequest, encode_train_request
 
 _PER_TOKEN_KEYS = ("target_tokens", "weights", "advantages", "logprobs")
@@ -29,8 +30,9 @@ class TrainChunk:
     num_chunks: int
     first_datum: int
     num_datums: int
+    forward_only: bool
     body: bytes
-    """The protobuf message without `seq_id`."""
+    """The message without `seq_id`: protobuf, or JSON for servers that know only that."""
 
     def name(self, seq_id: int) -> str:
         last = self.first_datum + self.num_datums - 1
@@ -46,6 +48,8 @@ class TrainChunk:
         Protobuf messages merge when concatenated, so the sequence number is simply appended
         (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
         """
+        if flags.json_only:
+            return with_seq_id(self.body, seq_id)
         number = TrainRequest(model_id="", seq_id=seq_id, data=(), loss_fn="", loss_fn_config={}, forward_only=False)
         body = self.body + encode_train_request(number)
         if not flags.proto_compress_fwdbwd:
@@ -75,6 +79,7 @@ def encode_pieces(
     loss_fn: str,
     loss_fn_config: Mapping[str, float | str] | None,
     forward_only: bool,
+    json_only: bool = False,
 ) -> list[TrainChunk]:
     """Raises `ValueError` for what protobuf cannot carry: chunks of unknown kinds, token ids beyond 32 bits."""
     config = _checked_config(loss_fn_config)
@@ -88,10 +93,16 @@ def encode_pieces(
             loss_fn_config=config,
             forward_only=forward_only,
         )
-        body = encode_train_request(request)
-        chunks.append(
-            TrainChunk(index=index, num_chunks=len(pieces), first_datum=first, num_datums=len(piece), body=body)
+        body = encode_train_request_json(request) if json_only else encode_train_request(request)
+        chunk = TrainChunk(
+            index=index,
+            num_chunks=len(pieces),
+            first_datum=first,
+            num_datums=len(piece),
+            forward_only=forward_only,
+            body=body,
         )
+        chunks.append(chunk)
         first += len(piece)
     return chunks
 

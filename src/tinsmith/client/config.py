@@ -182,5 +182,11 @@ def _access_headers(env: Mapping[str, str]) -> dict[str, str]:
     return {header: env[name] for header, name in names.items() if env.get(name)}
 
 
-ServerFlags = ClientConfigResponse
+class ServerFlags(ClientConfigResponse):
+    """What is known of a server."""
+
+    json_only: bool = False
+    """It has no `client/config`, so it is older than protobuf on this wire: training and samples travel as JSON."""
+
+
 """What the server tells its clients at the start."""

@@ -82,6 +82,7 @@ class ResultPoller:
         observer: QueueObserver | None = None,
         metadata_only: bool = True,
         billing_give_up: float = 0.0,
+        json_only: bool = False,
     ) -> None:
         self._http = http
         self._timing = timing
@@ -91,6 +92,7 @@ class ResultPoller:
         self._observer = observer
         self._metadata_only = metadata_only
         self._billing_give_up = billing_give_up
+        self._json_only = json_only
         self._state: str | None = None
         self._failing_since: float | None = None
         self._failures = 0
@@ -120,7 +122,7 @@ class ResultPoller:
 
     def _call(self, iteration: int) -> Call:
         is_sample = self._request_type == "Sample"
-        proto = self._request_type in ("Sample", "Forward", "ForwardBackward")
+        proto = self._request_type in ("Sample", "Forward", "ForwardBackward") and not self._json_only
         body = {"request_id": self._request_id, "allow_metadata_only": self._metadata_only}
         return Call(
             method="POST",

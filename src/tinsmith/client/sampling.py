@@ -54,6 +54,7 @@ from tinsmith.types.replies import (
 from tinsmith.types.rest import GetSamplerResponse
 from tinsmith.types.results import SampleResponse
 from tinsmith.types.tensor import TensorData
+from tinsmith.wire.tinker_json import decode_sample_response_json
 from tinsmith.wire.tinker_proto import decode_sample_response
 
 logger = logging.getLogger("tinsmith.client")
@@ -412,6 +413,8 @@ class SamplingClient:
         except asyncio.CancelledError:
             self._connection.link.give_up(reply.request_id)
             raise
+        if self._connection.link.flags.json_only:
+            return decode_sample_response_json(finished.response.content, reply.sample_sequence_ids or ())
         content = finished.proto_body()
         if reply.sample_sequence_ids is None:
             message = f"sample {reply.request_id!r} was acknowledged without sample_sequence_ids"

@@ -176,6 +176,7 @@ class Link:
             observer=observer,
             metadata_only=metadata_only,
             billing_give_up=self.flags.billing_exception_max_pause_duration_sec,
+            json_only=self.flags.json_only,
         )
         return await poller.wait()
 
@@ -222,7 +223,11 @@ class Link:
         if self._local is not None:
             await self._local.ready()
         call = post("client/config", {"sdk_version": PROTOCOL_VERSION}, pool=Pool.SESSION)
-        self.flags = await http.send_for(call, ServerFlags, self._startup_retry())
+        try:
+            self.flags = await http.send_for(call, ServerFlags, self._startup_retry())
+        except NotFoundError:
+            logger.info("%s has no client/config: it is spoken to in JSON, as older servers are", self.config.base_url)
+            self.flags = ServerFlags(json_only=True)
         if self.flags.credential_default_source == "credential_cmd":
             self._use_command(http)
         if self.flags.pjwt_auth_enabled:

@@ -35,6 +35,7 @@ from tinsmith.types.rest import (
     SaveWeightsResponse,
 )
 from tinsmith.types.results import ForwardBackwardOutput, OptimStepResponse
+from tinsmith.wire.tinker_json import decode_forward_backward_output_json
 from tinsmith.wire.tinker_proto import decode_forward_backward_output
 
 M = TypeVar("M", bound=BaseModel)
@@ -292,9 +293,7 @@ class TrainingClient:
         forward_only: bool,
     ) -> Coroutine[Any, Any, ForwardBackwardOutput]:
         pieces = split(data, self._connection.link.flags)
-        chunks = encode_pieces(
-            pieces, model_id=self.model_id, loss_fn=loss_fn, loss_fn_config=loss_fn_config, forward_only=forward_only
-        )
+        chunks = self._encoded(pieces, loss_fn, loss_fn_config, forward_only=forward_only)
         turn = self._line.reserve(len(chunks))
         span = self._span("forward" if forward_only else "forward_backward", turn, loss_fn=loss_fn, **_sizes(pieces))
         work = self._run_pass(chunks, turn, span, forward_only=forward_only)
@@ -334,6 +333,8 @@ class TrainingClient:
             body = await chunk.wire_body(seq_id, link.flags)
             encoding = {"Content-Encoding": "zstd"} if link.flags.proto_compress_fwdbwd else {}
             call = Call(method="POST", path="forward_backward", body=body, content_type=PROTO_TYPE, headers=encoding)
+            if link.flags.json_only:
+                call = Call(method="POST", path="forward" if chunk.forward_only else "forward_backward", body=body)
             return await link.http.send_for(call, UntypedAPIFuture, link.submit_retry)
 
     async def _results(
@@ -360,6 +361,8 @@ class TrainingClient:
     async def _result(self, reply: UntypedAPIFuture, forward_only: bool) -> ForwardBackwardOutput:
         request_type = "Forward" if forward_only else "ForwardBackward"
         finished = await self._connection.link.result(reply.request_id, request_type, self._queue_log)
+        if self._connection.link.flags.json_only:
+            return decode_forward_backward_output_json(finished.response.content)
         return decode_forward_backward_output(finished.proto_body())
 
     # ---- custom losses ----
@@ -378,12 +381,23 @@ class TrainingClient:
         return self._connection.link.events.watch(work, span, _losses)
 
     def _surrogate_chunks(self, pieces: Sequence[Sequence[Datum]], *, forward_only: bool) -> list[TrainChunk]:
+        return self._encoded(pieces, "cross_entropy", None, forward_only=forward_only)
+
+    def _encoded(
+        self,
+        pieces: Sequence[Sequence[Datum]],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None,
+        *,
+        forward_only: bool,
+    ) -> list[TrainChunk]:
         return encode_pieces(
             pieces,
             model_id=self.model_id,
-            loss_fn="cross_entropy",
-            loss_fn_config=None,
+            loss_fn=loss_fn,
+            loss_fn_config=loss_fn_config,
             forward_only=forward_only,
+            json_only=self._connection.link.flags.json_only,
         )
 
     async def _run_custom(
