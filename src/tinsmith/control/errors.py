@@ -9,6 +9,9 @@ UserError
 ├── FutureExpired    the request existed; its result is no longer kept
 └── DiskBudgetExceeded   there is no room for another checkpoint
 
+Overloaded
+└── QuotaExceeded    a user or project has as much as it may have at a time: ask again later
+
 StorageError
 ├── NotTaken         the request could not be written down, and was not begun: send it again
 └── Unsettled        a write may have been done or not: the connection was lost at its end
@@ -16,7 +19,7 @@ StorageError
 
 from __future__ import annotations
 
-from tinsmith.types.errors import StorageError, TinsmithError, UserError
+from tinsmith.types.errors import Overloaded, StorageError, TinsmithError, UserError
 
 
 class SessionEnded(UserError):
@@ -45,6 +48,12 @@ class FutureExpired(UserError):
 
 class DiskBudgetExceeded(UserError):
     pass
+
+
+class QuotaExceeded(Overloaded):
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotTaken(StorageError):

@@ -132,6 +132,8 @@ class Model:
     running: set[str] = field(default_factory=set)
     """Request ids an engine works on."""
     behind_barrier: bool = False
+    over_quota: str | None = None
+    """Why its training waits for more tokens."""
     parent: str | None = None
     """Id of the checkpoint saved or loaded last."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -193,6 +195,8 @@ class Model:
         return not self.queue and not self.running
 
     def pending(self) -> Pending:
+        if self.over_quota is not None:
+            return Pending(queue_state="paused_rate_limit", reason=self.over_quota)
         if self.slot is not None and self.slot.is_recovering:
             return Pending(queue_state="paused_capacity", reason=self.slot.pause_reason)
         missing = self.queue.missing_seq

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from tinsmith.control.futures import FutureStore, Pending
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.journal import Journal, SampleRecord, SamplerRecord
 from tinsmith.control.ledger import Entry, put
+from tinsmith.control.quotas import Quotas
 from tinsmith.control.registry import SAMPLERS, Registry
 from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
@@ -78,9 +80,11 @@ class Sampling:
         meter: Meter,
         journal: Journal,
         fairness: Fairness,
+        quotas: Quotas,
         max_pending: int,
         data_dir: Path,
     ) -> None:
+        self._quotas = quotas
         self._data_dir = data_dir
         self._fairness = fairness
         self._meter = meter
@@ -104,6 +108,7 @@ class Sampling:
         self._held: dict[str, list[str]] = {}
         """Samples of samplers that are expected, by sampler."""
         self._requests_held: dict[str, SampleRequest] = {}
+        self._numbers = itertools.count()
         samplers.on_settled = self._release_held
 
     # ---- sampling sessions ----
@@ -228,6 +233,9 @@ class Sampling:
         if known is not None:
             return receipt_of_sample(known, request)
         self._check_room()
+        session_id = self._session_of(sampler_id)
+        if session_id is not None:
+            self._quotas.check_sample(session_id)
         if self._journal.is_on:
             request = self._with_seed(request)
         request_id = self._open_future(request, fingerprint, None)
@@ -238,8 +246,9 @@ class Sampling:
             self._futures.commit(request_id, error)
             if error is None:
                 self._begin_or_fail(request_id, request)
+            else:
+                self._quotas.sample_ended(request_id)
 
-        session_id = self._session_of(sampler_id)
         record = SampleRecord(fingerprint=fingerprint, request=request)
         entry = Entry(kind="sample", name=request_id, session_id=session_id, value=record)
         if self._journal.is_on:
@@ -265,17 +274,21 @@ class Sampling:
 
     def _open_future(self, request: SampleRequest, fingerprint: bytes, request_id: str | None) -> str:
         sampler_id = request.sampling_session_id
-        return self._futures.open(
+        session_id = self._session_of(sampler_id)
+        request_id = self._futures.open(
             "Sample",
             key=("sample", sampler_id, request.seq_id),
             fingerprint=fingerprint,
-            session_id=self._session_of(sampler_id),
+            session_id=session_id,
             subject=sampler_id,
             on_poll=lambda: self._pending(sampler_id),
             group=client_group(sampler_id, request.seq_id),
             request_id=request_id,
             is_durable=request_id is not None or not self._journal.is_on,
         )
+        if session_id is not None:
+            self._quotas.sample_began(request_id, session_id)
+        return request_id
 
     def _session_of(self, sampler_id: str) -> str | None:
         sampler = self._samplers.get(sampler_id)
@@ -313,6 +326,7 @@ class Sampling:
         """
         self._check_room()
         sampler = self._live_sampler(request.sampling_session_id)
+        self._quotas.check_sample(sampler.session_id)
         operation = self._operation(request, sampler)
 
         async def ready() -> Sample:
@@ -320,11 +334,15 @@ class Sampling:
             await self._load(sampler)
             return replace(operation, stream=on_token is not None, snapshot_id=sampler.snapshot_id)
 
+        self._quotas.spend(sampler.session_id, len(operation.prompt))
+        attended = f"attended {next(self._numbers)}"
+        self._quotas.sample_began(attended, sampler.session_id)
         self._num_attended += 1
         try:
             response = await attend(sampler.slot, ready, on_token)
         finally:
             self._num_attended -= 1
+            self._quotas.sample_ended(attended)
         self._count(sampler.session_id, sampler.slot.card.name, len(operation.prompt), response)
         return response
 
@@ -340,6 +358,7 @@ class Sampling:
         is_loaded = self._is_loaded(sampler)
         opened = _Open(sampler.slot, request, sampler.session_id, len(operation.prompt), is_loading=not is_loaded)
         self._open[request_id] = opened
+        self._quotas.spend(sampler.session_id, len(operation.prompt))
         if is_loaded:
             self._send(request_id, operation)
             return
@@ -353,7 +372,8 @@ class Sampling:
 
     def _release_held(self, sampler_id: str) -> None:
         for request_id in self._held.pop(sampler_id, []):
-            self._begin_or_fail(request_id, self._requests_held.pop(request_id))
+            if (request := self._requests_held.pop(request_id, None)) is not None:
+                self._begin_or_fail(request_id, request)
 
     def _live_sampler(self, sampler_id: str) -> Sampler:
         sampler = self._samplers.get(sampler_id)
@@ -363,7 +383,7 @@ class Sampling:
         session = self._sessions.get_live(sampler.session_id)
         if sampler.gone is not None:
             raise sampler.gone
-        session.last_seen = self._clock.monotonic()
+        self._sessions.touch(session.session_id, self._clock.monotonic())
         return sampler
 
     async def _load_and_send(self, request_id: str, operation: Sample, sampler: Sampler) -> None:
@@ -434,6 +454,7 @@ class Sampling:
         self._meter.count("cached_prefill", session_id, base_model, cached)
         self._meter.count("prefill", session_id, base_model, prompt_tokens - cached)
         self._meter.count("sampled", session_id, base_model, _num_drawn(response))
+        self._quotas.spend(session_id, _num_drawn(response))
 
     def _note_death(self, request_id: str, error: BaseException) -> None:
         sample = self._open.get(request_id)
@@ -504,12 +525,26 @@ class Sampling:
     def cancel(self, request_id: str) -> None:
         """Stop drawing. A finished or unknown request is left alone; training requests cannot be cancelled."""
         sample = self._open.get(request_id)
-        if sample is None:
-            return
-        if sample.ticket is None:
+        if request_id in self._requests_held or (sample is not None and sample.ticket is None):
+            self._requests_held.pop(request_id, None)
             self._finish(request_id, UserError("the sample was cancelled"))
-        else:
+        elif sample is not None and sample.ticket is not None:
             sample.slot.tell(CancelSample(ticket=sample.ticket))
+
+    def cancel_all_of(self, session_id: str) -> None:
+        """Nobody waits for its samples."""
+        held = [r for r, request in self._requests_held.items() if _is_of(request, session_id)]
+        for request_id in [*held, *(r for r, sample in self._open.items() if sample.session_id == session_id)]:
+            self.cancel(request_id)
+
+    def cancel_abandoned(self, timeout_s: float) -> None:
+        """Samples of sessions that sent and polled nothing for so long: a poll is never held as long as that."""
+        limit = self._clock.monotonic() - timeout_s
+        for session_id in {sample.session_id for sample in self._open.values()}:
+            session = self._sessions.find(session_id)
+            if session is None or session.last_asked <= limit:
+                logger.info("samples of session %s are cancelled: nobody asked for them in %g s", session_id, timeout_s)
+                self.cancel_all_of(session_id)
 
     def engine_died(self, slot: EngineSlot, error: EngineDied) -> None:
         for request_id in [r for r, sample in self._open.items() if sample.slot is slot]:
@@ -537,6 +572,10 @@ def _gone(sampler: Sampler) -> SamplerGone:
 def client_group(sampler_id: str, seq_id: int) -> Group:
     """Who waits for a sample: every client of a sampler numbers its requests in a block of its own."""
     return sampler_id, seq_id // CLIENT_BLOCK
+
+
+def _is_of(request: SampleRequest, session_id: str) -> bool:
+    return request.sampling_session_id.startswith(f"{session_id}:")
 
 
 def _num_drawn(response: SampleResponse) -> int:

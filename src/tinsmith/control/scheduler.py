@@ -23,6 +23,7 @@ from typing import TypeAlias
 from tinsmith.control.engines import EngineSlot
 from tinsmith.control.identity import Clock
 from tinsmith.control.models import Model, ModelStatus, Work
+from tinsmith.control.quotas import Quotas
 from tinsmith.types.shares import Payer, Shares
 
 MAX_OUTSTANDING = 2
@@ -115,12 +116,15 @@ class Scheduler:
         clock: Clock,
         max_batch_tokens: int,
         payer_of: Callable[[Model], Payer],
+        quotas: Quotas,
     ) -> None:
         self._slot = slot
         self._execute = execute
         self._clock = clock
         self._max_batch_tokens = max_batch_tokens
         self._payer_of = payer_of
+        self._quotas = quotas
+        self._alarm: asyncio.TimerHandle | None = None
         self._shares = Shares()
         self._models: dict[str, Model] = {}
         self._running: set[asyncio.Task[None]] = set()
@@ -170,6 +174,9 @@ class Scheduler:
 
     def _next_turn(self) -> Turn:
         self.before_turn()
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
         for model in self._models.values():
             if model.snapshot_due and not model.running and not model.behind_barrier:
                 self.take_snapshot(model)
@@ -182,6 +189,7 @@ class Scheduler:
             for _ in range(count):
                 work = model.queue.pop(self._clock.monotonic())
                 model.pending_tokens -= work.num_tokens
+                self._quotas.spend(model.session_id, work.num_tokens)
                 model.running.add(work.request_id)
                 model.behind_barrier = work.is_barrier
                 turn.append((model, work))
@@ -196,11 +204,24 @@ class Scheduler:
             return None
         if head.is_barrier and model.running:
             return None
-        if not self.admit(model):
+        if self._is_over_quota(model, head) or not self.admit(model):
             return None
         payer = self._payer_of(model)
-        tokens = _train_tokens(model, self._max_batch_tokens) if head.is_training else ()
+        room = self._quotas.room(model.session_id)
+        tokens = _train_tokens(model, self._max_batch_tokens, room) if head.is_training else ()
         return Candidate(model.model_id, tokens, head.is_step, payer.project, payer.weight)
+
+    def _is_over_quota(self, model: Model, head: Work) -> bool:
+        pause = self._quotas.pause(model.session_id) if head.is_training else None
+        model.over_quota = None if pause is None else pause.reason
+        if pause is None:
+            return False
+        loop = asyncio.get_running_loop()
+        if self._alarm is None or self._alarm.when() > loop.time() + pause.seconds:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._alarm = loop.call_later(pause.seconds, self.wake)
+        return True
 
     async def _run(self, turn: Turn) -> None:
         try:
@@ -226,12 +247,12 @@ def _skip_void(model: Model, now: float) -> None:
         model.pending_tokens -= head.num_tokens
 
 
-def _train_tokens(model: Model, max_tokens: int) -> tuple[int, ...]:
-    """Sizes of the training requests at the head, about as many as could fit."""
+def _train_tokens(model: Model, max_tokens: int, room: float) -> tuple[int, ...]:
+    """Sizes of the training requests at the head, about as many as could fit; the last may go beyond the quota."""
     sizes: list[int] = []
     total = 0
     for work in model.queue.run():
-        if not (work.is_ready and work.is_training) or work.is_void or total > max_tokens:
+        if not (work.is_ready and work.is_training) or work.is_void or total > max_tokens or total >= room:
             break
         sizes.append(work.num_tokens)
         total += work.num_tokens

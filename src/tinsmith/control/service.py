@@ -26,7 +26,7 @@ from tinsmith.control.errors import SessionEnded
 from tinsmith.control.exports import Exports
 from tinsmith.control.fairness import Fairness
 from tinsmith.control.folder_store import FolderStore
-from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestType
+from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestSpan, RequestType
 from tinsmith.control.health import Health
 from tinsmith.control.identities import Caller
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
@@ -40,6 +40,7 @@ from tinsmith.control.library import Library
 from tinsmith.control.observers import Observers, both, observed_draw
 from tinsmith.control.owners import Owners
 from tinsmith.control.paging import Paging, PagingStats
+from tinsmith.control.quotas import Quotas
 from tinsmith.control.records import SessionRow
 from tinsmith.control.refusals import Refusals
 from tinsmith.control.registry import SESSIONS, Registry
@@ -69,7 +70,7 @@ from tinsmith.control.traces import TraceLog
 from tinsmith.control.training import Training
 from tinsmith.control.usage import Meter
 from tinsmith.runtime.handle import EngineHandle
-from tinsmith.types.errors import EngineDied, NotFound, ServerError, TinsmithError, Unsupported
+from tinsmith.types.errors import EngineDied, NotFound, Overloaded, ServerError, TinsmithError, Unsupported
 from tinsmith.types.operations import BaseModelCard
 from tinsmith.types.rest import (
     GetInfoResponse,
@@ -216,10 +217,11 @@ class Control:
             max_retained_bytes=settings.max_retained_bytes,
         )
         self._fairness = Fairness(self._sessions, self.accounts)
+        self._quotas = Quotas(self._sessions, self.accounts, clock)
         self._health = Health(engines=self._engines, settings=settings.health, data_dir=settings.data_dir, clock=clock)
         self._traces = TraceLog()
         self._futures.on_open = self.observers.request_opened
-        self._futures.on_finish = both(self._traces.add, self.observers.request_ended)
+        self._futures.on_finish = both(self._traces.add, self._request_ended)
         self._meter = Meter(self._registry, clock)
         self._meter.on_count = self.observers.tokens
         if self._journal.is_on:
@@ -259,6 +261,7 @@ class Control:
             meter=self._meter,
             journal=self._journal,
             fairness=self._fairness,
+            quotas=self._quotas,
         )
         self._snapshots = Snapshots(
             data_dir=settings.data_dir,
@@ -298,6 +301,7 @@ class Control:
             meter=self._meter,
             journal=self._journal,
             fairness=self._fairness,
+            quotas=self._quotas,
             max_pending=settings.max_pending_samples,
             data_dir=settings.data_dir,
         )
@@ -350,6 +354,10 @@ class Control:
         live = {session.session_id for session in self._sessions.live}
         return checkpoints_in_use(list(self._samplers), self._training.models, live.__contains__)
 
+    def _request_ended(self, span: RequestSpan) -> None:
+        self.observers.request_ended(span)
+        self._quotas.sample_ended(span.request_id)
+
     def _make_janitor(self) -> Janitor:
         return Janitor(
             quick=(
@@ -357,6 +365,7 @@ class Control:
                 self._training.give_up_gaps,
                 self._end_silent_sessions,
                 self._training.end_drained,
+                lambda: self._sampling.cancel_abandoned(self._settings.abandoned_sample_s),
                 self._futures.expire,
                 self._registry.probe,
                 *self._chores_of_the_ledger(),
@@ -525,7 +534,11 @@ class Control:
     # ---- sessions ----
 
     async def create_session(self, request: NewSession) -> str:
-        """Durable when it returns."""
+        """Durable when it returns. Raises `Overloaded` if too many are live."""
+        if (count := len(self._sessions.live)) >= self._settings.max_live_sessions:
+            raise Overloaded(
+                f"{count:,} sessions are live, the most this server keeps; finish some, or try again later"
+            )
         row = SessionRow(
             session_id=self._ids.session_id(),
             owner=request.owner,
@@ -556,7 +569,7 @@ class Control:
         if self._find_session(session_id) is None:
             raise SessionEnded(f"session {session_id!r} ended when the server was restarted")
         self._sessions.get_live(session_id)
-        self._sessions.touch(session_id, self._clock.monotonic())
+        self._sessions.touch(session_id, self._clock.monotonic(), asks=False)
 
     async def finish_session(self, session_id: str, reason: FinishReason, detail: str | None) -> None:
         """Take no more requests; what waits is still done. The first reason stays. Raises `NotFound`."""
@@ -584,6 +597,7 @@ class Control:
         forgotten = self._sessions.end(session, ended)
         if drop:
             self._training.drop_models(session, ended)
+            self._sampling.cancel_all_of(session.session_id)
         else:
             self._training.close_models(session)
         self._samplers.release(session.sampler_ids)

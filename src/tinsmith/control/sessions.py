@@ -29,6 +29,8 @@ class Session:
     project_id: str | None = None
     last_seen: float
     """Monotonic seconds."""
+    last_asked: float = 0.0
+    """The same, heartbeats aside: when it last sent or polled anything."""
     timeout_s: float | None = None
     """Silence after which it ends; `None` takes the server's."""
     orders_by_arrival: bool = False
@@ -69,6 +71,7 @@ class SessionBook:
             owner=owner,
             project_id=project_id,
             last_seen=now,
+            last_asked=now,
             timeout_s=timeout_s,
             orders_by_arrival=orders_by_arrival,
         )
@@ -87,9 +90,12 @@ class SessionBook:
             raise session.ended
         return session
 
-    def touch(self, session_id: str, now: float) -> None:
-        if (session := self._live.get(session_id)) is not None:
+    def touch(self, session_id: str, now: float, *, asks: bool = True) -> None:
+        """`asks`: it was more than a heartbeat."""
+        if (session := self.find(session_id)) is not None:
             session.last_seen = now
+            if asks:
+                session.last_asked = now
 
     def silent(self, now: float, timeout_s: float) -> list[tuple[Session, float]]:
         """Sessions that were silent for as long as they may, and how long that is; `timeout_s` unless they differ."""

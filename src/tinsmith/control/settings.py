@@ -59,6 +59,9 @@ class ControlSettings(BaseModel):
     max_pending_tokens_per_model: int = Field(default=16_000_000, ge=1)
     """Training tokens that may wait in one model's queue."""
     max_pending_samples: int = Field(default=10_000, ge=1)
+    abandoned_sample_s: float = Field(default=300.0, gt=0)
+    """A sample is cancelled when its session has sent and polled nothing for this long, heartbeats aside."""
+    max_live_sessions: int = Field(default=10_000, ge=1)
     max_live_models: int = Field(default=1000, ge=1)
     """Models of all sessions together; those that do not fit into the engines' memory wait on disk until used."""
     session_timeout_s: float = Field(default=600.0, gt=0)

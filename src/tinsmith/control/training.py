@@ -18,7 +18,7 @@ from tinsmith.control.admission import check_load, check_request, num_train_toke
 from tinsmith.control.checkpoints import CheckpointStore, check_loadable
 from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.engines import EngineBook, EngineSlot
-from tinsmith.control.errors import ModelEnded
+from tinsmith.control.errors import ModelEnded, QuotaExceeded
 from tinsmith.control.execution import Executor, check_base_model, drop_adapter
 from tinsmith.control.fairness import Fairness
 from tinsmith.control.futures import FutureStore, RequestType
@@ -28,6 +28,7 @@ from tinsmith.control.ledger import Entry, mark_failed, put
 from tinsmith.control.metadata import check_run_metadata
 from tinsmith.control.models import REQUEST_TYPES, Creation, Model, ModelStatus, Work
 from tinsmith.control.queues import Gap
+from tinsmith.control.quotas import Quotas
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.requests import (
@@ -86,7 +87,9 @@ class Training:
         meter: Meter,
         journal: Journal,
         fairness: Fairness,
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._settings = settings
         self._meter = meter
         self._journal = journal
@@ -121,6 +124,7 @@ class Training:
                 clock=clock,
                 max_batch_tokens=settings.max_batch_tokens,
                 payer_of=lambda model: fairness.payer(model.session_id, model.model_id),
+                quotas=quotas,
             )
             for slot in engines
         }
@@ -185,7 +189,10 @@ class Training:
         plan: Callable[[], tuple[EngineSlot, Creation]],
         context: Any = None,
     ) -> Submission:
-        """Idempotent on (session, model_seq_id). A model whose plan fails is remembered as ended."""
+        """Idempotent on (session, model_seq_id). A model whose plan fails is remembered as ended.
+
+        Raises `QuotaExceeded`.
+        """
         session_id, model_seq_id = request.session_id, request.model_seq_id
         model_id = f"{session_id}:train:{model_seq_id}"
         key, fingerprint = ("model", model_id), hashlib.sha256(repr(request).encode()).digest()
@@ -195,6 +202,10 @@ class Training:
                 return Submission(request_id=known, model_id=model_id)
             session = self._sessions.get_live(session_id)
             self._check_new_model(model_id, model_seq_id)
+            live = [m.session_id for m in self._models.values() if m.status is not ModelStatus.ENDED]
+            self._quotas.check_model(session_id, live)
+        except QuotaExceeded:
+            raise
         except TinsmithError as error:
             failed = self._futures.failed(request_type, error, context, subject=model_id)
             return Submission(request_id=failed, model_id=model_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ from tinsmith.control.errors import (
     Forbidden,
     FutureExpired,
     NotTaken,
+    QuotaExceeded,
     SessionEnded,
     Unauthorized,
 )
@@ -73,7 +75,7 @@ def error_response(error: TinsmithError) -> Response:
     elif isinstance(error, DiskBudgetExceeded):  # somebody has to delete something first
         headers = {"x-should-retry": "false"}
     elif status in (429, 507):
-        headers = {"retry-after": "1", "x-should-retry": "true"}
+        headers = {"retry-after": str(retry_after(error)), "x-should-retry": "true"}
     elif status == 500:  # a full disk, a dead engine, a fault of ours: sending it again at once changes nothing
         headers = {"x-should-retry": "false"}
     return json_response({"detail": error.message}, status, headers)
@@ -83,6 +85,12 @@ def challenge(error: Unauthorized) -> dict[str, str]:
     """The header of a 401 (RFC 6750). A client exchanges its key for a new token if only the token was refused."""
     refused = ', error="invalid_token"' if isinstance(error, TokenRefused) else ""
     return {"www-authenticate": f'Bearer realm="tinsmith"{refused}'}
+
+
+def retry_after(error: TinsmithError) -> int:
+    """Seconds; clients take no heed of more than 60."""
+    seconds = error.retry_after_s if isinstance(error, QuotaExceeded) else 1
+    return min(60, max(1, math.ceil(seconds)))
 
 
 def new_incident(error: BaseException, **facts: Any) -> InternalError:

@@ -12,6 +12,7 @@ from tests.unit.control.conftest import OpenControl
 from tests.unit.control.harness import Harness, forward_backward, optim
 from tinsmith.control.copies import CopyOrder
 from tinsmith.control.errors import DiskBudgetExceeded
+from tinsmith.control.identities import Quota
 from tinsmith.control.requests import SaveForSampler, SaveState
 from tinsmith.types.errors import InvalidInput
 
@@ -165,15 +166,11 @@ async def test_a_quota_of_a_user_counts_that_users_checkpoints_only(open_control
     async with open_control() as h:
         model_id = await h.model()
         size = (await h.control.library.find_checkpoint(await save(h, model_id, 1, "s1"))).size_bytes
-
-        class Quota:
-            disk_bytes: int | None = int(1.5 * size)
-
-        quotas = {"local": Quota()}
-        h.control.accounts.quota_of_user = lambda user_id: quotas[user_id]  # type: ignore[method-assign, assignment]
+        quotas = {"local": Quota(disk_bytes=int(1.5 * size))}
+        h.control.accounts.quota_of_user = lambda user_id: quotas[user_id]  # type: ignore[method-assign]
         error = await h.error(h.submit(SaveState(model_id=model_id, seq_id=2, name="s2")))
         assert "user 'local' may store" in str(error)
-        quotas["local"].disk_bytes = None
+        quotas["local"] = Quota()
         await save(h, model_id, 3, "s2")
 
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from tinsmith.control.errors import Unauthorized
 from tinsmith.server.chat.fields import BadField
 from tinsmith.server.chat.routing import DialectRoute
-from tinsmith.server.errors import challenge, json_response, status_of
+from tinsmith.server.errors import challenge, json_response, retry_after, status_of
 from tinsmith.types.errors import TinsmithError
 
 OVERLOADED = 529
@@ -47,7 +47,7 @@ class AnthropicRoute(DialectRoute):
 
 def error_response(error: TinsmithError) -> Response:
     status = error_status(error)
-    headers = {"retry-after": "1"} if status == OVERLOADED else {}
+    headers = {"retry-after": str(retry_after(error))} if status == OVERLOADED else {}
     if status == 500:
         headers = {"x-should-retry": "false"}
     if isinstance(error, Unauthorized):

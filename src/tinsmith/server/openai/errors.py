@@ -9,7 +9,7 @@ from starlette.responses import Response
 from tinsmith.control.errors import Unauthorized
 from tinsmith.server.chat.fields import BadField
 from tinsmith.server.chat.routing import DialectRoute
-from tinsmith.server.errors import challenge, json_response, status_of
+from tinsmith.server.errors import challenge, json_response, retry_after, status_of
 from tinsmith.types.errors import TinsmithError
 
 _TYPES = {403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
@@ -41,7 +41,13 @@ class OpenAIRoute(DialectRoute):
 
 def error_response(error: TinsmithError) -> Response:
     status = error_status(error)
-    headers = {"retry-after": "1"} if status == 429 else {"x-should-retry": "false"} if status == 500 else {}
+    headers = (
+        {"retry-after": str(retry_after(error))}
+        if status == 429
+        else {"x-should-retry": "false"}
+        if status == 500
+        else {}
+    )
     if isinstance(error, Unauthorized):
         headers = challenge(error)
     return json_response(error_body(error), status, headers)
