@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from tinsmith.control.completions import Completion, Completions, Group
+from tinsmith.control.elsewhere import Elsewhere
 from tinsmith.control.errors import FutureExpired
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.types.errors import NotFound, PayloadConflict, RequestErrorCategory, StorageError, TinsmithError
 from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
+
+if TYPE_CHECKING:
+    from tinsmith.control.result_store import ResultStore, StoredResult
+
+logger = logging.getLogger(__name__)
 
 RequestType: TypeAlias = Literal[
     "CreateModel",
@@ -121,6 +128,12 @@ class _Promise:
     """Whose it is, if that does not follow from its session or subject."""
 
 
+_WORTH_STORING = 4096
+"""Bytes of a result below which its place on disk would cost as much memory."""
+_BACKLOG_BYTES = 256 * 2**20
+"""Memory may hold so much more than its budget, or as much again if that is more, while the disk is being written."""
+
+
 class FutureStore:
     """All futures of one server. Used from one event loop.
 
@@ -128,8 +141,22 @@ class FutureStore:
     """
 
     def __init__(
-        self, *, ids: Ids, clock: Clock, ttl_s: float, max_retained: int, max_retained_bytes: int = 2**62
+        self,
+        *,
+        ids: Ids,
+        clock: Clock,
+        ttl_s: float,
+        max_retained: int,
+        max_retained_bytes: int = 2**62,
+        store: ResultStore | None = None,
     ) -> None:
+        """`store` takes large results that are beyond `max_retained_bytes`; without one they expire."""
+        self._store = store
+        self._large: deque[str] = deque()
+        """Whose results are in memory and worth a place on disk, oldest first."""
+        self._leaving_bytes = 0
+        """Of results that are being written."""
+        self._is_store_failing = False
         self._ids = ids
         self._clock = clock
         self._ttl_s = ttl_s
@@ -138,7 +165,8 @@ class FutureStore:
         self._promises: dict[str, _Promise] = {}
         self._unfinished: dict[str, _Promise] = {}
         self._by_key: dict[Hashable, str] = {}
-        self._finished: deque[tuple[float, str]] = deque()
+        self._finished: OrderedDict[str, float] = OrderedDict()
+        """When they ended, oldest first."""
         self._retained_bytes = 0
         self._refused: OrderedDict[str, StorageError] = OrderedDict()
         """The newest requests that could not be written, for whoever has yet to ask."""
@@ -244,6 +272,7 @@ class FutureStore:
         promise = self._promises.get(request_id)
         if promise is None or promise.outcome is None or promise.group != group:
             return
+        self._unstore(promise)
         promise.outcome = Outcome(request_type=promise.request_type)
         promise.is_released = True
         self._retained_bytes -= promise.num_bytes
@@ -349,15 +378,15 @@ class FutureStore:
                 pass  # answered below: still pending
         if promise.outcome is not None:
             promise.fetched_at = self._clock.monotonic()
-            return promise.outcome
+            return await _whole(promise.outcome)
         return Pending() if promise.on_poll is None else promise.on_poll()
 
     def expire(self) -> int:
         """Drop results older than their time to live; the number dropped."""
         limit = self._clock.monotonic() - self._ttl_s
         dropped = 0
-        while self._finished and self._finished[0][0] <= limit:
-            self._drop_oldest()
+        while self._finished and self._finished[oldest := next(iter(self._finished))] <= limit:
+            self._drop(oldest)
             dropped += 1
         return dropped
 
@@ -382,28 +411,82 @@ class FutureStore:
         promise.done.set()
         self._retained_bytes += promise.num_bytes
         self._unfinished.pop(request_id, None)
-        self._finished.append((self._clock.monotonic(), request_id))
+        self._finished[request_id] = self._clock.monotonic()
         if promise.group is not None:
             self.completions.add(promise.group, Completion(request_id, promise.num_bytes // 2, error is not None))
         self.on_finish(_span(request_id, promise, self._clock.time()))
-        while len(self._finished) > self._max_retained or (
-            self._retained_bytes > self._max_retained_bytes and len(self._finished) > 1
-        ):
-            self._drop_oldest()
+        if promise.num_bytes >= _WORTH_STORING:
+            self._large.append(request_id)
+        self._make_room()
         return True
 
-    def _drop_oldest(self) -> None:
-        _, request_id = self._finished.popleft()
+    def _make_room(self) -> None:
+        """The oldest large results go to disk; if there is none, or it cannot keep up, the oldest expire early."""
+        if self._store is not None and self._store.has_room:
+            while len(self._large) > 1 and self._retained_bytes - self._leaving_bytes > self._max_retained_bytes:
+                self._put_on_disk(self._large.popleft(), self._store)
+        backlog = max(self._max_retained_bytes, _BACKLOG_BYTES) if self._leaving_bytes else 0
+        limit = self._max_retained_bytes + backlog
+        while len(self._finished) > self._max_retained:
+            self._drop(next(iter(self._finished)))
+        while self._retained_bytes > limit and len(self._finished) > 1:
+            largest = self._large.popleft() if len(self._large) > 1 else next(iter(self._finished))
+            if largest in self._finished:
+                self._drop(largest)
+
+    def _put_on_disk(self, request_id: str, store: ResultStore) -> None:
+        promise = self._promises.get(request_id)
+        if promise is None or promise.outcome is None or promise.is_released:
+            return
+        num_bytes = promise.num_bytes
+        self._leaving_bytes += num_bytes
+
+        def written(done: asyncio.Future[StoredResult]) -> None:
+            self._leaving_bytes -= num_bytes
+            if done.cancelled():
+                return
+            if (error := done.exception()) is not None:
+                if not self._is_store_failing:
+                    logger.warning("the oldest results expire early: %s", error)
+                self._is_store_failing = True
+                if request_id in self._finished and self._retained_bytes > self._max_retained_bytes:
+                    self._drop(request_id)
+            elif self._promises.get(request_id) is promise and promise.outcome is not None and not promise.is_released:
+                self._is_store_failing = False
+                store.keep(done.result())
+                promise.outcome = replace(promise.outcome, result=done.result(), encoded={})
+                promise.num_bytes = 0
+                self._retained_bytes -= num_bytes
+
+        asyncio.wrap_future(store.put(promise.outcome.result)).add_done_callback(written)
+
+    def _unstore(self, promise: _Promise) -> None:
+        if self._store is not None and promise.outcome is not None and isinstance(promise.outcome.result, Elsewhere):
+            self._store.release(promise.outcome.result)
+
+    def _drop(self, request_id: str) -> None:
+        del self._finished[request_id]
         self._retained_bytes -= self._forget(request_id).num_bytes
 
     def _forget(self, request_id: str) -> _Promise:
         promise = self._promises.pop(request_id)
+        self._unstore(promise)
         self._unfinished.pop(request_id, None)
         if promise.key is not None and self._by_key.get(promise.key) == request_id:
             del self._by_key[promise.key]
         if promise.group is not None:
             self.completions.drop(promise.group, request_id)
         return promise
+
+
+async def _whole(outcome: Outcome) -> Outcome:
+    """With its result, wherever that was."""
+    if not isinstance(outcome.result, Elsewhere):
+        return outcome
+    try:
+        return replace(outcome, result=await asyncio.to_thread(outcome.result.load), encoded={})
+    except StorageError as error:
+        return replace(outcome, result=None, error=error, encoded={})
 
 
 def _span(request_id: str, promise: _Promise, finished_at: float | None) -> RequestSpan:

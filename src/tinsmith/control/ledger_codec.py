@@ -20,6 +20,7 @@ import zstandard
 from pydantic import BaseModel
 
 from tinsmith.control import requests as ask
+from tinsmith.control.elsewhere import Elsewhere
 from tinsmith.control.futures import ExternalSaved, SamplerSaved
 from tinsmith.types import custom_loss, datum, params
 from tinsmith.types.errors import ServerError, StorageError, TinsmithError, UserError
@@ -149,12 +150,21 @@ class _Writer:
                 return {_KIND: "slice", "v": [self.tree(v) for v in (value.start, value.stop, value.step)]}
             case _ if value is ...:
                 return {_KIND: "ellipsis"}
+            case Elsewhere():
+                return self._elsewhere(value)
             case Mapping():
                 return {_KIND: "map", "v": [[self.tree(k), self.tree(v)] for k, v in value.items()]}
             case np.generic():
                 return self.tree(value.item())
             case _:
                 return self._record(value)
+
+    def _elsewhere(self, value: Elsewhere) -> Any:
+        """If it cannot be fetched, its error is written in its place."""
+        try:
+            return self.tree(value.load())
+        except StorageError as error:
+            return self.tree(error)
 
     def _record(self, value: Any) -> dict[str, Any]:
         name = type(value).__name__

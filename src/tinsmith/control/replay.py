@@ -210,8 +210,9 @@ class Replay:
             owner=record.owner,
         )
         self._journal.lone.add(entry.name)
-        if entry.failure is not None:
-            self._futures.fail(entry.name, entry.failure)
+        failure = record.result if isinstance(record.result, TinsmithError) else entry.failure
+        if failure is not None:
+            self._futures.fail(entry.name, failure)
         else:
             self._futures.resolve(entry.name, record.result)
 

@@ -56,6 +56,7 @@ from tinsmith.control.requests import (
     SampleRequest,
     Submission,
 )
+from tinsmith.control.result_store import ResultStore
 from tinsmith.control.retention import Budget, Retention, checkpoints_in_use
 from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.sampling import Sampling
@@ -108,6 +109,7 @@ class Control:
         self.on_fatal: Callable[[], None] = lambda: None
         """Told when nothing more can be written for good: the process should end, and be started again."""
         self._sessions = SessionBook()
+        self._results = ResultStore(settings.data_dir, max_bytes=settings.max_stored_bytes)
         self.accounts = Accounts(self._registry, self._clock)
         self.observers = Observers()
         self.num_left = 0
@@ -126,6 +128,7 @@ class Control:
             secret = await asyncio.to_thread(self._registry.open)
             await self._folders.open()
             await self._open_ledger()
+            await asyncio.to_thread(self._results.open)
             await self.accounts.start()
             await self._engines.start()
         except BaseException:
@@ -159,6 +162,7 @@ class Control:
         if self._ledger is not None:
             await asyncio.to_thread(self._ledger.close)
         await asyncio.to_thread(self._registry.close)
+        await asyncio.to_thread(self._results.close)
         await self._folders.close()
         self._lock.release()
 
@@ -215,6 +219,7 @@ class Control:
             ttl_s=settings.future_ttl_s,
             max_retained=settings.max_retained_futures,
             max_retained_bytes=settings.max_retained_bytes,
+            store=self._results if settings.max_stored_bytes > 0 else None,
         )
         self._fairness = Fairness(self._sessions, self.accounts)
         self._quotas = Quotas(self._sessions, self.accounts, clock)

@@ -54,7 +54,9 @@ class ControlSettings(BaseModel):
     max_retained_futures: int = Field(default=200_000, ge=1)
     """Finished results kept; beyond it the oldest expire early."""
     max_retained_bytes: int = Field(default=2 * 1024**3, ge=1)
-    """The same in bytes of results."""
+    """The same in bytes of results in memory; beyond it the oldest go to disk."""
+    max_stored_bytes: int = Field(default=16 * 1024**3, ge=0)
+    """The same in bytes of results on disk; with 0 they expire instead of going there."""
     max_pending_per_model: int = Field(default=10_000, ge=1)
     max_pending_tokens_per_model: int = Field(default=16_000_000, ge=1)
     """Training tokens that may wait in one model's queue."""
