@@ -273,7 +273,7 @@ class Pager:
                 self._put_weights_out(held)
         if self._line and chosen.is_hopeless:
             self._refuse_first()
-        elif self._line and chosen.look_again_at is not None:
+        elif chosen.look_again_at is not None:
             self._look_again(chosen.look_again_at - now)
 
     def _occupants(self, now: float) -> Iterator[Occupant]:

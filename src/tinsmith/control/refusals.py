@@ -12,6 +12,7 @@ from tinsmith.control.journal import Journal
 from tinsmith.control.ledger import mark_failed
 from tinsmith.control.models import Model, ModelStatus
 from tinsmith.control.registry import Registry
+from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.training import Training
 from tinsmith.types.errors import TinsmithError
 
@@ -22,6 +23,7 @@ class Refusals:
     futures: FutureStore
     journal: Journal
     registry: Registry
+    samplers: SamplerBook
     clock: Clock
 
     def fail_waiting(self, model: Model, error: TinsmithError) -> None:
@@ -36,6 +38,7 @@ class Refusals:
             model.pending_tokens -= work.num_tokens
             self.futures.fail(work.request_id, error)
             failed.append(mark_failed("request", work.request_id, error))
+        self.samplers.settle_all_of(model.model_id)
         self.journal.note(failed)  # a replay shall not do them either
 
     def end_lost(self, model: Model, error: TinsmithError) -> None:

@@ -289,6 +289,7 @@ class Control:
                 futures=self._futures,
                 journal=self._journal,
                 registry=self._registry,
+                samplers=self._samplers,
                 clock=clock,
             ),
             fairness=self._fairness,

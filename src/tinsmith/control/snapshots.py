@@ -277,16 +277,22 @@ class Snapshots:
 
     async def sweep(self) -> None:
         """Remove folders that no live model and no live sampler goes back to."""
-        kept = {model.snapshot.folder for model in self._training.models if model.snapshot and model.end is None}
-        kept |= {sampler.weights_folder for sampler in self._samplers if sampler.weights_folder is not None}
-        if any(model.is_saving for model in self._training.models):
-            return
         root = self._data_dir / FOLDER
         found = await asyncio.to_thread(lambda: [*root.glob("*/*"), *root.glob("weights-*")])
-        for path in found:
-            is_inside_weights = path.parent.name.startswith("weights-")
-            if not is_inside_weights and path.relative_to(self._data_dir).as_posix() not in kept:
+        unwanted = [path for path in found if not self._is_wanted(path)]
+        for path in unwanted:
+            if self._saves or self._weight_saves:
+                return
+            if not self._is_wanted(path):  # asked again: a snapshot may have come to its end meanwhile
                 await asyncio.to_thread(_remove, path)
+
+    def _is_wanted(self, path: Path) -> bool:
+        if path.parent.name.startswith("weights-"):  # a file of such a folder
+            return True
+        folder = path.relative_to(self._data_dir).as_posix()
+        return any(m.snapshot and m.snapshot.folder == folder and m.end is None for m in self._training.models) or any(
+            sampler.weights_folder == folder for sampler in self._samplers
+        )
 
     async def drain(self) -> None:
         """Wait for those that are being written."""
