@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -179,3 +181,21 @@ async def test_counting_costs_next_to_nothing() -> None:
         figures.http_began()
         figures.http_ended("POST", "/api/v1/asample", 200, 0.001)
     assert (time.process_time() - began) / 2000 < 1e-3
+
+
+async def test_the_dashboard_and_the_docs_name_figures_that_exist(client: Client) -> None:
+    """And the names are those that operators rely on."""
+    client.engine.pulse = PULSE
+    service = client.app.state.service.control
+    service.observers.tokens("sampled", "m", 1)
+    await client.result(await client.train(await client.model(), 1))
+    text = (await client.http.get("/metrics")).text
+    names = {s.name for family in text_string_to_metric_families(text) for s in family.samples}
+    waiting = {"tinsmith_ledger_lag_seconds", "tinsmith_disk_fsync_seconds", "tinsmith_disk_free_bytes"}
+    docs = Path(__file__).parents[3] / "docs"
+    board = json.loads((docs / "grafana-dashboard.json").read_text())
+    asked = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    word = r"\b(?:tinsmith|process)_[a-z_]+"
+    told = set(re.findall(word, asked)) | set(re.findall(word, (docs / "operating.md").read_text()))
+    missing = {name for name in told - waiting if name not in names and f"{name}_count" not in names}
+    assert not missing
