@@ -13,7 +13,8 @@ from tinsmith.types.errors import InvalidInput
 
 Role: TypeAlias = Literal["admin", "member", "viewer"]
 ROLES: tuple[Role, ...] = get_args(Role)
-Scope: TypeAlias = Literal["read", "train", "sample", "admin"]
+Scope: TypeAlias = Literal["read", "train", "sample", "metrics", "admin"]
+"""`metrics` is for a program that watches the server: figures of everybody's work, and nothing else."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 QuotaSubject: TypeAlias = Literal["user", "project"]
 QUOTA_SUBJECTS: tuple[QuotaSubject, ...] = get_args(QuotaSubject)

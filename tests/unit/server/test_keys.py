@@ -35,7 +35,7 @@ async def test_a_key_comes_in_any_of_the_forms_that_clients_send(open_server: Op
         assert described.status_code == 200
         assert (described.json()["key_id"], described.json()["name"]) == (key.key_id, key.prefix)
         assert described.json()["details"]["user_details"] == {"email": "anna"}
-        for path, status in (("/v1/models", 200), ("/metrics", 200), ("/hf/api/models/no-such-model", 404)):
+        for path, status in (("/v1/models", 200), ("/metrics", 403), ("/hf/api/models/no-such-model", 404)):
             assert (await server.client(None, **headers).http.get(path)).status_code == status
 
 

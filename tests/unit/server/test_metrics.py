@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.unit.server.keyed import keyed_server
 from tests.unit.server.tinker_client import Client, OpenServer
 from tinsmith.runtime.fake import FAKE_CARD
 from tinsmith.server.metrics import CountedFigures
@@ -199,3 +200,15 @@ async def test_the_dashboard_and_the_docs_name_figures_that_exist(client: Client
     told = set(re.findall(word, asked)) | set(re.findall(word, (docs / "operating.md").read_text()))
     missing = {name for name in told - waiting if name not in names and f"{name}_count" not in names}
     assert not missing
+
+
+async def test_where_keys_are_needed_figures_are_for_administrators_and_keys_for_figures_alone(
+    open_server: OpenServer,
+) -> None:
+    async with keyed_server(open_server) as server:
+        member, admin = await server.member("anna"), await server.member("root", "admin")
+        watcher = server.client((await server.key("root", scopes=["metrics"]))[0])
+        statuses = [(await who.http.get("/metrics")).status_code for who in (member, admin, watcher)]
+        assert statuses == [403, 200, 200]
+        assert (await watcher.get("sessions")).status_code == 403
+        assert (await watcher.http.get("/readyz")).status_code == 200
