@@ -122,6 +122,8 @@ def registry(data_dir: Path) -> Iterator[Finding]:
     found = f"whole, schema {version}: {sessions} sessions, {runs} runs, {checkpoints} checkpoints"
     if version is not None and version > newest:
         yield fail("registry", found, f"a newer Tinsmith wrote it; this one knows schemas up to {newest}: upgrade")
+    elif version is not None and version < newest:
+        yield ok("registry", f"{found}; the next start brings it to schema {newest}, after a copy")
     else:
         yield ok("registry", found)
 
