@@ -21,7 +21,7 @@ from tests.unit.control.conftest import CountedIds
 from tests.unit.control.harness import Harness, forward_backward, optim
 from tests.unit.control.test_replay import Server, running
 from tinsmith.control import migrations, records
-from tinsmith.control.database import PostgresDatabase
+from tinsmith.control.database import PostgresDatabase, database_at
 from tinsmith.control.ledger import Ledger
 from tinsmith.control.records import SessionRow
 from tinsmith.control.registry import METADATA, SESSIONS, Registry
@@ -94,6 +94,28 @@ def test_the_revisions_make_the_same_in_postgresql(postgres: PostgresServer) -> 
 
 def indexes(connection: sa.Connection) -> set[str]:
     return set(connection.execute(sa.text("SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'")).scalars())
+
+
+@pytest.mark.parametrize("version", range(1, NEWEST + 1))
+async def test_every_older_version_is_upgraded_with_its_content(
+    version: int, tmp_path: Path, postgres: PostgresServer
+) -> None:
+    for location in (tmp_path / "registry.sqlite3", postgres.new_database()):
+        engine = database_at(location).make_engine(pooled=False)
+        with engine.begin() as connection:
+            migrations.upgrade(connection, version)
+            connection.exec_driver_sql(
+                "INSERT INTO sessions (session_id, owner, created_at, tags, user_metadata, sdk_version)"
+                " VALUES ('s', 'local', 1.5, '[\"t\"]', '{\"k\": \"ä\"}', '0.1')"
+            )
+        engine.dispose()
+        registry = Registry(location)
+        registry.open()
+        assert await registry.read(differences) == []
+        found = await registry.read(lambda c: records.session(c, "s"))
+        assert found is not None
+        assert (found.created_at, found.tags, found.user_metadata) == (1.5, ["t"], {"k": "ä"})
+        registry.close()
 
 
 async def test_a_database_from_before_there_were_revisions_is_upgraded_and_copied(tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ def create(connection: sa.Connection, metadata: sa.MetaData) -> None:
     metadata.create_all(connection)
     _VERSION_TABLE.create(connection)
     connection.execute(sa.insert(_VERSION_TABLE).values(version_num=f"{newest_version():04d}"))
-    _note_version(connection)
+    _note_version(connection, newest_version())
 
 
-def upgrade(connection: sa.Connection) -> None:
-    """Bring an older database to the newest version, in the caller's transaction: all of it or nothing.
+def upgrade(connection: sa.Connection, version: int | None = None) -> None:
+    """Bring an older database to a version, by default the newest, in the caller's transaction: all of it or nothing.
 
     One from before there were revisions may lack tables; the first revision makes those that are not there.
     """
@@ -53,11 +53,12 @@ def upgrade(connection: sa.Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
-    _note_version(connection)
+    target = newest_version() if version is None else version
+    command.upgrade(config, f"{target:04d}")
+    _note_version(connection, target)
 
 
-def _note_version(connection: sa.Connection) -> None:
+def _note_version(connection: sa.Connection, version: int) -> None:
     connection.execute(sa.text("DELETE FROM meta WHERE key = 'schema_version'"))
     insert = sa.text("INSERT INTO meta (key, value) VALUES ('schema_version', :version)")
-    connection.execute(insert, {"version": str(newest_version())})
+    connection.execute(insert, {"version": str(version)})
