@@ -84,6 +84,9 @@ def test_a_merged_export_is_a_model_of_its_own(server: str, outside: tuple[Path,
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert (logprobs_of(merged) - logprobs_of(peft)).abs().max() <= 1e-4
     run_id = made["tinker_path"].split("/")[2]
+    assert command("pin", f"tinker://{run_id}/weights/~latest", "--base-url", server)["pinned"]
+    assert command("info", made["tinker_path"], "--base-url", server)["kept"] == "pinned"
+    assert not command("unpin", made["tinker_path"], "--base-url", server)["pinned"]
     listed = CliRunner().invoke(app, ["checkpoint", "list", "--run-id", run_id, "--json", "--base-url", server])
     assert [one["checkpoint_id"] for one in json.loads(listed.stdout)] == ["weights/a"]
 

@@ -77,6 +77,22 @@ def unpublish(path: PathArgument, as_json: AsJson = False, base_url: BaseUrl = N
     done(f"{path} is private", as_json=as_json, tinker_path=path, public=False)
 
 
+@app.command()
+def pin(path: PathArgument, as_json: AsJson = False, base_url: BaseUrl = None) -> None:
+    """Keep a checkpoint, however many newer ones its run has."""
+    with rest_client(base_url) as rest:
+        rest.pin_checkpoint_from_tinker_path(path).result()
+    done(f"{path} is pinned", as_json=as_json, tinker_path=path, pinned=True)
+
+
+@app.command()
+def unpin(path: PathArgument, as_json: AsJson = False, base_url: BaseUrl = None) -> None:
+    """Let a checkpoint go as others do."""
+    with rest_client(base_url) as rest:
+        rest.unpin_checkpoint_from_tinker_path(path).result()
+    done(f"{path} is not pinned", as_json=as_json, tinker_path=path, pinned=False)
+
+
 @app.command("set-ttl")
 def set_ttl(
     path: PathArgument,

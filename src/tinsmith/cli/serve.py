@@ -89,6 +89,16 @@ def serve(
             "used. Default: a share of what is free.",
         ),
     ] = None,
+    keep_checkpoints: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Newest checkpoints of a kind that a run keeps, unless it says so itself. Default: all."
+        ),
+    ] = None,
+    checkpoint_budget: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="How much all checkpoints may take: 500GB. A save beyond it is refused."),
+    ] = None,
     log_format: Annotated[LogFormat, typer.Option(help="Of the log on stderr.")] = "text",
     log_level: Annotated[
         LogLevel, typer.Option(help="info: one line per HTTP request; debug: polls and heartbeats too.")
@@ -136,6 +146,8 @@ def serve(
             "database": database,
             "checkpoints": checkpoints,
             "checkpoint_cache_bytes": int(checkpoint_cache * 1e9),
+            "keep_checkpoints": keep_checkpoints,
+            "checkpoint_bytes_max": checkpoint_budget and parse_size("--checkpoint-budget", checkpoint_budget),
         }
         control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery, **stores)
         url = url_of(listener)

@@ -198,6 +198,14 @@ class RestClient(RestExchanges):
     def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         return self._command_at_path("DELETE", tinker_path, "/publish")
 
+    def pin_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
+        """No rule of the server's removes it then. Tinsmith servers only."""
+        return self._command_at_path("POST", tinker_path, "/pin")
+
+    def unpin_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
+        """Tinsmith servers only."""
+        return self._command_at_path("DELETE", tinker_path, "/pin")
+
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> APIFuture[None]:
         """`None` lets the checkpoint live for ever."""
         return self._command_at_path("PUT", tinker_path, "/ttl", {"ttl_seconds": ttl_seconds})
