@@ -27,6 +27,7 @@ AuditEvent: TypeAlias = Literal[
     "checkpoint_pin",
     "checkpoint_unpin",
     "session_expire",
+    "sampler_expire",
     "project_session_assign",
     "project_create",
     "project_weight_set",

@@ -42,6 +42,8 @@ class Sampler:
     """Where an unnamed one's weights were put aside, relative to the data directory."""
     num_bytes: int = 0
     """Of its weights in the engine."""
+    used_at: float = 0.0
+    """Monotonic seconds of the last request for it."""
     is_saving: bool = False
     """Its weights are being put aside."""
 
@@ -78,6 +80,7 @@ class SamplerBook:
         self.on_settled: Callable[[str], None] = lambda sampler_id: None
         """Told when an expected sampler is there, or will never be."""
         self.on_superseded: Callable[[Sampler], None] = lambda sampler: None
+        self.on_expired: Callable[[Sampler, str], None] = lambda sampler, reason: None
 
     def __iter__(self) -> Iterator[Sampler]:
         return iter(self._samplers.values())
@@ -126,6 +129,7 @@ class SamplerBook:
     def add(self, sampler: Sampler) -> None:
         """An unnamed one may push the oldest unnamed one of its session out."""
         self._samplers[sampler.sampler_id] = sampler
+        sampler.used_at = self._clock.monotonic()
         if sampler.checkpoint is not None:
             sampler.num_bytes = sampler.slot.card.snapshot_bytes(LoraSpec(**sampler.checkpoint.lora))
         self._use(sampler)
@@ -160,13 +164,27 @@ class SamplerBook:
         others.append(newest)
 
     def _drop_oldest(self, newest: deque[Sampler]) -> None:
-        oldest = newest.popleft()
-        oldest.gone = SamplerGone(
-            f"sampler {oldest.sampler_id!r} was superseded: the server keeps the newest {self._ephemeral_per_session} "
-            "unnamed samplers of a session; save weights under a name to keep them longer"
+        kept = f"the server keeps the newest {self._ephemeral_per_session} unnamed samplers of a session"
+        self._drop(newest.popleft(), f"was superseded: {kept}")
+
+    def expire(self, ttl_s: float) -> int:
+        """Drop unnamed samplers that nobody used for `ttl_s`; the number dropped."""
+        limit, dropped = self._clock.monotonic() - ttl_s, 0
+        for samplers in self._ephemeral.values():
+            for idle in [sampler for sampler in samplers if sampler.used_at <= limit]:
+                samplers.remove(idle)
+                reason = f"was not used for {ttl_s:g} s"
+                self._drop(idle, reason)
+                self.on_expired(idle, reason)
+                dropped += 1
+        return dropped
+
+    def _drop(self, sampler: Sampler, reason: str) -> None:
+        sampler.gone = SamplerGone(
+            f"sampler {sampler.sampler_id!r} {reason}; save weights under a name to keep them longer"
         )
-        self._leave(oldest)
-        self.on_superseded(oldest)
+        self._leave(sampler)
+        self.on_superseded(sampler)
 
     def release(self, sampler_ids: list[str]) -> None:
         """Forget what engines hold for the samplers of an ended session."""

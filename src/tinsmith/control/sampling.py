@@ -383,7 +383,8 @@ class Sampling:
         session = self._sessions.get_live(sampler.session_id)
         if sampler.gone is not None:
             raise sampler.gone
-        self._sessions.touch(session.session_id, self._clock.monotonic())
+        sampler.used_at = self._clock.monotonic()
+        self._sessions.touch(session.session_id, sampler.used_at)
         return sampler
 
     async def _load_and_send(self, request_id: str, operation: Sample, sampler: Sampler) -> None:

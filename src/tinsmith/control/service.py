@@ -58,7 +58,7 @@ from tinsmith.control.requests import (
 )
 from tinsmith.control.result_store import ResultStore
 from tinsmith.control.retention import Budget, Retention, checkpoints_in_use
-from tinsmith.control.samplers import SamplerBook
+from tinsmith.control.samplers import Sampler, SamplerBook
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
 from tinsmith.control.settings import ControlSettings
@@ -245,6 +245,7 @@ class Control:
             max_loaded=settings.max_loaded_checkpoints,
             clock=clock,
         )
+        self._samplers.on_expired = self._note_expired
         self._custom_losses = CustomLosses(
             sessions=self._sessions,
             futures=self._futures,
@@ -356,6 +357,12 @@ class Control:
         for slot in self._engines:
             slot.on_death = self._engine_died
 
+    def _note_expired(self, sampler: Sampler, reason: str) -> None:
+        logger.info("sampler %s %s", sampler.sampler_id, reason)
+        details = {"session_id": sampler.session_id, "sampler_id": sampler.sampler_id, "reason": reason}
+        at = self._clock.time()
+        self._registry.post(lambda c: audit.note(c, "sampler_expire", at, sampler.owner, **details))
+
     def _checkpoints_in_use(self) -> Set[str]:
         live = {session.session_id for session in self._sessions.live}
         return checkpoints_in_use(list(self._samplers), self._training.models, live.__contains__)
@@ -373,6 +380,7 @@ class Control:
                 self._training.end_drained,
                 lambda: self._sampling.cancel_abandoned(self._settings.abandoned_sample_s),
                 self._futures.expire,
+                lambda: self._samplers.expire(self._settings.sampler_ttl_s),
                 self._registry.probe,
                 *self._chores_of_the_ledger(),
             ),

@@ -70,6 +70,8 @@ class ControlSettings(BaseModel):
     """A session without heartbeat, request or poll for this long is ended, and its models dropped."""
     ephemeral_samplers_per_session: int = Field(default=64, ge=1)
     """Unnamed sampler snapshots kept per session; beyond it the oldest is dropped."""
+    sampler_ttl_s: float = Field(default=86_400.0, gt=0)
+    """How long an unnamed sampler of a live session is kept that nobody uses."""
     max_custom_losses_per_session: int = Field(default=64, ge=0)
     """Losses that a session may upload."""
     max_loaded_checkpoints: int = Field(default=32, ge=1)

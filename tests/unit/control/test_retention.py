@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.control.conftest import OpenControl
-from tests.unit.control.harness import Harness, forward_backward, optim
+from tests.unit.control.harness import Harness, draw, forward_backward, optim
 from tinsmith.control.copies import CopyOrder
 from tinsmith.control.errors import DiskBudgetExceeded
 from tinsmith.control.identities import Quota
@@ -187,3 +187,20 @@ async def test_sessions_that_are_ended_for_silence_are_noted(h: Harness, caplog:
     assert ("checkpoint_expire", "s", "its time to live is over") in noted
     assert f"checkpoint {path} was removed: its time to live is over" in caplog.text
     assert f"session {model_id.partition(':')[0]} was ended: no heartbeat for 600 s" in caplog.text
+
+
+async def test_an_unnamed_sampler_that_nobody_uses_expires(open_control: OpenControl) -> None:
+    async with open_control(sampler_ttl_s=300) as h:
+        model_id = await h.model()
+        samplers = []
+        for n in (0, 1):
+            save_it = SaveForSampler(model_id=model_id, seq_id=n + 1, sampling_session_seq_id=n)
+            samplers.append((await h.result(h.submit(save_it))).sampling_session_id)
+        h.clock.advance(200)
+        await h.result(h.sample(draw(samplers[1])))
+        h.clock.advance(200)
+        await h.control.sweep()
+        message = f"sampler '{samplers[0]}' was not used for 300 s; save weights under a name"
+        assert message in str(await h.error(h.sample(draw(samplers[0]))))
+        await h.result(h.sample(draw(samplers[1], seq_id=1)))
+        assert await events(h) == [("sampler_expire", None, "was not used for 300 s")]
