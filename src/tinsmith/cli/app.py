@@ -34,6 +34,7 @@ class LazyCommand:
 
 
 COMMANDS: Final[dict[str, LazyCommand]] = {
+    "admin": LazyCommand(module="tinsmith.cli.admin", function="app"),
     "checkpoint": LazyCommand(module="tinsmith.cli.checkpoint", function="app"),
     "demo": LazyCommand(module="tinsmith.cli.demo", function="demo"),
     "doctor": LazyCommand(module="tinsmith.cli.doctor", function="doctor"),

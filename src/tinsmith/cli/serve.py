@@ -27,8 +27,16 @@ def serve(
             help="Base model to serve; repeatable. Default: tinsmith/tiny, which ships.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. One that other machines reach needs keys: `tinsmith admin keys`.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Serve HTTPS with this certificate (PEM, its chain included).")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The certificate's private key (PEM, no password).")
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Checkpoints and registry. Default: $TINSMITH_DATA_DIR or ~/.local/share/tinsmith."),
@@ -118,7 +126,8 @@ def serve(
     from tinsmith.control.settings import HealthSettings
     from tinsmith.server.app import create_app
     from tinsmith.server.assemble import default_data_dir, open_control, open_tracing
-    from tinsmith.server.run import allow_many_connections, bind, print_aside, run_app, url_of
+    from tinsmith.server.errors import is_loopback
+    from tinsmith.server.run import allow_many_connections, bind, print_aside, run_app, tls_of, url_of
     from tinsmith.server.settings import ServerSettings, TinkerbellSettings, parse_dialects
     from tinsmith.types.engine_options import EngineOptions, ModelSource, parse_size
     from tinsmith.types.errors import TinsmithError
@@ -127,7 +136,9 @@ def serve(
     configure_logging(log_format, log_level)
     try:
         sources = [ModelSource.parse(text) for text in base_model or ["tinsmith/tiny"]]
+        tls, is_open = tls_of(tls_certificate, tls_key), not is_loopback(host)
         settings = ServerSettings(
+            keys_required=is_open,
             loopback_hosts_only=True,
             dialects=parse_dialects(dialect),
             tinkerbell=TinkerbellSettings(auto_create=auto_create),
@@ -141,7 +152,12 @@ def serve(
             deterministic=deterministic,
             adapter_memory_bytes=None if adapter_memory is None else parse_size("--adapter-memory", adapter_memory),
         )
-        recovery = {"ledger": ledger, "snapshot_requests": snapshot_requests, "health": HealthSettings(is_on=True)}
+        recovery = {
+            "keys_required": is_open,
+            "ledger": ledger,
+            "snapshot_requests": snapshot_requests,
+            "health": HealthSettings(is_on=True),
+        }
         stores = {
             "database": database,
             "checkpoints": checkpoints,
@@ -150,12 +166,18 @@ def serve(
             "checkpoint_bytes_max": checkpoint_budget and parse_size("--checkpoint-budget", checkpoint_budget),
         }
         control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery, **stores)
-        url = url_of(listener)
+        url = url_of(listener, "http" if tls is None else "https")
         names = ", ".join(source.name for source in sources)
-        ready = f"Serving {names} at {url}  TINKER_BASE_URL={url} TINKER_API_KEY={LOCAL_API_KEY}"
+
+        def tell_ready() -> None:
+            key = "" if control.accounts.has_keys else f" TINKER_API_KEY={LOCAL_API_KEY}"
+            print(f"Serving {names} at {url}  TINKER_BASE_URL={url}{key}", flush=True)
+            if is_open and tls is None:
+                say("keys travel in the clear: give --tls-certificate and --tls-key, or let a proxy speak TLS")
+
         app = create_app(control, settings, open_tracing(otel_endpoint))
         say = print_aside if log_format == "text" else logging.getLogger("tinsmith.server").warning
-        run_app(app, listener, on_ready=lambda: print(ready, flush=True), say=say)
+        run_app(app, listener, on_ready=tell_ready, say=say, tls=tls)
     except TinsmithError as error:
         typer.echo(f"tinsmith serve: {error}", err=True)
         raise typer.Exit(1) from error

@@ -19,7 +19,7 @@ from tinsmith.control.errors import Unauthorized
 from tinsmith.control.identities import LOCAL, NO_QUOTA, Caller, Key, Quota, QuotaSubject, User, caller_of, key_digest
 from tinsmith.control.identity import Clock
 from tinsmith.control.registry import Registry
-from tinsmith.types.errors import StorageError
+from tinsmith.types.errors import StorageError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,15 @@ class Accounts:
     def has_keys(self) -> bool:
         """Whether there ever was one: a server whose keys were all revoked is not open again."""
         return bool(self._index.by_key_id)
+
+    def check_has_keys(self) -> None:
+        """Raises `UserError` for a server that other machines can reach and nobody has a key of."""
+        if not self.has_keys:
+            raise UserError(
+                "this server would be reachable from other machines, and has no keys to protect it. Make a user and a "
+                "key first: `tinsmith admin users create NAME --role admin`, `tinsmith admin keys create NAME` (with "
+                "the same --data-dir). Or listen on 127.0.0.1 and use an SSH tunnel"
+            )
 
     def authenticate(self, secret: str | None) -> Caller:
         """Whom a key belongs to. Raises `Unauthorized`."""

@@ -28,6 +28,7 @@ from tinsmith.control.identities import (
 )
 from tinsmith.control.identity import Clock
 from tinsmith.control.registry import Registry
+from tinsmith.control.usage import Meter, UsageEvent, usage_report
 from tinsmith.types.errors import NotFound
 
 P = ParamSpec("P")
@@ -59,6 +60,9 @@ class Deeds:
 
     async def users(self) -> list[User]:
         return await self._read(rows.users)
+
+    async def user(self, user_id: str) -> User:
+        return await self._read(rows.user, user_id)
 
     async def create_user(self, user_id: str, role: str = "member", email: str | None = None) -> User:
         at, chosen = self._clock.time(), check_role(role)
@@ -180,13 +184,25 @@ class Deeds:
             "organization_quota_set", work, subject=subject, subject_id=subject_id, limits=dict(limits)
         )
 
+    # ---- usage ----
+
+    async def usage(self, start: float, end: float) -> list[UsageEvent]:
+        """Per hour, session and base model, with user and project; seconds since 1970."""
+        report = await self._read(usage_report, int(start), int(end), self._clock.time())
+        return report.events
+
 
 class Administration(Deeds):
     """Of a running server, by one of its admins."""
 
-    def __init__(self, registry: Registry, clock: Clock, accounts: Accounts, caller: Caller) -> None:
+    def __init__(self, registry: Registry, clock: Clock, accounts: Accounts, meter: Meter, caller: Caller) -> None:
         super().__init__(registry, clock, by=caller.user_id)
         self._accounts = accounts
+        self._meter = meter
+
+    async def usage(self, start: float, end: float) -> list[UsageEvent]:
+        """What was counted and not written yet included."""
+        return (await self._meter.report(start, end)).events
 
     async def _do(self, event: AuditEvent, work: Callable[[sa.Connection], T], **details: Any) -> T:
         result = await super()._do(event, work, **details)

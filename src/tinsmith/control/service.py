@@ -130,6 +130,8 @@ class Control:
             await self._open_ledger()
             await asyncio.to_thread(self._results.open)
             await self.accounts.start()
+            if self._settings.keys_required:
+                self.accounts.check_has_keys()
             await self._engines.start()
         except BaseException:
             await self._close_stores()
@@ -535,7 +537,7 @@ class Control:
 
     def administration(self, caller: Caller) -> Administration:
         """As done by `caller`."""
-        return Administration(self._registry, self._clock, self.accounts, caller)
+        return Administration(self._registry, self._clock, self.accounts, self._meter, caller)
 
     def own_key(self, caller: Caller) -> OwnKey:
         """Raises `Unsupported` on a server without keys."""

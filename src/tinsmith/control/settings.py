@@ -45,6 +45,8 @@ class ControlSettings(BaseModel):
     """Where checkpoints are kept: a folder, or `s3://BUCKET/PREFIX?OPTION=VALUE`; `None` keeps them in `data_dir`."""
     checkpoint_cache_bytes: int = Field(default=20 * 2**30, ge=0)
     """Of checkpoints in a bucket, how much stays on this machine after use."""
+    keys_required: bool = False
+    """Refuse to start without a single key; for a server that other machines can reach."""
     max_batch_tokens: int = Field(default=8192, ge=1)
     """Training tokens handed to an engine together; a single larger request still goes alone."""
     seq_gap_timeout_s: float = Field(default=60.0, gt=0)

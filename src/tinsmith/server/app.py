@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from tinsmith import __version__
 from tinsmith.control.service import Control
-from tinsmith.server import anthropic, openai, tinker, tinkerbell
+from tinsmith.server import admin, anthropic, openai, tinker, tinkerbell
 from tinsmith.server.auth import Authenticate
 from tinsmith.server.dialects import refuse
 from tinsmith.server.errors import (
@@ -78,6 +78,7 @@ def create_app(control: Control, settings: ServerSettings | None = None, tracing
     if {"openai", "anthropic"} & settings.dialects:
         app.include_router(models.router, prefix=openai.PREFIX)
     app.include_router(hub.router, prefix=hub.PREFIX)
+    app.include_router(admin.router)
     figures = _add_metrics(app, state)
     if tracing is not None:
         control.observers.add(tracing)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,13 +28,8 @@ _GRACE_S = 10
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet; port 0 takes a free one.
 
-    Raises `InvalidInput` if the address is taken or is no loopback address.
+    Raises `InvalidInput` if the address is taken, or is none.
     """
-    if not is_loopback(host):
-        raise InvalidInput(
-            f"host {host!r} is reachable from other machines, and this version has no keys to protect it; "
-            "use 127.0.0.1 and an SSH tunnel"
-        )
     family, _, _, _, address = _resolve(host, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -53,9 +51,41 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, int, int, str,
     return found
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """A certificate, with what leads to its root, and its private key; both in PEM."""
+
+    certificate: Path
+    key: Path
+
+    def check(self) -> None:
+        """Raises `InvalidInput` if they cannot be read, or do not fit together."""
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, _no_password)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise InvalidInput(
+                f"--tls-certificate {str(self.certificate)!r} and --tls-key {str(self.key)!r} cannot be used: {error}"
+            ) from error
+
+
+def tls_of(certificate: Path | None, key: Path | None) -> Tls | None:
+    """`None` without either. Raises `InvalidInput` for one without the other, or files that cannot be used."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise InvalidInput("--tls-certificate and --tls-key belong together; give both or neither")
+    tls = Tls(certificate=certificate, key=key)
+    tls.check()
+    return tls
+
+
+def _no_password() -> str:
+    raise ValueError("the private key needs a password; give one without")
 
 
 def print_aside(text: str) -> None:
@@ -84,6 +114,7 @@ def run_app(
     *,
     on_ready: Callable[[], None],
     say: Callable[[str], None] = print_aside,
+    tls: Tls | None = None,
 ) -> None:
     """`serve_app` in an event loop of its own: uvloop's where there is one."""
     sys.setswitchinterval(_SWITCH_S)
@@ -94,7 +125,7 @@ def run_app(
     except ImportError:
         factory = asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(serve_app(app, listener, on_ready=on_ready, say=say))
+        runner.run(serve_app(app, listener, on_ready=on_ready, say=say, tls=tls))
 
 
 async def serve_app(
@@ -103,6 +134,7 @@ async def serve_app(
     *,
     on_ready: Callable[[], None],
     say: Callable[[str], None] = print_aside,
+    tls: Tls | None = None,
 ) -> None:
     """Start what is behind the app, listen, call `on_ready`, and serve until SIGINT or SIGTERM; `say` tells of the end.
 
@@ -112,9 +144,12 @@ async def serve_app(
     Raises `UserError` if a base model cannot be loaded; nothing listened then. Raises `StorageError` once the disk
     under the ledger failed for good: a server that is started again goes on with what is on it.
     """
-    control: Control = app.state.service.control
+    state: ServerState = app.state.service
+    control = state.control
+    if not (state.settings.keys_required or is_loopback(listener.getsockname()[0])):
+        raise InvalidInput(f"{url_of(listener)} is reachable from other machines; it needs keys_required")
     with ExitStack() as until_closed:
-        await _serve(app, listener, until_closed, on_ready, say)
+        await _serve(app, listener, until_closed, on_ready, say, tls)
     if control.fatal_reason is not None:
         raise StorageError(control.fatal_reason)
     say(last_words(control.num_left))
@@ -126,6 +161,7 @@ async def _serve(
     until_closed: ExitStack,
     on_ready: Callable[[], None],
     say: Callable[[str], None],
+    tls: Tls | None,
 ) -> None:
     control: Control = app.state.service.control
     async with app.router.lifespan_context(app):
@@ -140,6 +176,8 @@ async def _serve(
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACE_S,
+            ssl_certfile=None if tls is None else tls.certificate,
+            ssl_keyfile=None if tls is None else tls.key,
         )
         server = _Server(config, app.state.service, on_ready)
         control.on_fatal = server.end

@@ -18,7 +18,7 @@ from tinsmith.control.futures import Outcome
 from tinsmith.embedded import parse_local_url
 from tinsmith.server.assemble import default_data_dir, open_control
 from tinsmith.server.errors import is_loopback, status_of
-from tinsmith.server.run import bind, url_of
+from tinsmith.server.run import bind, serve_app, url_of
 from tinsmith.server.tinker.results import encode_failure, encode_result
 from tinsmith.types import ForwardBackwardOutput, SampledSequence, SampleResponse, TensorData, TopkLogprobs
 from tinsmith.types.engine_options import EngineOptions, ModelSource
@@ -415,9 +415,9 @@ def test_loopback_addresses_are_told_from_others(host: str, expected: bool) -> N
     assert is_loopback(host) is expected
 
 
-def test_other_addresses_are_refused_with_the_reason() -> None:
-    with pytest.raises(InvalidInput, match=r"'0\.0\.0\.0'.*keys"):
-        bind("0.0.0.0", 0)
+async def test_other_addresses_are_not_served_without_asking_for_keys(client: Client) -> None:
+    with bind("0.0.0.0", 0) as listener, pytest.raises(InvalidInput, match=r"0\.0\.0\.0.*keys"):
+        await serve_app(client.app, listener, on_ready=lambda: None)
 
 
 def test_a_port_in_use_is_named() -> None:
