@@ -138,8 +138,8 @@ class Control:
             raise
         self._assemble(self._make_ids(secret))
         self.signer = Signer(secret, self._clock)
-        await self._checkpoints.sweep_orphans()
         try:
+            await self._checkpoints.sweep_orphans()
             await self._go_on()
         except BaseException:
             await self._engines.close()

@@ -17,6 +17,7 @@ from tinsmith.control.object_folders import ObjectFolders
 from tinsmith.control.requests import LoadState, SaveForSampler, SaveState
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.stores import folder_store
+from tinsmith.runtime.fake import FakeEngine
 from tinsmith.types.errors import CheckpointDamaged, InvalidInput, NotFound, StorageError
 
 pytestmark = pytest.mark.anyio
@@ -282,6 +283,23 @@ async def exhaust(endpoint: str) -> None:
     except ConnectionError:
         pass
     writer.transport.abort()
+
+
+async def test_a_store_that_fails_while_a_server_starts_leaves_nothing_running(
+    open_control: OpenControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(self: LocalFolders) -> list[str]:
+        raise StorageError("the store is away")
+
+    engine = FakeEngine()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFolders, "keys", refuse)
+        with pytest.raises(StorageError, match="the store is away"):
+            async with open_control([engine]):
+                raise AssertionError("it started")
+    assert not engine.is_alive
+    async with open_control() as h:
+        assert h.control.is_ready
 
 
 async def test_what_an_interrupted_save_left_in_a_bucket_is_swept(
