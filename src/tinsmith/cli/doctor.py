@@ -25,6 +25,15 @@ def doctor(
     data_dir: Annotated[
         Path | None, typer.Option(help="Data folder to look into. Default: the one `tinsmith serve` would take.")
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="TINSMITH_DATABASE",
+            show_envvar=True,
+            help="PostgreSQL for the registry, if it is there.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
@@ -46,7 +55,7 @@ def doctor(
         ("data folder", partial(folder.permissions, place)),
         ("lock", partial(folder.in_use, place)),
         ("disk", partial(folder.disk, place)),
-        ("registry", partial(folder.registry, place)),
+        ("registry", partial(folder.registry, place) if database is None else partial(folder.database, database)),
         ("ledger", partial(folder.ledger, place)),
     ]
     if not skip_model:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.fixtures.postgres import PostgresServer
 from tinsmith.cli.app import app
 from tinsmith.cli.checks import folder, machine
 from tinsmith.cli.checks.finding import Finding, Verdict, run
@@ -151,3 +152,33 @@ def test_a_wrong_option_is_the_command_lines_fault() -> None:
     done = doctor("--dtype", "float8")
     assert done.exit_code == 1
     assert "--dtype 'float8'" in done.output
+
+
+def test_a_database_that_does_not_answer_fails_without_telling_its_password() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        finding = only(folder.database(f"postgresql://anna:hidden@127.0.0.1:{port}/tinsmith"))
+    assert finding.verdict is Verdict.FAIL
+    assert str(port) in finding.found
+    assert "hidden" not in finding.found
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict", "words"),
+    [(None, Verdict.OK, "makes its tables"), (1, Verdict.OK, "brings it to"), (10_000, Verdict.FAIL, "schema 10000")],
+)
+def test_schemas_of_other_versions_are_told(version: int | None, verdict: Verdict, words: str) -> None:
+    finding = folder._judge_schema("whole", version)
+    assert (finding.verdict, words in finding.found) == (verdict, True)
+
+
+def test_a_registry_in_postgres_is_looked_at(postgres: PostgresServer) -> None:
+    url = postgres.new_database()
+    assert "makes its tables" in only(folder.database(url)).found
+    registry = Registry(url)
+    registry.open()
+    registry.close()
+    finding = only(folder.database(url))
+    assert finding.verdict is Verdict.OK
+    assert "answers in" in finding.found

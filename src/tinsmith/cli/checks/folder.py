@@ -103,9 +103,51 @@ def _judge_sync(median_s: float, worst_s: float) -> Finding:
     return ok("disk sync", found)
 
 
-def registry(data_dir: Path) -> Iterator[Finding]:
+def database(url: str) -> Iterator[Finding]:
+    """The registry in PostgreSQL."""
+    import sqlalchemy as sa
+
+    from tinsmith.control import migrations
+    from tinsmith.control.database import database_at
+    from tinsmith.types.errors import TinsmithError
+
+    advice = "start PostgreSQL, and look at host, user, password and name in --database"
+    try:
+        place = database_at(url)
+    except TinsmithError as error:
+        yield fail("registry", str(error), advice)
+        return
+    engine = place.make_engine(pooled=False)
+    try:
+        with engine.connect() as connection:
+            began = time.perf_counter()
+            connection.execute(sa.text("SELECT 1"))
+            answer_s = time.perf_counter() - began
+            yield _judge_schema(
+                f"{place.label} answers in {1e3 * answer_s:.1f} ms", migrations.stored_version(connection)
+            )
+    except (sa.exc.SQLAlchemyError, TinsmithError) as error:
+        why = str(getattr(error, "orig", None) or error).strip().splitlines()
+        yield fail("registry", f"{place.label}: {why[0] if why else type(error).__name__}", advice)
+    finally:
+        engine.dispose()
+
+
+def _judge_schema(found: str, version: int | None) -> Finding:
     from tinsmith.control import migrations
 
+    newest = migrations.newest_version()
+    if version is None:
+        return ok("registry", f"{found}; the first server makes its tables")
+    if version > newest:
+        advice = f"a newer Tinsmith wrote it; this one knows schemas up to {newest}: upgrade"
+        return fail("registry", f"{found}, schema {version}", advice)
+    if version < newest:
+        return ok("registry", f"{found}, schema {version}; the next start brings it to {newest}, after a copy")
+    return ok("registry", f"{found}, schema {version}")
+
+
+def registry(data_dir: Path) -> Iterator[Finding]:
     path = data_dir / "registry.sqlite3"
     if not path.exists():
         yield ok("registry", "none yet")
@@ -118,14 +160,8 @@ def registry(data_dir: Path) -> Iterator[Finding]:
     if fault is not None:
         yield fail("registry", fault, f"stop the server; put a copy of {path} back")
         return
-    version, newest = _registry_version(path), migrations.newest_version()
-    found = f"whole, schema {version}: {sessions} sessions, {runs} runs, {checkpoints} checkpoints"
-    if version is not None and version > newest:
-        yield fail("registry", found, f"a newer Tinsmith wrote it; this one knows schemas up to {newest}: upgrade")
-    elif version is not None and version < newest:
-        yield ok("registry", f"{found}; the next start brings it to schema {newest}, after a copy")
-    else:
-        yield ok("registry", found)
+    found = f"whole: {sessions} sessions, {runs} runs, {checkpoints} checkpoints"
+    yield _judge_schema(found, _registry_version(path))
 
 
 def _registry_version(path: Path) -> int | None:
