@@ -24,6 +24,8 @@ from tinsmith.types.operations import (
     UnparkAdapter,
 )
 
+WHOLE = {"optimizer": True, "gradients": True}
+
 
 def train(driver: Driver, model_id: str, steps: range) -> None:
     for step in steps:
@@ -113,3 +115,34 @@ def test_what_an_adapter_takes_is_known_before_it_is_made(driver: Driver) -> Non
         num_parameters = driver.engine._base.layout(spec).num_parameters
         assert driver.engine.card.adapter_bytes(spec) == 16 * num_parameters
         assert driver.engine.card.snapshot_bytes(spec) == 4 * num_parameters
+
+
+def test_a_page_waits_for_one_pass_of_others_and_not_for_their_queue(qwen_folder: Path, tmp_path: Path) -> None:
+    driver = Driver(qwen_folder, deterministic=True)  # every request a pass of its own
+    leave_half_way(driver)
+    driver.create("other")
+    folder = str(tmp_path / "p")
+    page_out = SaveAdapter(model_id="m", folder=folder, optimizer=True, gradients=True, is_idle=True)
+    data = random_datum(np.random.default_rng(5), 12)
+    for page in (page_out, DropAdapter(model_id="m"), LoadAdapter(model_id="m", folder=folder, **WHOLE)):
+        for ticket in range(20):
+            driver.engine.accept(ticket, item("other", data))
+        driver.engine.accept(20, page)
+        answered = [ticket for ticket, _ in driver.engine.work()]
+        for _ in range(15_000):  # of two milliseconds
+            if all(job.done.done() for job in driver.engine._aside._jobs.values()):
+                break
+            driver.engine._aside.wait()
+        answered += [ticket for ticket, _ in driver.engine.work()]
+        assert 20 in answered
+        assert len(answered) <= 3
+        while driver.engine.has_work:
+            driver.engine.work()
+    train(driver, "m", range(2, 3))
+
+
+def test_a_page_waits_for_what_was_asked_of_its_own_adapter_before(driver: Driver) -> None:
+    driver.create("m")
+    data = random_datum(np.random.default_rng(5), 12)
+    outcomes = driver.all([item("m", data), item("m", data), DropAdapter(model_id="m"), item("m", data)])
+    assert [isinstance(outcome, NotFound) for outcome in outcomes] == [False, False, False, True]

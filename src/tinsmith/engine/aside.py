@@ -67,6 +67,10 @@ class Aside(Generic[OutcomeT, ItemT]):
         self._waiting[name].append(item)
         return True
 
+    def has_waiting(self, name: str) -> bool:
+        """Whether something that was asked of it is kept here."""
+        return name in self._waiting
+
     def wait(self) -> None:
         wait([job.done for job in self._jobs.values()], timeout=_POLL_S)
 

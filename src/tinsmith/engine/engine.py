@@ -120,7 +120,11 @@ class Engine:
         self._samples: FairLine[_WaitingSample] = FairLine()
         """Only where no two requests may share a pass: the samples that wait for the one that is drawn."""
         self._queue: deque[tuple[int, Operation]] = deque()
+        self._pages: deque[tuple[int, Operation]] = deque()
+        """Adapters that come and go; they wait for no pass but the one that runs."""
         self._training: tuple[list[int], Generator[list[Finished]]] | None = None
+        self._training_ids: set[str] = set()
+        """Whose adapters it passes through."""
         self._training_time_s = 0.0
         self._sampling_time_s = 0.0
         self._aside: Aside[Outcome, tuple[int, Operation]] = Aside()
@@ -129,7 +133,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(
-            self._queue or self._training or self._sampler.has_work or self._samples or self._done or self._aside
+            self._queue
+            or self._pages
+            or self._training
+            or self._sampler.has_work
+            or self._samples
+            or self._done
+            or self._aside
         )
 
     def accept(self, ticket: int, operation: Operation) -> None:
@@ -142,8 +152,38 @@ class Engine:
                 self._done.append((ticket, None))
             case Ping():
                 self._done.append((ticket, self.status()))
+            case _ if self._may_overtake(operation):
+                self._pages.append((ticket, operation))
             case _:
                 self._queue.append((ticket, operation))
+
+    def _may_overtake(self, operation: Operation) -> bool:
+        """Adapters come and go between any two passes, unless something else was asked of the same one before."""
+        match operation:
+            case (
+                LoadAdapter(model_id=model_id, gradients=True)
+                | SaveAdapter(model_id=model_id, gradients=True, is_idle=True)
+                | DropAdapter(model_id=model_id)
+                | ParkAdapter(model_id=model_id)
+                | UnparkAdapter(model_id=model_id)
+            ):
+                asked = model_id in self._training_ids or self._aside.has_waiting(model_id)
+                return not asked and all(getattr(o, "model_id", None) != model_id for _, o in self._queue)
+        return False
+
+    def _turn_pages(self) -> None:
+        while self._pages:
+            ticket, operation = self._pages.popleft()
+            if self._aside.keeps_waiting(getattr(operation, "model_id", None), (ticket, operation)):
+                continue
+            match operation:
+                case SaveAdapter():
+                    self._save_aside(ticket, operation)
+                case LoadAdapter():
+                    self._load_aside(ticket, operation)
+                case _:
+                    work = partial(self._execute, operation)
+                    self._done.append((ticket, self._attempt(type(operation).__name__, work)))
 
     def work(self) -> list[tuple[int, Outcome]]:
         """One slice of work: an operation, a micro-batch, or a sampling step. Returns what is finished."""
@@ -155,6 +195,7 @@ class Engine:
             self._base.adopt_compiled_layers()
         if self._samples and not self._sampler.has_work:
             self._draw_next()
+        self._turn_pages()
         has_training = self._training is not None or self._next_operation() is not None
         if has_training and not (self._sampler.has_work and self._sampling_time_s < self._training_time_s):
             self._training_time_s = self._timed(self._advance_training, self._training_time_s, self._sampling_time_s)
@@ -239,6 +280,7 @@ class Engine:
                 crash_point("engine.train")
                 tickets, items = self._take_all(TrainItem)
                 self._training = (tickets, self._trainer.run(items, self._adapters))
+                self._training_ids = {item.model_id for item in items}
                 self._next_pass(*self._training)
             case OptimStep():
                 crash_point("engine.optim_step")
@@ -263,6 +305,7 @@ class Engine:
             self._done.extend((tickets[index], outcome) for index, outcome in next(passes))
         except StopIteration:
             self._training = None
+            self._training_ids = set()
         return self._training is not None
 
     def _take_all(self, kind: type[_Kind]) -> tuple[list[int], list[_Kind]]:
