@@ -87,12 +87,14 @@ class Burst:
         return request_id
 
 
-async def pulse(http: httpx2.AsyncClient, path: str, body: dict[str, Any], seconds: list[float]) -> None:
+async def pulse(
+    http: httpx2.AsyncClient, path: str, body: dict[str, Any], seconds: list[float], every_s: float = PULSE_S
+) -> None:
     while True:
         start = time.perf_counter()
         (await http.post(path, json=body)).raise_for_status()
         seconds.append(time.perf_counter() - start)
-        await asyncio.sleep(max(0.0, PULSE_S - seconds[-1]))
+        await asyncio.sleep(max(0.0, every_s - seconds[-1]))
 
 
 async def send_all(url: str, models: list[str], num_requests: int) -> dict[str, float]:

@@ -163,6 +163,7 @@ def serving(data_dir: Path, dtype: str, *options: str) -> Iterator[Server]:
     finally:
         child.send_signal(signal.SIGTERM)
         child.wait(timeout=30)
+        child.stdout.close()
 
 
 def report(figures: dict[str, float], dtype: str) -> None:
