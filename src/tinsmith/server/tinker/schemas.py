@@ -202,7 +202,7 @@ class LoadIntoModelBody(ModelOperationBody):
     path: str
     optimizer: bool = False
     weights_access_token: str | None = None
-    """Of another account. There are none here: whatever it would open is open."""
+    """Of the hosted service. It opens nothing here: who shall read a checkpoint of another's has it published."""
 
 
 class LoadNewModelBody(Body):
