@@ -45,6 +45,8 @@ class Server:
         await asyncio.to_thread(control._ledger.close)
         await control._supervisor.close()
         await control._janitor.close()
+        await control._health.close()
+        await control.accounts.close()
         for slot in control._engines:
             control._training.scheduler(slot).is_held = True
             slot.is_recovering = True
