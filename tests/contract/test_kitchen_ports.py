@@ -133,6 +133,23 @@ def test_ck_23_a_sampler_scores_as_training_does_and_repeats_its_seed(backend: T
     backend.close_sampler(sampler)
 
 
+def test_ck_20_23_the_port_itself_hands_on_to_sessions_and_samplers(backend: TrainingBackend) -> None:
+    session = backend.start_session(SPEC)
+    assert backend.run_id(session) == session.run_id
+    assert backend.get_tokenizer(session)("tin")["input_ids"] == session.tokenizer("tin")["input_ids"]
+    sampler = backend.open_sampler(TINY)
+    params = SamplingParams(max_tokens=4, seed=5)
+    drawn = backend.sample(sampler, TOKENS, params, 2).result()
+    assert [s.tokens for s in drawn.sequences] == [
+        s.tokens for s in sampler.sample(TOKENS, params, num_samples=2).result().sequences
+    ]
+    scores = backend.compute_logprobs(sampler, TOKENS).result()
+    assert scores[0] is None
+    assert scores[1:] == pytest.approx(sampler.compute_logprobs(TOKENS).result()[1:], abs=1e-5)
+    backend.close_sampler(sampler)
+    backend.close_session(session)
+
+
 def test_ck_23_the_likeliest_tokens_of_every_position(backend: TrainingBackend) -> None:
     sampler = backend.open_sampler(TINY)
     first, *rows = sampler.topk_logprobs(TOKENS, 5).result()
@@ -322,6 +339,19 @@ def test_ck_54_exact_match_scores_and_reports() -> None:
     assert "| exact_match | 50.0% | 1/2 |" in ExactMatch().generate_report(result)
     with pytest.raises(InvalidInput, match="no examples"):
         ExactMatch().evaluate([])
+
+
+def test_ck_24_25_the_small_ports_of_noop() -> None:
+    found = adapters.noop()
+    assert found["tokenizer_client"].get_tokenizer("any/model")("tin")["input_ids"]
+    assert found["completer"].complete("one two") == "two"
+    assert found["llm_client"].chat([{"role": "user", "content": "say"}]) == "say"
+    one, same, other = found["embedding_client"].embed(["tin", "tin", "lead"])
+    assert one == same != other
+    assert math.hypot(*one) == pytest.approx(1.0)
+    vectors = found["vector_store"]
+    vectors.add([("tin", one), ("lead", other)])
+    assert vectors.search(one, limit=1) == [("tin", pytest.approx(1.0))]
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------

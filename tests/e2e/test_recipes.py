@@ -49,6 +49,11 @@ def test_ck_55_math_rl_raises_its_reward_by_three_tenths(tmp_path: Path) -> None
     assert "What is" in (result.output / "report.html").read_text()
 
 
+def test_ck_55_code_rl_learns_from_programs_that_run(tmp_path: Path) -> None:
+    result = cook("code_rl", tmp_path / "run", num_rollouts=6, eval_size=0)
+    assert mean(result.rows[-2:], "reward") > mean(result.rows[:2], "reward") + 0.05
+
+
 def test_ck_55_multi_turn_rl_learns_across_turns(tmp_path: Path) -> None:
     result = cook("multi_turn_rl", tmp_path / "run", num_rollouts=12)
     assert mean(result.rows[-4:], "reward") > mean(result.rows[:2], "reward") + 0.15
