@@ -6,8 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from tinsmith.engine.footprint import Footprint, ModelShape, check_adapter_fits, check_fits, footprint, in_words
-from tinsmith.types.engine_options import EngineOptions
+from tinsmith.engine.footprint import (
+    Footprint,
+    ModelShape,
+    adapter_memory,
+    check_adapter_fits,
+    check_fits,
+    footprint,
+    in_words,
+)
+from tinsmith.types.engine_options import EngineOptions, parse_size
 from tinsmith.types.errors import InvalidInput
 
 GIB = 2**30
@@ -105,3 +113,22 @@ def test_a_model_that_fits_or_of_which_nobody_knows_is_not_refused(available: in
 
 def test_sizes_in_words() -> None:
     assert (in_words(3 * 2**20), in_words(GIB), in_words(int(1.26 * GIB))) == ("3 MiB", "1.0 GiB", "1.3 GiB")
+
+
+def test_the_memory_for_adapters_is_reckoned_with_or_is_a_share_of_what_is_left() -> None:
+    asked = EngineOptions(adapter_memory_bytes=3 * GIB)
+    assert footprint(SHAPE, asked, 4).adapter == 3 * GIB
+    assert adapter_memory(footprint(SHAPE, asked, 4), asked, 100 * GIB, is_host=False) == 3 * GIB
+    needed = Footprint(weights=0, unembedding=0, kv_cache=2 * GIB, activations=8 * GIB, adapter=GIB)
+    assert adapter_memory(needed, EngineOptions(), 50 * GIB, is_host=True) == 20 * GIB
+    assert adapter_memory(needed, EngineOptions(), 50 * GIB, is_host=False) == 32 * GIB
+    assert adapter_memory(needed, EngineOptions(), 9 * GIB, is_host=False) == GIB  # one, whatever else
+    assert adapter_memory(needed, EngineOptions(), None, is_host=False) is None
+
+
+def test_a_size_is_read_from_words_and_refused_by_name() -> None:
+    assert parse_size("--adapter-memory", "2GiB") == 2 * GIB
+    assert parse_size("--adapter-memory", "512MiB") == GIB // 2
+    for text in ("much", "-1GiB", "10kB", ""):
+        with pytest.raises(InvalidInput, match="--adapter-memory"):
+            parse_size("--adapter-memory", text)
