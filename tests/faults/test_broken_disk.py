@@ -6,12 +6,16 @@ import random
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests.faults.conftest import at_length
+from tests.faults.killing import daemon
 from tinsmith.control.ledger import Ledger
 
 WRITER = Path(__file__).with_name("ledger_writer.py")
@@ -99,3 +103,28 @@ def test_a_process_killed_in_a_system_call_has_told_no_lie(tmp_path: Path, call:
         ended = written_with(folder, f"{call}:signal=SIGKILL:when={number}")
         assert ended.code == -signal.SIGKILL, (number, ended.hit)
         assert ended.told <= ended.found, number
+
+
+@at_length
+@pytest.mark.timeout(300)
+def test_a_server_whose_disk_breaks_ends_and_its_successor_goes_on(tmp_path: Path) -> None:
+    """Nothing is retried after a failed sync: the process ends with an error, and the next one reads what is there."""
+    asked = {"base_model": "tinsmith/tiny", "model_seq_id": 0, "lora_config": {"rank": 4}}
+    with daemon(tmp_path) as server, httpx2.Client(base_url=server.url, timeout=30) as http:
+        session_id = http.post("/api/v1/create_session", json={"tags": []}).json()["session_id"]
+        receipt = http.post("/api/v1/create_model", json=asked | {"session_id": session_id})
+        assert receipt.status_code == 200
+        first = server.process
+        command = ["strace", "-f", "-o", str(tmp_path / "trace"), "-p", str(first.pid)]
+        with subprocess.Popen([*command, "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO"]) as tracer:
+            time.sleep(2)
+            with suppress(httpx2.TransportError):  # the answer may be lost with the server
+                refused = http.post("/api/v1/create_model", json=asked | {"session_id": session_id, "model_seq_id": 1})
+                assert refused.status_code == 507
+            assert first.wait(90) == 1
+            tracer.wait(30)
+        server.wait_ready()
+        assert server.num_starts == 2
+        assert "nothing more is taken" in server.log()
+        body = {"request_id": receipt.json()["request_id"]}
+        assert http.post("/api/v1/retrieve_future", json=body).json()["model_id"] == receipt.json()["model_id"]
