@@ -50,7 +50,12 @@ _SCHEMAS: dict[str, Any] = {
 
 _ERRORS: dict[str, tuple[str, str]] = {
     "400": ("BadRequest", "A field that cannot be served, by name"),
-    "403": ("Forbidden", "A server without keys answers to this machine only; or a link was changed or has expired"),
+    "401": ("Unauthorized", "This server asks for a key, and this one is missing, unknown, expired or revoked"),
+    "403": (
+        "Forbidden",
+        "The key is not for this; or a server without keys was asked by a name that is not its own; "
+        "or a link was changed or has expired",
+    ),
     "404": ("Missing", "There is no such thing, or it is another's"),
     "410": ("Gone", "It has ended or is no longer kept"),
     "413": ("TooLarge", "The body is larger than this server takes"),
