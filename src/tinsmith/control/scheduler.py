@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import TypeAlias
 
 from tinsmith.control.engines import EngineSlot
@@ -75,22 +76,32 @@ def pick(
 
 
 def _batch(first: Candidate, candidates: Sequence[Candidate], max_tokens: int, shares: Shares) -> dict[str, int]:
-    taken: dict[str, int] = {}
-    budget, following = max_tokens, first
+    taken = {first.model_id: 1}
+    budget = max_tokens - first.train_tokens[0]
+    shares.charge(first.payer, first.train_tokens[0])
     training = [c for c in candidates if c.train_tokens]
-    while True:
-        count = taken.get(following.model_id, 0)
-        taken[following.model_id] = count + 1
-        budget -= following.train_tokens[count]
-        shares.charge(following.payer, following.train_tokens[count])
-        following_sizes = [(c, size) for c in training if (size := _next_size(c, taken)) is not None]
-        fitting = [c for c, size in following_sizes if size <= budget]
-        if not fitting:
-            return taken
-        following = _next(fitting, shares)
-        size = following.train_tokens[taken.get(following.model_id, 0)]
-        if not shares.may_pass(following.payer, size, (c.payer for c, size in following_sizes if size > budget)):
-            return taken
+    line = [(shares.rank(c.payer), index) for index, c in enumerate(training)]
+    heapify(line)
+    too_large: list[Payer] = []
+    while line:
+        rank, index = heappop(line)
+        following = training[index]
+        if (now := shares.rank(following.payer)) != rank:  # its project was given something since
+            heappush(line, (now, index))
+            continue
+        size = _next_size(following, taken)
+        if size is None:
+            continue
+        if size > budget:
+            too_large.append(following.payer)
+            continue
+        if not shares.may_pass(following.payer, size, too_large):
+            break
+        taken[following.model_id] = taken.get(following.model_id, 0) + 1
+        budget -= size
+        shares.charge(following.payer, size)
+        heappush(line, (shares.rank(following.payer), index))
+    return taken
 
 
 def _next_size(candidate: Candidate, taken: dict[str, int]) -> int | None:
