@@ -3,7 +3,8 @@
     python scripts/fuzz_api.py                     # a server of its own; all phases
     python scripts/fuzz_api.py --phases coverage   # options go to schemathesis
 
-Fails if an answer is a fault, is not documented, or if the server logged an error.
+The server asks for keys, and the requests have one of a user who is no admin. Fails if an answer is a fault, is not
+documented, or given without a key, or if the server logged an error.
 """
 
 from __future__ import annotations
@@ -22,10 +23,21 @@ DEFAULTS = ("--max-examples", "20", "--max-time", "300", "--seed", "1")
 START_TIMEOUT_S = 90
 
 
-def fuzz(url: str, *options: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def make_key(data_dir: Path) -> str:
+    """Of a user of the server on this data folder, from now on the only one who may use it."""
+    admin = [str(Path(sys.executable).with_name("tinsmith")), "admin"]
+    for words in (["users", "create", "fuzz"], ["keys", "create", "fuzz"]):
+        done = subprocess.run(
+            [*admin, *words, "--data-dir", str(data_dir)], stdout=subprocess.PIPE, text=True, check=True
+        )
+    return done.stdout.strip()
+
+
+def fuzz(url: str, *options: str, folder: Path, key: str) -> subprocess.CompletedProcess[str]:
     """Run schemathesis against a server at `url`; its files go to `folder`."""
     command = [str(Path(sys.executable).with_name("st")), "--config-file", str(CONFIG), "run", f"{url}/openapi.json"]
     fixed = ["--continue-on-failure", "--request-timeout", "150", "--suppress-health-check", "all", "--warnings", "off"]
+    fixed += ["--header", f"X-API-Key: {key}"]
     return subprocess.run(
         [*command, *fixed, *options],
         cwd=folder,
@@ -48,7 +60,7 @@ def logged_errors(log: str) -> list[str]:
 def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        log = folder / "serve.log"
+        log, key = folder / "serve.log", make_key(folder / "data")
         with log.open("w") as errors:
             server = subprocess.Popen(
                 [str(Path(sys.executable).with_name("tinsmith")), "serve", "--port", "0", "--dtype", "float32"],
@@ -58,7 +70,7 @@ def main() -> int:
                 env={**os.environ, "TINSMITH_DATA_DIR": str(folder / "data"), "HF_HUB_OFFLINE": "1"},
             )
         try:
-            done = fuzz(_url_of(server, log), *DEFAULTS, *sys.argv[1:], folder=folder)
+            done = fuzz(_url_of(server, log), *DEFAULTS, *sys.argv[1:], folder=folder, key=key)
         finally:
             server.terminate()
             server.wait(timeout=60)

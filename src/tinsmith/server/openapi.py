@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from tinsmith.server.auth import LINKED_PATHS, OPEN_PATHS
 from tinsmith.server.service import ServerState
 from tinsmith.server.tinker import PREFIX, RAW
 from tinsmith.server.tinkerbell import documents
@@ -73,6 +74,13 @@ _ANSWERS: dict[str, dict[str, Any]] = {
 """Of raw Tinker routes that answer something else than a receipt."""
 
 
+_SECURITY: dict[str, Any] = {
+    "Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "Bearer": {"type": "http", "scheme": "bearer"},
+}
+"""A server without keys takes any and none."""
+
+
 def build_openapi(app: FastAPI) -> dict[str, Any]:
     """Built once, and kept."""
     if app.openapi_schema is None:
@@ -80,6 +88,7 @@ def build_openapi(app: FastAPI) -> dict[str, Any]:
         state: ServerState = app.state.service
         _add_raw_routes(document, with_tinkerbell="tinkerbell" in state.settings.dialects)
         _add_errors(document)
+        _add_security(document)
         app.openapi_schema = document
     return app.openapi_schema
 
@@ -142,6 +151,15 @@ def _add_errors(document: dict[str, Any]) -> None:
         for status, (name, _) in _ERRORS.items():
             if f"{status[0]}XX" not in responses:
                 responses.setdefault(status, {"$ref": f"#/components/responses/{name}"})
+
+
+def _add_security(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = _SECURITY
+    document["security"] = [{name: []} for name in _SECURITY]
+    for path, item in document["paths"].items():
+        if path in OPEN_PATHS or path.startswith(LINKED_PATHS):
+            for operation in item.values():
+                operation["security"] = []
 
 
 def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
