@@ -119,7 +119,6 @@ def _run_all(checks: Sequence[tuple[str, Check]], *, quiet: bool) -> list[Findin
 
 def _print_finding(console: object, finding: Finding) -> None:
     from rich.console import Console
-    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -132,7 +131,7 @@ def _print_finding(console: object, finding: Finding) -> None:
     line.add_row(Text(mark, style=style), Text(finding.check, style="bold"), Text(finding.found))
     if finding.advice is not None:
         line.add_row("", "", Text(f"→ {finding.advice}", style=style))
-    console.print(Padding(line, 0))
+    console.print(line)
 
 
 def _print_summary(findings: Sequence[Finding]) -> None:
