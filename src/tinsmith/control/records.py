@@ -216,6 +216,12 @@ def end_everything(connection: sa.Connection, at: float, detail: str, *, but: Co
         connection.execute(sa.update(table).where(left_open).values(**more))
 
 
+def projects_of_live_sessions(connection: sa.Connection) -> dict[str, str | None]:
+    """As they were assigned last."""
+    query = sa.select(SESSIONS.c.session_id, SESSIONS.c.project_id).where(SESSIONS.c.ended_at.is_(None))
+    return {row.session_id: row.project_id for row in connection.execute(query)}
+
+
 def live_session_ids(connection: sa.Connection) -> set[str]:
     return set(connection.execute(sa.select(SESSIONS.c.session_id).where(SESSIONS.c.ended_at.is_(None))).scalars())
 

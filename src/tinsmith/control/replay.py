@@ -157,8 +157,9 @@ class Replay:
         self._strikes.recall(recalled.strikes)
         recalled.fail(self._strikes.convict(self._settings.max_strikes))
         crash_point("replay.read")
+        projects = await self._registry.read(records.projects_of_live_sessions)
         for entry in recalled.sessions:
-            self._restore_session(entry)
+            self._restore_session(entry, projects.get(entry.name))
         for entry in recalled.losses:
             self._custom_losses.restore(self._session(entry), entry.name, entry.value)
         for entry in recalled.results:
@@ -184,13 +185,13 @@ class Replay:
             raise AssertionError(f"the ledger has a {entry.kind} {entry.name!r} without its session")
         return session
 
-    def _restore_session(self, entry: Entry) -> None:
+    def _restore_session(self, entry: Entry, project_id: str | None) -> None:
         request = entry.value.request
         self._sessions.add(
             entry.name,
             self._clock.monotonic(),
             owner=request.owner,
-            project_id=request.project_id,
+            project_id=project_id,
             timeout_s=request.timeout_s,
             orders_by_arrival=request.orders_by_arrival,
         )

@@ -43,6 +43,17 @@ async def test_a_killed_server_goes_on_with_the_same_futures(server: Server, tmp
     await h.control.close()
 
 
+async def test_a_session_goes_on_with_its_owner_in_the_project_it_was_assigned_to(server: Server) -> None:
+    h = await server.start()
+    session_id = await h.control.create_session(NewSession(owner="anna", project_id="first"))
+    await h.control.library.assign_project(session_id, "second")
+    await server.kill(h)
+    async with running(server) as h:
+        session = h.control._sessions.find(session_id)
+        assert session is not None
+        assert (session.owner, session.project_id) == ("anna", "second")
+
+
 async def test_a_snapshot_is_where_the_replay_begins(server: Server) -> None:
     h = await server.start()
     model_id = await h.model()
