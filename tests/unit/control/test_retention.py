@@ -109,12 +109,19 @@ async def test_what_a_live_sampler_samples_stays_until_it_ends(open_control: Ope
     [
         ({"tinsmith.keep": "0"}, "must be a whole number of at least 1, not '0'"),
         ({"tinsmith.keep": "many"}, "not 'many'"),
-        ({"tinsmith.kept": "1"}, r"user_metadata\['tinsmith.kept'\] is unknown"),
+        ({"tinsmith.kept": "1"}, r"user_metadata\['tinsmith.kept'\] means nothing here; a run has 'tinsmith.keep'"),
+        ({"tinsmith.pin": "true"}, r"user_metadata\['tinsmith.pin'\] means nothing here"),
     ],
 )
 async def test_words_of_ours_that_mean_nothing_are_refused(h: Harness, metadata: dict[str, str], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         raise await h.error(await h.create(await h.session(), user_metadata=metadata))
+
+
+async def test_notes_of_our_own_client_are_kept_as_they_are(h: Harness) -> None:
+    notes = {"tinsmith.run": "r", "tinsmith.step": "3", "tinsmith.parent": "p", "tinsmith.metric.loss": "0.5"}
+    model_id = await h.model(user_metadata={**notes, "tinsmith.recovered_from": "x"})
+    await h.result(h.submit(SaveState(model_id=model_id, seq_id=1, name="a", user_metadata=notes)))
 
 
 async def test_a_pin_that_is_no_pin_is_refused(h: Harness) -> None:
