@@ -17,7 +17,7 @@ from tinsmith.control.futures import ExternalSaved, FutureStore, SamplerSaved
 from tinsmith.control.identity import Clock
 from tinsmith.control.journal import Journal
 from tinsmith.control.ledger import Entry, put
-from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus, Work
+from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus, Work, slot_of
 from tinsmith.control.records import CheckpointRow, RunRow
 from tinsmith.control.registry import RUNS, SAMPLERS, Registry
 from tinsmith.control.requests import (
@@ -88,7 +88,7 @@ class Executor:
         model, work = turn[0]
         if not (work.is_training or work.is_step):
             return [self._perform(model, work)]
-        slot = _slot(model)
+        slot = slot_of(model)
         calls = slot.submit_all([_engine_operation(work.operation) for _, work in turn])
         return [slot.answer(call) for call in calls]
 
@@ -142,7 +142,7 @@ class Executor:
 
     async def _create(self, model: Model, creation: Creation) -> str | LoadWeightsResponse:
         """The model's id, or for one made from a checkpoint what a load answers."""
-        slot, now = _slot(model), self.clock.time()
+        slot, now = slot_of(model), self.clock.time()
         if creation.checkpoint is not None:
             model.lora = await self._load(model, creation.checkpoint, optimizer=creation.optimizer)
             model.parent = creation.checkpoint.checkpoint_id
@@ -172,8 +172,8 @@ class Executor:
     async def _load_state(self, model: Model, operation: LoadState, work: Work) -> LoadWeightsResponse:
         row = await self._bound_checkpoint(model, operation, work)
         check_loadable(row, optimizer=operation.optimizer)
-        check_base_model(row, _slot(model))
-        check_adapter_memory(_slot(model).card, LoraSpec(**row.lora))
+        check_base_model(row, slot_of(model))
+        check_adapter_memory(slot_of(model).card, LoraSpec(**row.lora))
         lora = await self._load(model, row, optimizer=operation.optimizer)
         model.lora, model.parent = lora, row.checkpoint_id
         await self.registry.write(lambda c: records.update_run(c, model.model_id, lora=asdict(lora), corrupted=False))
@@ -184,7 +184,7 @@ class Executor:
     async def _load(self, model: Model, row: CheckpointRow, *, optimizer: bool) -> LoraSpec:
         async with self.checkpoints.local(row) as folder:
             load = LoadAdapter(model_id=model.model_id, folder=str(folder), optimizer=optimizer)
-            lora: LoraSpec = await _slot(model).call(load)
+            lora: LoraSpec = await slot_of(model).call(load)
         return lora
 
     async def _bound_checkpoint(self, model: Model, operation: LoadState, work: Work) -> CheckpointRow:
@@ -244,7 +244,7 @@ class Executor:
             parent=model.parent,
             metrics=model.metrics,
         )
-        row = await self.checkpoints.save(order, _slot(model))
+        row = await self.checkpoints.save(order, slot_of(model))
         model.parent = row.checkpoint_id
         return row
 
@@ -253,7 +253,7 @@ class Executor:
 
         Again to the one this request made before a crash.
         """
-        slot, seq_id = _slot(model), operation.sampling_session_seq_id
+        slot, seq_id = slot_of(model), operation.sampling_session_seq_id
         session = self.sessions.get_live(model.session_id)
         sampler_id = _sampler_id(model, operation)
         known = self.samplers.get(sampler_id)
@@ -314,12 +314,6 @@ def check_base_model(row: CheckpointRow, slot: EngineSlot) -> None:
 def drop_adapter(model: Model) -> None:
     if model.slot is not None:
         model.slot.tell(DropAdapter(model_id=model.model_id))
-
-
-def _slot(model: Model) -> EngineSlot:
-    if model.slot is None:
-        raise AssertionError(f"model {model.model_id!r} has no engine and takes no turns")
-    return model.slot
 
 
 def _lora(model: Model) -> LoraSpec:

@@ -208,3 +208,10 @@ class Model:
                 reason=f"model {self.model_id!r} waits for its turn in the memory that adapters share",
             )
         return Pending()
+
+
+def slot_of(model: Model) -> EngineSlot:
+    """Of a model that takes requests."""
+    if model.slot is None:
+        raise AssertionError(f"model {model.model_id!r} has no engine and takes no requests")
+    return model.slot

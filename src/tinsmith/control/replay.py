@@ -289,7 +289,7 @@ class Replay:
         elif (deadly := recalled.failures.get(record.request_id)) is not None:
             model.status, model.end = ModelStatus.ENDED, creation_failed(model.model_id, deadly)
             self._futures.fail(record.request_id, deadly)
-            self._training.retired.append(model)
+            self._training.entries.note_ended(model)
         self._training.adopt(model)
         for request in recalled.requests[model.model_id]:
             self._open_request(model, request)

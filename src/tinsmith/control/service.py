@@ -202,7 +202,7 @@ class Control:
             clock=self._clock,
         )
         self._snapshots.watch(self._engines)
-        self._meter.replayable = self._training.replayable
+        self._meter.replayable = lambda: self._training.entries.replayable(self._training.models)
         await self._meter.recall()
         await self._replay.restore()
         self._supervisor.begin()
@@ -400,7 +400,7 @@ class Control:
         if self._ledger is None:
             return ()
         return (
-            self._training.retire,
+            self._training.entries.retire,
             self._forget_strikes,
             self._snapshots.consider,
             lambda: self._journal.trim(self._futures),

@@ -247,7 +247,7 @@ class Snapshots:
         def entry(kind: str, name: str, value: object) -> Entry:
             return Entry(kind=kind, name=name, session_id=model.session_id, model_id=model.model_id, value=value)
 
-        results = self._training.results_of(model, record.next_seq)
+        results = self._training.entries.results_of(model, record.next_seq)
         self._journal.lone.update(result.name for result in results)
         weights = [weights_entry for one in aside for weights_entry in _weights_entries(one)]
         spent = "model_id = ? AND seq < ? AND kind IN ('request', 'binding', 'strike')"

@@ -178,7 +178,7 @@ class Supervisor:
         for model in self._models(slot):
             if (deadly := poisoned.get(model.creation_request_id)) is not None:
                 self._training.end_model(model, creation_failed(model.model_id, deadly))
-                self._training.retire()
+                self._training.entries.retire()
         return poisoned
 
     def _is_open(self, request_id: str) -> bool:

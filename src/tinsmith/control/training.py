@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
-import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
 from tinsmith.control import records
-from tinsmith.control.admission import check_load, check_request, num_train_tokens
+from tinsmith.control.admission import check_load, num_train_tokens
 from tinsmith.control.checkpoints import CheckpointStore, check_loadable
 from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.engines import EngineBook, EngineSlot
@@ -23,14 +19,14 @@ from tinsmith.control.execution import Executor, check_base_model, drop_adapter
 from tinsmith.control.fairness import Fairness
 from tinsmith.control.futures import FutureStore, RequestType
 from tinsmith.control.identity import Clock, Ids
-from tinsmith.control.journal import FETCHED_GRACE_S, Journal, ModelRecord, RequestRecord, result_entry
-from tinsmith.control.ledger import Entry, mark_failed, put
+from tinsmith.control.journal import Journal
 from tinsmith.control.metadata import check_run_metadata
-from tinsmith.control.models import REQUEST_TYPES, Creation, Model, ModelStatus, Work
-from tinsmith.control.queues import Gap
+from tinsmith.control.model_entries import ModelEntries
+from tinsmith.control.models import REQUEST_TYPES, Creation, Model, ModelStatus, Work, slot_of
 from tinsmith.control.quotas import Quotas
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
+from tinsmith.control.request_checks import RequestChecks
 from tinsmith.control.requests import (
     CreateModel,
     CreateModelFromCheckpoint,
@@ -38,7 +34,6 @@ from tinsmith.control.requests import (
     ForwardBackward,
     LoadState,
     ModelRequest,
-    Rejected,
     Submission,
 )
 from tinsmith.control.samplers import SamplerBook
@@ -53,17 +48,10 @@ from tinsmith.types.errors import (
     InvalidInput,
     NotFound,
     Overloaded,
-    ServerError,
-    StorageError,
     TinsmithError,
     UserError,
 )
 from tinsmith.types.rest import GetInfoResponse, ModelData
-
-logger = logging.getLogger(__name__)
-
-INLINE_TOKENS = 1024
-"""Data up to this size are validated at once; larger ones in a thread, so that the event loop stays free."""
 
 
 class SeqGap(UserError):
@@ -103,10 +91,8 @@ class Training:
         self._clock = clock
         self._ids = ids
         self._models: dict[str, Model] = {}
-        self.retired: list[Model] = []
-        """Ended, and still in the ledger."""
-        self._checks: set[asyncio.Task[None]] = set()
-        self._validator = ThreadPoolExecutor(max_workers=1, thread_name_prefix="validator")
+        self.entries = ModelEntries(journal, futures, clock, wake=self._wake)
+        self._checks = RequestChecks(futures, wake=self._wake)
         self._executor = Executor(
             futures=futures,
             registry=registry,
@@ -142,7 +128,7 @@ class Training:
         await self._executor.execute(turn, answered)
 
     def _note_use(self, model: Model, work: Work) -> None:
-        self._meter.count("training", model.session_id, _slot(model).card.name, work.num_tokens)
+        self._meter.count("training", model.session_id, slot_of(model).card.name, work.num_tokens)
         match work.operation:
             case Creation(checkpoint=CheckpointRow() as row):
                 self._checkpoints.note_read(row.path, "load_weights", model.owner)
@@ -237,57 +223,21 @@ class Training:
             model.status = ModelStatus.ENDED
             model.end = ModelEnded(f"model {model_id!r} could not be created: {error}")
             self._futures.fail(request_id, error)
-            self._journal_failure(request_id)
+            self.entries.put_failure(request_id)
             return Submission(request_id=request_id, model_id=model_id)
         model.slot, model.creation = slot, creation
         work = Work(request_id, creation, is_durable=False)
         model.queue.push(0, work, self._clock.monotonic())
         self._schedulers[slot].add(model)
-        self._journal_model(model, work, request_type, fingerprint)
+        self.entries.put_model(model, work, request_type, fingerprint, undo=partial(self._undo_creation, model))
         return Submission(request_id=request_id, model_id=model_id)
 
-    def _journal_failure(self, request_id: str) -> None:
-        ended = self._futures.ended(request_id)
-        if self._journal.is_on and ended is not None:
-            written = partial(self._futures.commit, request_id)
-            self._journal.keep_result(request_id, ended, written, self._clock.time())
-
-    def _journal_model(self, model: Model, work: Work, request_type: RequestType, fingerprint: bytes) -> None:
-        creation = model.creation
-        if creation is None or model.slot is None:
-            raise AssertionError(f"model {model.model_id!r} has nothing to be made of")
-        record = ModelRecord(
-            base_model=model.slot.card.name,
-            request_id=work.request_id,
-            request_type=request_type,
-            fingerprint=fingerprint,
-            lora=creation.lora,
-            checkpoint_id=None if creation.checkpoint is None else creation.checkpoint.checkpoint_id,
-            optimizer=creation.optimizer,
-            user_metadata=dict(model.user_metadata),
-        )
-
-        def written(error: StorageError | None) -> None:
-            self._futures.commit(work.request_id, error)
-            if error is None:
-                work.is_durable = True
-                self._schedulers[_slot(model)].wake()
-                return
-            self._schedulers[_slot(model)].remove(model)
-            self._models.pop(model.model_id, None)
-            session = self._sessions.find(model.session_id)
-            if session is not None and model.model_id in session.model_ids:
-                session.model_ids.remove(model.model_id)
-
-        entry = Entry(
-            kind="model",
-            name=model.model_id,
-            session_id=model.session_id,
-            model_id=model.model_id,
-            value=record,
-        )
-        model.journaled[0] = work.request_id
-        self._journal.post([put(entry)], written)
+    def _undo_creation(self, model: Model) -> None:
+        self._schedulers[slot_of(model)].remove(model)
+        self._models.pop(model.model_id, None)
+        session = self._sessions.find(model.session_id)
+        if session is not None and model.model_id in session.model_ids:
+            session.model_ids.remove(model.model_id)
 
     def _check_new_model(self, model_id: str, model_seq_id: int) -> None:
         if model_seq_id < 0:
@@ -323,7 +273,7 @@ class Training:
         except TinsmithError as error:
             failed = self._futures.failed(request_type, error, context, subject=model_id)
             return Submission(request_id=failed, model_id=model_id)
-        num_tokens = num_train_tokens(request, _slot(model).card)
+        num_tokens = num_train_tokens(request, slot_of(model).card)
         self._check_room(model, seq, num_tokens)
         asked, request = request, self._custom_losses.attach(request, model.session_id)
         request_id = self._futures.open(
@@ -338,8 +288,8 @@ class Training:
         )
         work = Work(request_id, request, num_tokens)
         self._enqueue(model, seq, work)
-        self._journal_request(model, seq, work, asked, fingerprint)
-        self._check(model, work, request)
+        self._put_request(model, seq, work, asked, fingerprint)
+        self._checks.check(model, work, request)
         return Submission(request_id=request_id, model_id=model_id)
 
     def _enqueue(self, model: Model, seq: int, work: Work) -> None:
@@ -348,32 +298,8 @@ class Training:
         model.last_request_at, model.is_dirty = self._clock.time(), True
         self._sessions.touch(model.session_id, self._clock.monotonic())
 
-    def _journal_request(self, model: Model, seq: int, work: Work, asked: ModelRequest, fingerprint: bytes) -> None:
-        """Its turn does not come before it is on disk. One that cannot be written was never taken."""
-        if not self._journal.is_on:
-            return
-
-        def written(error: StorageError | None) -> None:
-            self._futures.commit(work.request_id, error)
-            if error is not None:
-                self._withdraw(model, seq, work)
-            elif model.status is not ModelStatus.ENDED:
-                work.is_durable = True
-                self._schedulers[_slot(model)].wake()
-
-        work.is_durable = False
-        model.replayed_tokens += work.num_tokens
-        model.journaled[seq] = work.request_id
-        record = RequestRecord(request_type=REQUEST_TYPES[type(asked)], fingerprint=fingerprint, request=asked)
-        entry = Entry(
-            kind="request",
-            name=work.request_id,
-            session_id=model.session_id,
-            model_id=model.model_id,
-            seq=seq,
-            value=record,
-        )
-        self._journal.post([put(entry)], written)
+    def _put_request(self, model: Model, seq: int, work: Work, asked: ModelRequest, fingerprint: bytes) -> None:
+        self.entries.put_request(model, seq, work, asked, fingerprint, undo=partial(self._withdraw, model, seq, work))
 
     def _withdraw(self, model: Model, seq: int, work: Work) -> None:
         model.journaled.pop(seq, None)
@@ -403,28 +329,14 @@ class Training:
         )
         work = Work(request_id, Deferred(model_id=model_id), is_checked=False)
         self._enqueue(model, seq, work)
-        self._start_check(self._prepare(model, seq, work, prepare))
-        return Submission(request_id=request_id, model_id=model_id)
 
-    async def _prepare(
-        self, model: Model, seq: int, work: Work, prepare: Callable[[], Awaitable[ForwardBackward]]
-    ) -> None:
-        try:
-            request = await prepare()
-        except TinsmithError as error:
-            self._settle_check(model, work, error)
-            return
-        except Exception as error:
-            logger.exception("a training request could not be prepared")
-            fault = ServerError(f"internal error: {error!r}; the server's log has the details")
-            self._settle_check(model, work, fault)
-            return
-        if model.status is ModelStatus.ENDED:  # the future has failed with the model
-            return
-        work.operation, work.num_tokens = request, num_train_tokens(request, _slot(model).card)
-        model.pending_tokens += work.num_tokens
-        self._journal_request(model, seq, work, request, b"")
-        self._check(model, work, request)
+        def completed(request: ForwardBackward) -> None:
+            work.operation, work.num_tokens = request, num_train_tokens(request, slot_of(model).card)
+            model.pending_tokens += work.num_tokens
+            self._put_request(model, seq, work, request, b"")
+
+        self._checks.check_once_complete(model, work, prepare, completed)
+        return Submission(request_id=request_id, model_id=model_id)
 
     def _check_room(self, model: Model, seq: int, num_tokens: int) -> None:
         """The request that others wait for is always let in: else a full queue could never empty."""
@@ -440,40 +352,6 @@ class Training:
                 f"requests of {model.pending_tokens} tokens of model {model.model_id!r} are waiting; "
                 f"this server takes at most {settings.max_pending_tokens_per_model}"
             )
-
-    def _check(self, model: Model, work: Work, request: ModelRequest) -> None:
-        if isinstance(request, Rejected) or work.num_tokens <= INLINE_TOKENS:
-            self._settle_check(model, work, self._find_fault(request, model))
-            return
-        work.is_checked = False
-        self._start_check(self._check_aside(model, work, request))
-
-    def _start_check(self, check: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(check)
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
-
-    async def _check_aside(self, model: Model, work: Work, request: ModelRequest) -> None:
-        loop = asyncio.get_running_loop()
-        fault = await loop.run_in_executor(self._validator, self._find_fault, request, model)
-        self._settle_check(model, work, fault)
-
-    def _find_fault(self, request: ModelRequest, model: Model) -> TinsmithError | None:
-        try:
-            check_request(request, _slot(model).card)
-        except TinsmithError as error:
-            return error
-        except Exception as error:
-            logger.exception("validation failed inside the server")
-            return ServerError(f"internal error in validation: {error!r}; the server's log has the details")
-        return None
-
-    def _settle_check(self, model: Model, work: Work, fault: TinsmithError | None) -> None:
-        work.is_checked = True
-        if fault is not None:
-            work.is_void = True
-            self._futures.fail(work.request_id, fault)
-        self._schedulers[_slot(model)].wake()
 
     def _unknown(self, model_id: str) -> TinsmithError:
         try:
@@ -528,8 +406,7 @@ class Training:
             self._futures.fail(work.request_id, error)
         model.pending_tokens = 0
         self._samplers.settle_all_of(model.model_id)
-        if self._journal.is_on:
-            self.retired.append(model)
+        self.entries.note_ended(model)
         if model.slot is not None:
             drop_adapter(model)
             self._schedulers[model.slot].remove(model)
@@ -577,51 +454,9 @@ class Training:
             for work in gap.items:
                 model.pending_tokens -= work.num_tokens
                 self._futures.fail(work.request_id, error)
-            self._journal_gap(model, gap, error)
-
-    def _journal_gap(self, model: Model, gap: Gap[Work], error: TinsmithError) -> None:
-        """A replay gives the same numbers up."""
-        record = RequestRecord(
-            request_type="ForwardBackward", fingerprint=b"", request=None, last_seq=model.queue.next_seq - 1
-        )
-        entry = Entry(
-            kind="request",
-            name=f"gap:{model.model_id}:{gap.missing}",
-            session_id=model.session_id,
-            model_id=model.model_id,
-            seq=gap.missing,
-            value=record,
-            failure=error,
-        )
-        self._journal.note([put(entry), *(mark_failed("request", work.request_id, error) for work in gap.items)])
-
-    def retire(self) -> None:
-        """Let the ledger forget models that have ended; what they answered stays fetchable."""
-        for model in self.retired:
-            self._journal.end_model(model.model_id, self.results_of(model, None))
-        self.retired.clear()
-
-    def results_of(self, model: Model, before_seq: int | None) -> list[Entry]:
-        """Ends of requests before a number, of all if that is `None`, that somebody may still ask for."""
-        due = sorted(seq for seq in model.journaled if before_seq is None or seq < before_seq)
-        at, entries = self._clock.time(), []
-        for seq in due:
-            request_id = model.journaled[seq]
-            ended = self._futures.ended(request_id)
-            if ended is not None and not self._futures.is_spent(request_id, FETCHED_GRACE_S):
-                entries.append(result_entry(request_id, ended, at))
-        return entries
+            self.entries.note_gap(model, gap, error)
 
     # ---- going on after a crash ----
-
-    async def replayable(self) -> set[str]:
-        """Requests, samples among them, that a replay would do again; whatever has left the ledger is not among them,
-        and will not be there after a crash either."""
-        found = {request_id for model in self._models.values() for request_id in model.journaled.values()}
-        found |= self._journal.lone
-        with contextlib.suppress(StorageError):  # then nothing leaves the ledger any more
-            await self._journal.write(())
-        return found
 
     @property
     def models(self) -> list[Model]:
@@ -634,7 +469,7 @@ class Training:
         """A model that an earlier process had."""
         self._models[model.model_id] = model
         if model.status is not ModelStatus.ENDED:
-            self._schedulers[_slot(model)].add(model)
+            self._schedulers[slot_of(model)].add(model)
 
     def requeue(self, model: Model, works: Mapping[int, Work]) -> None:
         """Do these requests, from the model's first number on, again or for the first time."""
@@ -642,7 +477,7 @@ class Training:
         for work in works.values():
             model.pending_tokens += work.num_tokens
             if not work.is_void and not isinstance(work.operation, Creation | Deferred):
-                self._check(model, work, work.operation)
+                self._checks.check(model, work, work.operation)
 
     def engine_died(self, slot: EngineSlot, error: EngineDied) -> None:
         for model in list(self._models.values()):
@@ -669,11 +504,13 @@ class Training:
         """Wait for what engines work on; the caller has ended all models."""
         for scheduler in self._schedulers.values():
             await scheduler.drain()
-        if self._checks:
-            await asyncio.wait(self._checks)
+        await self._checks.drain()
 
     def close(self) -> None:
-        self._validator.shutdown()
+        self._checks.close()
+
+    def _wake(self, model: Model) -> None:
+        self._schedulers[slot_of(model)].wake()
 
     def _of(self, session: Session) -> list[Model]:
         return [self._models[model_id] for model_id in session.model_ids if model_id in self._models]
@@ -692,9 +529,3 @@ def _check_order(model: Model, seq_id: int | None) -> None:
             f"model {model.model_id!r} was made by add_lora and does its requests in the order of their arrival; a "
             f"request with seq_id {seq_id} cannot join them. Create a model of your own with create_model"
         )
-
-
-def _slot(model: Model) -> EngineSlot:
-    if model.slot is None:
-        raise AssertionError(f"model {model.model_id!r} has no engine and takes no requests")
-    return model.slot
