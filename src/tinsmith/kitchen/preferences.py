@@ -5,11 +5,16 @@
     simpo  softplus(-(beta (chosen/|chosen| - rejected/|rejected|) - gamma))           (arXiv 2405.14734)
     orpo   -c + beta softplus(-(odds(c) - odds(r))), c and r per token as in simpo,
            odds(x) = x - log(1 - exp(x))                                               (arXiv 2403.07691)
+           with 1 - exp(x) at least 1e-6: log-probabilities in fp32 round to 0 where an answer is all but certain
     kto    (1 - sigmoid(beta (hc - max(0, mean hr))) + 1 - sigmoid(beta (max(0, mean hc) - hr))) / 2,
            hc and hr the log-ratios of chosen and rejected to the reference            (arXiv 2402.01306)
 
 All are means over pairs. KTO's point of comparison is the KL to the reference on answers to other prompts; here, where
 pairs are at hand, it is the batch's mean log-ratio of the answers of the other kind, without a gradient of its own.
+
+`accuracy` is the share of pairs with a margin above 0, and a margin is what the loss compares: for dpo, ipo and kto how
+much likelier each answer is than to the reference; for simpo and orpo which of the two is likelier per token, a goal
+that may be far off where the base model is certain of the rejected answer.
 """
 
 # P pair
@@ -27,6 +32,8 @@ from tinsmith.types import Datum
 
 PreferenceLoss: TypeAlias = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 WITHOUT_REFERENCE: Final = frozenset({"simpo", "orpo"})
+LEFT_MIN: Final = 1e-6
+"""orpo: the least 1 - exp(x) of an answer, as the odds of a certain one are infinite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,21 @@ class PairScores:
     def gap(self) -> np.ndarray:
         found: np.ndarray = (self.chosen_P - self.reference_chosen_P) - (self.rejected_P - self.reference_rejected_P)
         return found
+
+    @property
+    def chosen_per_token(self) -> np.ndarray:
+        found: np.ndarray = self.chosen_P / self.chosen_tokens_P
+        return found
+
+    @property
+    def rejected_per_token(self) -> np.ndarray:
+        found: np.ndarray = self.rejected_P / self.rejected_tokens_P
+        return found
+
+    @property
+    def likelier(self) -> float:
+        """Share of pairs whose chosen answer is the likelier one per token, whatever the reference says."""
+        return float((self.chosen_per_token > self.rejected_per_token).mean())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +89,7 @@ def preference_loss(kind: PreferenceLoss, scores: PairScores, *, beta: float, ga
             loss_P, slope_P = (margin_P - 1 / (2 * beta)) ** 2, 2 * (margin_P - 1 / (2 * beta))
             d_chosen_P, d_rejected_P = slope_P, -slope_P
         case "simpo":
-            own_P = scores.chosen_P / scores.chosen_tokens_P - scores.rejected_P / scores.rejected_tokens_P
+            own_P = scores.chosen_per_token - scores.rejected_per_token
             margin_P = beta * own_P - gamma
             loss_P, slope_P = _softplus(-margin_P), -_sigmoid(-margin_P)
             d_chosen_P = slope_P * beta / scores.chosen_tokens_P
@@ -77,6 +99,7 @@ def preference_loss(kind: PreferenceLoss, scores: PairScores, *, beta: float, ga
             loss_P, d_chosen_P, d_rejected_P, margin_P = _orpo(scores, beta)
         case "kto":
             loss_P, d_chosen_P, d_rejected_P, margin_P = _kto(scores, beta)
+    chosen_reward_P, rejected_reward_P = _rewards(kind, scores)
     return PairLoss(
         loss=float(loss_P.mean()),
         d_chosen_P=d_chosen_P / P,
@@ -84,10 +107,17 @@ def preference_loss(kind: PreferenceLoss, scores: PairScores, *, beta: float, ga
         metrics={
             "accuracy": float((margin_P > 0).mean()),
             "margin": float(margin_P.mean()),
-            "chosen_reward": float((beta * (scores.chosen_P - scores.reference_chosen_P)).mean()),
-            "rejected_reward": float((beta * (scores.rejected_P - scores.reference_rejected_P)).mean()),
+            "chosen_reward": float(beta * chosen_reward_P.mean()),
+            "rejected_reward": float(beta * rejected_reward_P.mean()),
         },
     )
+
+
+def _rewards(kind: PreferenceLoss, scores: PairScores) -> tuple[np.ndarray, np.ndarray]:
+    """Of chosen and rejected answers, before beta: per token where there is no reference."""
+    if kind in WITHOUT_REFERENCE:
+        return scores.chosen_per_token, scores.rejected_per_token
+    return scores.chosen_P - scores.reference_chosen_P, scores.rejected_P - scores.reference_rejected_P
 
 
 _Terms: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -95,9 +125,9 @@ _Terms: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _orpo(scores: PairScores, beta: float) -> _Terms:
-    chosen_P = scores.chosen_P / scores.chosen_tokens_P
-    rejected_P = scores.rejected_P / scores.rejected_tokens_P
-    left_chosen_P, left_rejected_P = -np.expm1(chosen_P), -np.expm1(rejected_P)  # 1 - exp(x)
+    chosen_P, rejected_P = scores.chosen_per_token, scores.rejected_per_token
+    left_chosen_P = np.maximum(-np.expm1(chosen_P), LEFT_MIN)  # 1 - exp(x)
+    left_rejected_P = np.maximum(-np.expm1(rejected_P), LEFT_MIN)
     margin_P = chosen_P - np.log(left_chosen_P) - rejected_P + np.log(left_rejected_P)
     slope_P = -beta * _sigmoid(-margin_P)
     return (
