@@ -11,6 +11,7 @@ import pytest
 
 from tinsmith.kitchen import RECIPES, RunFolder, TrainingConfig, TrainingResult, run_recipe
 from tinsmith.kitchen.adapters.tinker_training import TinkerBackend, open_backend
+from tinsmith.kitchen.preferences import WITHOUT_REFERENCE
 from tinsmith.observe import StepRow
 
 
@@ -38,6 +39,14 @@ def test_ck_55_dpo_starts_at_ln_2_and_tells_held_out_pairs_apart(tmp_path: Path)
     result = cook("dpo", tmp_path / "run", epochs=2)
     assert result.rows[0].loss == pytest.approx(0.6931, abs=1e-3)
     assert result.evaluations[-1]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("loss", sorted(WITHOUT_REFERENCE))
+def test_ck_41_losses_without_a_reference_make_the_chosen_answers_the_likelier(loss: str, tmp_path: Path) -> None:
+    """The base model is all but certain of the rejected answers."""
+    result = cook("dpo", tmp_path / "run", loss=loss)
+    assert result.rows[0].metrics["accuracy"] < 0.1
+    assert result.evaluations[-1]["test_accuracy"] == result.evaluations[-1]["test_likelier"] > 0.9
 
 
 def test_ck_55_math_rl_raises_its_reward_by_three_tenths(tmp_path: Path) -> None:

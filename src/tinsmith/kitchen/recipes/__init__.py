@@ -12,7 +12,7 @@ from tinsmith.kitchen.recipes.distillation import (
     OffPolicyDistillation,
 )
 from tinsmith.kitchen.recipes.feedback import FeedbackConfig, FeedbackLoop
-from tinsmith.kitchen.recipes.preference import Dpo, Preference, PreferenceConfig
+from tinsmith.kitchen.recipes.preference import Dpo, DpoConfig, Preference, PreferenceConfig
 from tinsmith.kitchen.recipes.reinforcement import CodeRl, MathRl, MultiTurnRl, Reinforcement, ReinforcementConfig
 from tinsmith.kitchen.recipes.supervised import ChatSl, SlBasic, Supervised, SupervisedConfig
 
@@ -39,6 +39,7 @@ __all__ = [
     "Distillation",
     "DistillationConfig",
     "Dpo",
+    "DpoConfig",
     "FeedbackConfig",
     "FeedbackLoop",
     "MathRl",

@@ -217,4 +217,9 @@ def _evaluation(ctx: Context, output: ForwardBackwardOutput) -> Mapping[str, flo
     logprobs = [values.to_numpy() for values in output.logprobs]
     scores = score_pairs(course.data(course.test_indices), logprobs, reference)
     found = preference_loss(config.loss, scores, beta=config.beta, gamma=config.gamma)
-    return {"test_loss": found.loss, "test_accuracy": found.metrics["accuracy"], "test_margin": found.metrics["margin"]}
+    return {
+        "test_loss": found.loss,
+        "test_accuracy": found.metrics["accuracy"],
+        "test_margin": found.metrics["margin"],
+        "test_likelier": scores.likelier,
+    }
