@@ -9,40 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence, Set
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from tinsmith.control import audit, records
 from tinsmith.control.accounts import Accounts
 from tinsmith.control.administration import Administration, OwnKey
-from tinsmith.control.catalogue import Catalogue
-from tinsmith.control.checkpoints import CheckpointStore
-from tinsmith.control.completions import Completion, Completions
-from tinsmith.control.copies import Copies
-from tinsmith.control.custom_losses import CustomLosses
+from tinsmith.control.assembly import Ground, assemble
+from tinsmith.control.completions import Completion
 from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
 from tinsmith.control.errors import SessionEnded
-from tinsmith.control.exports import Exports
-from tinsmith.control.fairness import Fairness
 from tinsmith.control.folder_store import FolderStore
-from tinsmith.control.futures import FutureStore, Outcome, Pending, RequestSpan, RequestType
-from tinsmith.control.health import Health
+from tinsmith.control.futures import Outcome, Pending, RequestType
 from tinsmith.control.identities import Caller
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
-from tinsmith.control.imports import Imports
 from tinsmith.control.inspection import Inspection, adapter_places, engine_states, model_states
 from tinsmith.control.janitor import Janitor
-from tinsmith.control.jobs import Jobs
 from tinsmith.control.journal import Journal, SessionRecord
-from tinsmith.control.ledger import Entry, Ledger, OnWritten, put
-from tinsmith.control.library import Library
-from tinsmith.control.observers import Observers, both, observed_draw
-from tinsmith.control.owners import Owners
-from tinsmith.control.paging import Paging, PagingStats
-from tinsmith.control.quotas import Quotas
+from tinsmith.control.ledger import Entry, Ledger, put
+from tinsmith.control.observers import Observers, observed_draw
+from tinsmith.control.paging import PagingStats
 from tinsmith.control.records import SessionRow
-from tinsmith.control.refusals import Refusals
 from tinsmith.control.registry import SESSIONS, Registry
 from tinsmith.control.replay import Replay
 from tinsmith.control.requests import (
@@ -57,19 +45,12 @@ from tinsmith.control.requests import (
     Submission,
 )
 from tinsmith.control.result_store import ResultStore
-from tinsmith.control.retention import Budget, Retention, checkpoints_in_use
-from tinsmith.control.samplers import Sampler, SamplerBook
-from tinsmith.control.sampling import Sampling
 from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.signing import Signer
-from tinsmith.control.snapshots import Snapshots
 from tinsmith.control.stores import folder_store, registry_location
 from tinsmith.control.strikes import Strikes
 from tinsmith.control.supervisor import Supervisor
-from tinsmith.control.traces import TraceLog
-from tinsmith.control.training import Training
-from tinsmith.control.usage import Meter
 from tinsmith.runtime.handle import EngineHandle
 from tinsmith.types.errors import EngineDied, NotFound, Overloaded, ServerError, TinsmithError, Unsupported
 from tinsmith.types.operations import BaseModelCard
@@ -208,170 +189,33 @@ class Control:
         self._supervisor.begin()
         await self._snapshots.sweep()
 
-    def _keep_failure(self, request_id: str, written: OnWritten) -> None:
-        if (ended := self._futures.ended(request_id)) is not None:
-            self._journal.keep_result(request_id, ended, written, self._clock.time())
-
     def _assemble(self, ids: Ids) -> None:
-        settings, clock = self._settings, self._clock
         self._ids = ids
-        self._futures = FutureStore(
-            ids=ids,
-            clock=clock,
-            ttl_s=settings.future_ttl_s,
-            max_retained=settings.max_retained_futures,
-            max_retained_bytes=settings.max_retained_bytes,
-            store=self._results if settings.max_stored_bytes > 0 else None,
-        )
-        self._fairness = Fairness(self._sessions, self.accounts)
-        self._quotas = Quotas(self._sessions, self.accounts, clock)
-        self._health = Health(engines=self._engines, settings=settings.health, data_dir=settings.data_dir, clock=clock)
-        self._traces = TraceLog()
-        self._futures.on_open = self.observers.request_opened
-        self._futures.on_finish = both(self._traces.add, self._request_ended)
-        self._meter = Meter(self._registry, clock)
-        self._meter.on_count = self.observers.tokens
-        if self._journal.is_on:
-            self._futures.keep_failure = self._keep_failure
-            # cursors that clients have from an earlier server lie before all that this one gives out
-            self._futures.completions = Completions(first=lambda: int(clock.time() * 1000))
-        self._checkpoints = CheckpointStore(
-            registry=self._registry,
-            folders=self._folders,
-            ids=ids,
-            clock=clock,
-            superseded_versions_kept=settings.superseded_versions_kept,
-        )
-        self._samplers = SamplerBook(
-            ephemeral_per_session=settings.ephemeral_samplers_per_session,
-            max_loaded=settings.max_loaded_checkpoints,
-            clock=clock,
-        )
-        self._samplers.on_expired = self._note_expired
-        self._custom_losses = CustomLosses(
-            sessions=self._sessions,
-            futures=self._futures,
-            clock=clock,
-            max_per_session=settings.max_custom_losses_per_session,
-            journal=self._journal,
-        )
-        self._training = Training(
-            settings=settings,
-            engines=self._engines,
-            sessions=self._sessions,
-            samplers=self._samplers,
-            custom_losses=self._custom_losses,
-            futures=self._futures,
-            registry=self._registry,
-            checkpoints=self._checkpoints,
-            clock=clock,
-            ids=ids,
-            meter=self._meter,
-            journal=self._journal,
-            fairness=self._fairness,
-            quotas=self._quotas,
-        )
-        self._snapshots = Snapshots(
-            data_dir=settings.data_dir,
-            training=self._training,
-            samplers=self._samplers,
-            journal=self._journal,
-            clock=clock,
-            interval_s=settings.snapshot_interval_s,
-            max_requests=settings.snapshot_requests,
-            max_tokens=settings.snapshot_tokens,
-        )
-        self._paging = Paging(
-            self._engines,
-            data_dir=settings.data_dir,
-            training=self._training,
-            samplers=self._samplers,
-            snapshots=self._snapshots,
-            refusals=Refusals(
-                training=self._training,
-                futures=self._futures,
-                journal=self._journal,
-                registry=self._registry,
-                samplers=self._samplers,
-                clock=clock,
-            ),
-            fairness=self._fairness,
-            clock=clock,
-        )
-        self._sampling = Sampling(
-            engines=self._engines,
-            sessions=self._sessions,
-            samplers=self._samplers,
-            futures=self._futures,
-            registry=self._registry,
-            checkpoints=self._checkpoints,
-            clock=clock,
-            ids=ids,
-            meter=self._meter,
-            journal=self._journal,
-            fairness=self._fairness,
-            quotas=self._quotas,
-            max_pending=settings.max_pending_samples,
-            data_dir=settings.data_dir,
-        )
-        self._jobs = Jobs(self._futures)
-        self._retention = Retention(
-            registry=self._registry,
-            checkpoints=self._checkpoints,
-            clock=clock,
-            keep=settings.keep_checkpoints,
-            in_use=self._checkpoints_in_use,
-        )
-        self._checkpoints.on_saved = self._retention.saved
-        self._checkpoints.make_room = Budget(
-            max_bytes=settings.checkpoint_bytes_max, quotas=self.accounts, in_use=self._checkpoints_in_use
-        ).make_room
-        self.owners = Owners(self._sessions, self._futures, self._registry)
-        self.library = Library(
-            registry=self._registry,
-            sessions=self._sessions,
-            futures=self._futures,
-            catalogue=Catalogue(
-                registry=self._registry, checkpoints=self._checkpoints, training=self._training, clock=clock
-            ),
-            checkpoints=self._checkpoints,
-            copies=Copies(
-                registry=self._registry,
-                checkpoints=self._checkpoints,
+        parts = assemble(
+            Ground(
+                settings=self._settings,
+                clock=self._clock,
                 ids=ids,
-                clock=clock,
-            ),
-            imports=Imports(
-                registry=self._registry,
-                checkpoints=self._checkpoints,
                 engines=self._engines,
-                ids=ids,
-                clock=clock,
-                folder=settings.data_dir / "uploads",
-                max_bytes=settings.max_adapter_bytes,
-            ),
-            exports=Exports(checkpoints=self._checkpoints, engines=self._engines, ids=ids, clock=clock),
-            traces=self._traces,
-            meter=self._meter,
-            clock=clock,
+                registry=self._registry,
+                folders=self._folders,
+                results=self._results,
+                journal=self._journal,
+                sessions=self._sessions,
+                accounts=self.accounts,
+                observers=self.observers,
+            )
         )
+        self._futures, self._jobs = parts.futures, parts.jobs
+        self._meter, self._health = parts.meter, parts.health
+        self._checkpoints, self._retention = parts.checkpoints, parts.retention
+        self._samplers, self._sampling = parts.samplers, parts.sampling
+        self._training, self._custom_losses = parts.training, parts.custom_losses
+        self._snapshots, self._paging = parts.snapshots, parts.paging
+        self.owners, self.library = parts.owners, parts.library
         self._janitor = self._make_janitor()
         for slot in self._engines:
             slot.on_death = self._engine_died
-
-    def _note_expired(self, sampler: Sampler, reason: str) -> None:
-        logger.info("sampler %s %s", sampler.sampler_id, reason)
-        details = {"session_id": sampler.session_id, "sampler_id": sampler.sampler_id, "reason": reason}
-        at = self._clock.time()
-        self._registry.post(lambda c: audit.note(c, "sampler_expire", at, sampler.owner, **details))
-
-    def _checkpoints_in_use(self) -> Set[str]:
-        live = {session.session_id for session in self._sessions.live}
-        return checkpoints_in_use(list(self._samplers), self._training.models, live.__contains__)
-
-    def _request_ended(self, span: RequestSpan) -> None:
-        self.observers.request_ended(span)
-        self._quotas.sample_ended(span.request_id)
 
     def _make_janitor(self) -> Janitor:
         return Janitor(

@@ -33,7 +33,7 @@ class Book:
 
 def limit(h: Harness, **quotas: Quota) -> Book:
     book = Book(**quotas)
-    h.control._quotas._book = book
+    h.control._training._quotas._book = book
     return book
 
 
@@ -80,7 +80,7 @@ async def test_the_scheduler_wakes_by_itself_when_there_are_tokens_again(open_co
     async with open_control() as h:
         model_id = await h.model()
         limit(h, local=Quota(tokens_per_minute=600_000))
-        h.control._quotas.spend(model_id.partition(":")[0], 600_200)
+        h.control._training._quotas.spend(model_id.partition(":")[0], 600_200)
         receipt = h.submit(forward_backward(model_id, 1))
         await h.settle()
         assert await h.is_pending(receipt)
@@ -139,8 +139,8 @@ async def test_samples_at_once_are_counted_until_they_end_however_they_end(h: Ha
     await h.result(second)
     await h.result(third)
     await h.control.draw_samples(draw(sampler_id))
-    assert not h.control._quotas._num_samples
-    assert not h.control._quotas._samples
+    assert not h.control._training._quotas._num_samples
+    assert not h.control._training._quotas._samples
 
 
 async def test_live_models_have_a_quota_and_one_that_ends_makes_room(h: Harness) -> None:
