@@ -12,34 +12,26 @@ losses that fall with every optimizer step, checkpoints that are real (tiny) fol
 Its text of a token is one letter: `chr(97 + token % 26)`, so that stop strings can be tried.
 """
 
-# N token position, K target per position, R rank
-
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import json
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import load_file, save_file
-
+from tinsmith.runtime.fake_model import draw_all, forward, tokens_in_turn
+from tinsmith.runtime.fake_weights import FakeWeights, read_folder, write_folder
 from tinsmith.runtime.handle import EngineCall, Pulseless
 from tinsmith.types.errors import (
     AdapterCorrupted,
-    CheckpointDamaged,
     EngineDied,
     InvalidInput,
     NotFound,
     ServerError,
-    StorageError,
     TinsmithError,
     UserError,
 )
@@ -69,15 +61,7 @@ from tinsmith.types.operations import (
     TrainItem,
     UnparkAdapter,
 )
-from tinsmith.types.results import (
-    DrawnToken,
-    ForwardBackwardOutput,
-    PromptAltTokens,
-    SampledSequence,
-    SampleResponse,
-    TopkLogprobs,
-)
-from tinsmith.types.tensor import TensorData
+from tinsmith.types.results import ForwardBackwardOutput, SampleResponse
 
 FAKE_CARD = BaseModelCard(
     name="tinsmith/fake",
@@ -92,32 +76,10 @@ FAKE_CARD = BaseModelCard(
     max_rank=64,
 )
 
-STEP_FACTOR = 0.8
-"""Log-probabilities shrink towards 0 by this factor with every optimizer step."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What a real adapter's weights would be a function of here."""
-
-    lora: LoraSpec
-    step: int = 0
-    num_effects: int = 0
-    """Optimizer steps that had gradients and a learning rate."""
-    corrupted: bool = False
-
-    @property
-    def factor(self) -> float:
-        return STEP_FACTOR**self.num_effects
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps([asdict(self.lora), self.num_effects]).encode()).hexdigest()
-
 
 @dataclass(slots=True)
 class _Adapter:
-    weights: _Weights
+    weights: FakeWeights
     gradient_norm: float = 0.0
     has_gradients: bool = False
 
@@ -152,7 +114,7 @@ class FakeEngine(Pulseless):
         self._dead: str | None = None
         self._adapters: dict[str, _Adapter] = {}
         self._parked: dict[str, _Adapter] = {}
-        self._snapshots: dict[str, _Weights] = {}
+        self._snapshots: dict[str, FakeWeights] = {}
         self._faults: deque[tuple[type, TinsmithError]] = deque()
         self._item_faults: deque[tuple[str, TinsmithError]] = deque()
         self._tickets = itertools.count(1)
@@ -266,7 +228,7 @@ class FakeEngine(Pulseless):
                 raise fault
             result = self._handlers[type(job.operation)](job.operation)
             if isinstance(result, SampleResponse) and job.call.on_token is not None:
-                for drawn in _tokens_in_turn(result):
+                for drawn in tokens_in_turn(result):
                     job.call.on_token(drawn)
             job.answer.set_result(result)
         except TinsmithError as error:
@@ -287,11 +249,11 @@ class FakeEngine(Pulseless):
         return self._adapters[model_id]
 
     def _create(self, operation: CreateAdapter) -> None:
-        self._adapters[operation.model_id] = _Adapter(_Weights(operation.lora))
+        self._adapters[operation.model_id] = _Adapter(FakeWeights(operation.lora))
 
     def _load(self, operation: LoadAdapter) -> LoraSpec:
         folder = Path(operation.folder)
-        weights = _read_folder(folder)
+        weights = read_folder(folder)
         if operation.optimizer and not (folder / "optimizer.safetensors").exists():
             raise InvalidInput(f"checkpoint {operation.folder!r} has no optimizer state")
         adapter = _Adapter(weights if operation.optimizer else replace(weights, step=0))
@@ -303,12 +265,12 @@ class FakeEngine(Pulseless):
     def _import(self, operation: ImportAdapter) -> ImportedAdapter:
         config = json.loads((Path(operation.source) / "adapter_config.json").read_text())
         lora = LoraSpec(rank=config["r"], seed=0, alpha=config["lora_alpha"])
-        saved = _write_folder(Path(operation.folder), _Weights(lora), optimizer=False, record=operation.record)
+        saved = write_folder(Path(operation.folder), FakeWeights(lora), optimizer=False, record=operation.record)
         return ImportedAdapter(lora=lora, saved=saved)
 
     def _merge(self, operation: MergeAdapter) -> SavedCheckpoint:
-        weights = _read_folder(Path(operation.source))
-        return _write_folder(Path(operation.folder), weights, optimizer=False, record=operation.record)
+        weights = read_folder(Path(operation.source))
+        return write_folder(Path(operation.folder), weights, optimizer=False, record=operation.record)
 
     def _drop(self, operation: DropAdapter) -> None:
         self._adapters.pop(operation.model_id, None)
@@ -329,7 +291,7 @@ class FakeEngine(Pulseless):
         adapter = self._adapter(item.model_id)
         if adapter.weights.corrupted:
             raise AdapterCorrupted(f"adapter {item.model_id!r} is corrupted")
-        output = _forward(item, adapter.weights.factor)
+        output = forward(item, adapter.weights.factor)
         self._tokens_trained += int(output.metrics["tokens:sum"])
         if not item.forward_only:
             adapter.has_gradients = True
@@ -349,7 +311,7 @@ class FakeEngine(Pulseless):
     def _save(self, operation: SaveAdapter) -> SavedCheckpoint:
         parked, folder = self._parked.get(operation.model_id), Path(operation.folder)
         adapter = self._adapter(operation.model_id) if parked is None else parked
-        saved = _write_folder(folder, adapter.weights, optimizer=operation.optimizer, record=operation.record)
+        saved = write_folder(folder, adapter.weights, optimizer=operation.optimizer, record=operation.record)
         if operation.gradients:
             (folder / "gradients.json").write_text(json.dumps([adapter.gradient_norm, adapter.has_gradients]))
         return saved
@@ -360,13 +322,13 @@ class FakeEngine(Pulseless):
         return weights.digest
 
     def _load_snapshot(self, operation: LoadSnapshot) -> str:
-        weights = _read_folder(Path(operation.folder))
+        weights = read_folder(Path(operation.folder))
         self._snapshots[operation.snapshot_id] = weights
         return weights.digest
 
     def _save_snapshot(self, operation: SaveSnapshot) -> str:
         weights = self._snapshots[operation.snapshot_id]
-        return _write_folder(Path(operation.folder), weights, optimizer=False, record={}).digest
+        return write_folder(Path(operation.folder), weights, optimizer=False, record={}).digest
 
     def _drop_snapshot(self, operation: DropSnapshot) -> None:
         self._snapshots.pop(operation.snapshot_id, None)
@@ -378,7 +340,7 @@ class FakeEngine(Pulseless):
             factor = self._snapshots[operation.snapshot_id].factor
         else:
             raise NotFound(f"no snapshot {operation.snapshot_id!r} in this engine")
-        response = _draw_all(operation, factor, self._card.vocab_size)
+        response = draw_all(operation, factor, self._card.vocab_size)
         self._tokens_sampled += sum(len(sequence.tokens) for sequence in response.sequences)
         return response
 
@@ -454,175 +416,3 @@ class _Lane:
 def _fail(job: _Job, error: TinsmithError) -> None:
     if not job.answer.done():
         job.answer.set_exception(error)
-
-
-# ---- the "model" ----
-
-
-def _forward(item: TrainItem, factor: float) -> ForwardBackwardOutput:
-    outputs, loss, tokens, weight = [], 0.0, 0, 0.0
-    for datum in item.data:
-        inputs = {key: tensor.to_numpy() for key, tensor in datum.loss_fn_inputs.items()}
-        previous, targets = datum.model_input.to_numpy(), inputs["target_tokens"]
-        if targets.ndim == 2:
-            previous = previous[:, None]
-        logprobs = token_logprobs(previous, targets) * factor
-        if item.loss_fn == "cross_entropy":
-            loss -= float((logprobs * inputs["weights"]).sum())
-            weight += float(inputs["weights"].sum())
-        elif item.custom_loss is not None:  # whatever it computes: the fake has no torch
-            loss -= float(logprobs.sum())
-        else:
-            loss -= float((np.exp(logprobs - inputs["logprobs"]) * inputs["advantages"]).sum())
-        tokens += len(targets)
-        outputs.append({"logprobs": TensorData.from_numpy(logprobs.astype(np.float32))})
-    metrics = {"loss:sum": loss, "tokens:sum": float(tokens)}
-    if item.loss_fn == "cross_entropy":
-        metrics["weight:sum"] = weight
-    return ForwardBackwardOutput("ArrayRecord", outputs, metrics)
-
-
-def token_logprobs(previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """What the untrained fake gives `targets` after `previous`: between -6 and -1, float64, broadcast together."""
-    return -(1.0 + 5.0 * _unit(previous.astype(np.uint64) * np.uint64(1_000_003) + targets.astype(np.uint64)))
-
-
-def _unit(keys: np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1) from integers (splitmix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        z = keys + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def _draw_all(operation: Sample, factor: float, vocab_size: int) -> SampleResponse:
-    prompt = operation.prompt
-    sequences = [_draw(operation, index, factor, vocab_size) for index in range(operation.num_samples)]
-    response = SampleResponse(sequences=sequences)
-    first = 1 if operation.prompt_logprobs_last_n is None else len(prompt) - operation.prompt_logprobs_last_n
-    if operation.prompt_logprobs:
-        scored = token_logprobs(prompt[first - 1 : -1], prompt[first:]) * factor
-        response.prompt_logprobs_np = np.concatenate([np.full(first, np.nan), scored]).astype(np.float32)
-    if operation.topk_prompt_logprobs:
-        topk = _topk(prompt[first - 1 : -1], operation.topk_prompt_logprobs, factor, vocab_size)
-        unused = (first, operation.topk_prompt_logprobs)
-        response.topk_prompt_logprobs_np = TopkLogprobs(
-            np.concatenate([np.zeros(unused, dtype=np.int64), topk.token_ids]),
-            np.concatenate([np.full(unused, TopkLogprobs.UNUSED_LOGPROB), topk.logprobs]).astype(np.float32),
-        )
-    if operation.target_prompt_logprobs is not None:
-        response.target_prompt_logprobs = _score_targets(prompt, operation.target_prompt_logprobs, factor)
-    if operation.prompt_alt_tokens_k:
-        keys = np.arange((len(prompt) - 1) * operation.prompt_alt_tokens_k, dtype=np.uint64) + np.uint64(operation.seed)
-        tokens = (_unit(keys) * vocab_size).astype(np.int64).reshape(len(prompt) - 1, -1)
-        scores = token_logprobs(prompt[:-1, None], tokens) * factor
-        response.prompt_alt_tokens = PromptAltTokens(TensorData.from_numpy(tokens), TensorData.from_numpy(scores))
-    return response
-
-
-def _score_targets(prompt: np.ndarray, asked: TensorData, factor: float) -> TensorData:
-    """In the layout that was asked for."""
-    indices, shape = asked.csr_indices, asked.shape
-    assert shape is not None
-    rows = np.repeat(np.arange(shape[0]), shape[1] if indices is None else np.diff(indices[0]))
-    scores = np.where(asked.flat >= 0, token_logprobs(prompt[rows], asked.flat) * factor, 0.0)
-    return TensorData(scores, "float32", shape, *(indices or (None, None)))
-
-
-def _draw(operation: Sample, index: int, factor: float, vocab_size: int) -> SampledSequence:
-    greedy = operation.temperature == 0
-    salt = 0 if greedy else (operation.seed * 1009 + index * 9176 + 1) % 2**32
-    previous, tokens, text = int(operation.prompt[-1]), [], ""
-    stop_reason = "length"
-    for position in range(operation.max_tokens):
-        key = np.asarray([previous + 7919 * position + 104_729 * salt + int(1e6 * factor)], dtype=np.uint64)
-        previous = int(_unit(key)[0] * vocab_size)
-        tokens.append(previous)
-        text += chr(97 + previous % 26)
-        if previous in operation.stop_token_ids or any(text.endswith(stop) for stop in operation.stop_strings):
-            stop_reason = "stop"
-            break
-    context = np.asarray([int(operation.prompt[-1]), *tokens[:-1]], dtype=np.int64)
-    drawn = np.asarray(tokens, dtype=np.int64)
-    sequence = SampledSequence(
-        stop_reason="stop" if stop_reason == "stop" else "length",
-        tokens_np=drawn,
-        logprobs_np=(token_logprobs(context, drawn) * factor).astype(np.float32),
-    )
-    if operation.topk_sample_logprobs:
-        sequence.topk_logprobs_np = _topk(context, operation.topk_sample_logprobs, factor, vocab_size)
-    return sequence
-
-
-def _tokens_in_turn(response: SampleResponse) -> list[DrawnToken]:
-    """As a continuous batch would draw them: all sequences advance together."""
-    drawn = []
-    for index, sequence in enumerate(response.sequences):
-        tokens, logprobs = sequence.tokens, sequence.logprobs or []
-        topk = sequence.topk_logprobs or [None] * len(tokens)
-        for at, (token, logprob, row) in enumerate(zip(tokens, logprobs, topk, strict=True)):
-            reason = sequence.stop_reason if at + 1 == len(tokens) else None
-            one = DrawnToken(index=index, token=token, logprob=logprob, topk=tuple(row or ()), stop_reason=reason)
-            drawn.append((at, one))
-    return [one for _, one in sorted(drawn, key=lambda pair: pair[0])]
-
-
-def _topk(previous: np.ndarray, k: int, factor: float, vocab_size: int) -> TopkLogprobs:
-    logprobs_NV = token_logprobs(previous[:, None], np.arange(vocab_size)[None, :]) * factor
-    ids_NK = np.argsort(-logprobs_NV, axis=1)[:, :k]
-    return TopkLogprobs(ids_NK, np.take_along_axis(logprobs_NV, ids_NK, axis=1).astype(np.float32))
-
-
-# ---- folders ----
-
-
-def _write_folder(folder: Path, weights: _Weights, *, optimizer: bool, record: Any) -> SavedCheckpoint:
-    """Raises `StorageError` if the folder exists or cannot be written."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    if folder.exists():
-        raise StorageError(f"{folder} exists already")
-    rank = weights.lora.rank
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        arrays = {"lora_A": np.full((rank, 4), weights.lora.seed % 97, dtype=np.float32)}
-        arrays["lora_B"] = np.full((4, rank), weights.num_effects, dtype=np.float32)
-        save_file(arrays, partial / "adapter_model.safetensors")
-        if optimizer:
-            save_file({"step": np.asarray([weights.step])}, partial / "optimizer.safetensors")
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": weights.lora.alpha}
-        (partial / "adapter_config.json").write_text(json.dumps(config))
-        state = {
-            **record,
-            "lora": asdict(weights.lora),
-            "step": weights.step,
-            "num_effects": weights.num_effects,
-            "digest": weights.digest,
-            "files": {path.name: _file_hash(path) for path in sorted(partial.iterdir())},
-        }
-        (partial / "checkpoint.json").write_text(json.dumps(state, indent=1, default=str))
-        size = sum(path.stat().st_size for path in partial.iterdir())
-        os.rename(partial, folder)
-    except OSError as error:
-        raise StorageError(f"cannot write checkpoint {folder}: {error}") from error
-    return SavedCheckpoint(size_bytes=size, digest=weights.digest, step=weights.step)
-
-
-def _read_folder(folder: Path) -> _Weights:
-    try:
-        state = json.loads((folder / "checkpoint.json").read_text())
-        for name, recorded in state["files"].items():
-            if _file_hash(folder / name) != recorded:
-                raise CheckpointDamaged(f"{folder / name} does not match its recorded hash")
-        load_file(folder / "adapter_model.safetensors")
-    except OSError as error:
-        raise StorageError(f"cannot read checkpoint {folder}: {error}") from error
-    except (ValueError, KeyError) as error:
-        raise CheckpointDamaged(f"{folder / 'checkpoint.json'} is not readable: {error!r}") from error
-    return _Weights(LoraSpec(**state["lora"]), state["step"], state["num_effects"])
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

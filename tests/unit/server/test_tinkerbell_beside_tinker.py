@@ -216,13 +216,13 @@ async def test_a_key_does_not_find_the_adapters_of_another(bell: Bell) -> None:
 async def test_a_loss_that_is_no_number_fails_the_request(bell: Bell, monkeypatch: pytest.MonkeyPatch) -> None:
     from tinsmith.runtime import fake
 
-    forward = fake._forward
+    forward = fake.forward
 
     def broken(item: Any, factor: float) -> Any:
         output = forward(item, factor)
         return replace(output, metrics={**output.metrics, "loss:sum": float("nan")})
 
-    monkeypatch.setattr(fake, "_forward", broken)
+    monkeypatch.setattr(fake, "forward", broken)
     answer = await bell.post("/api/v1/forward", model_id="m", data=[CHAT])
     assert answer.status_code == 500
     assert answer.json()["detail"].startswith("Job failed: loss is nan")
