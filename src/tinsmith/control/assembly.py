@@ -35,6 +35,7 @@ from tinsmith.control.result_store import ResultStore
 from tinsmith.control.retention import Budget, Retention, checkpoints_in_use
 from tinsmith.control.samplers import Sampler, SamplerBook
 from tinsmith.control.sampling import Sampling
+from tinsmith.control.session_life import SessionLife
 from tinsmith.control.sessions import SessionBook
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.snapshots import Snapshots
@@ -75,6 +76,7 @@ class Parts:
     snapshots: Snapshots
     paging: Paging
     sampling: Sampling
+    session_life: SessionLife
     jobs: Jobs
     owners: Owners
     library: Library
@@ -129,6 +131,8 @@ def assemble(ground: Ground) -> Parts:
         max_requests=settings.snapshot_requests,
         max_tokens=settings.snapshot_tokens,
     )
+    paging = _paging(ground, training, futures, samplers, snapshots, fairness)
+    sampling = _sampling(ground, futures, samplers, checkpoints, meter, fairness, quotas)
     return Parts(
         futures=futures,
         health=Health(engines=ground.engines, settings=settings.health, data_dir=settings.data_dir, clock=clock),
@@ -139,8 +143,19 @@ def assemble(ground: Ground) -> Parts:
         custom_losses=custom_losses,
         training=training,
         snapshots=snapshots,
-        paging=_paging(ground, training, futures, samplers, snapshots, fairness),
-        sampling=_sampling(ground, futures, samplers, checkpoints, meter, fairness, quotas),
+        paging=paging,
+        sampling=sampling,
+        session_life=SessionLife(
+            settings=settings,
+            sessions=ground.sessions,
+            registry=ground.registry,
+            journal=ground.journal,
+            training=training,
+            sampling=sampling,
+            samplers=samplers,
+            clock=clock,
+            ids=ground.ids,
+        ),
         jobs=Jobs(futures),
         owners=Owners(ground.sessions, futures, ground.registry),
         library=_library(ground, futures, checkpoints, training, traces, meter),

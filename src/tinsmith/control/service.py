@@ -1,5 +1,5 @@
-"""`Control`: everything the server may ask. It starts and ends the parts, keeps sessions, and hands requests on; what
-is looked up is in its `library`.
+"""`Control`: everything the server may ask. It starts and ends the parts and hands requests on; what is looked up is in
+its `library`.
 
 One event loop; plain (non-async) methods only touch memory. Errors of a queued request travel through its future.
 """
@@ -12,26 +12,24 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from tinsmith.control import audit, records
+from tinsmith.control import records
 from tinsmith.control.accounts import Accounts
 from tinsmith.control.administration import Administration, OwnKey
 from tinsmith.control.assembly import Ground, assemble
 from tinsmith.control.completions import Completion
 from tinsmith.control.data_lock import DataLock
 from tinsmith.control.engines import EngineBook, EngineSlot
-from tinsmith.control.errors import SessionEnded
 from tinsmith.control.folder_store import FolderStore
 from tinsmith.control.futures import Outcome, Pending, RequestType
 from tinsmith.control.identities import Caller
 from tinsmith.control.identity import Clock, Ids, SignedIds, SystemClock
 from tinsmith.control.inspection import Inspection, adapter_places, engine_states, model_states
 from tinsmith.control.janitor import Janitor
-from tinsmith.control.journal import Journal, SessionRecord
-from tinsmith.control.ledger import Entry, Ledger, put
+from tinsmith.control.journal import Journal
+from tinsmith.control.ledger import Ledger
 from tinsmith.control.observers import Observers, observed_draw
 from tinsmith.control.paging import PagingStats
-from tinsmith.control.records import SessionRow
-from tinsmith.control.registry import SESSIONS, Registry
+from tinsmith.control.registry import Registry
 from tinsmith.control.replay import Replay
 from tinsmith.control.requests import (
     CreateCustomLoss,
@@ -45,14 +43,14 @@ from tinsmith.control.requests import (
     Submission,
 )
 from tinsmith.control.result_store import ResultStore
-from tinsmith.control.sessions import EndReason, FinishReason, Session, SessionBook
+from tinsmith.control.sessions import FinishReason, SessionBook
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.signing import Signer
 from tinsmith.control.stores import folder_store, registry_location
 from tinsmith.control.strikes import Strikes
 from tinsmith.control.supervisor import Supervisor
 from tinsmith.runtime.handle import EngineHandle
-from tinsmith.types.errors import EngineDied, NotFound, Overloaded, ServerError, TinsmithError, Unsupported
+from tinsmith.types.errors import EngineDied, ServerError, TinsmithError, Unsupported
 from tinsmith.types.operations import BaseModelCard
 from tinsmith.types.rest import (
     GetInfoResponse,
@@ -190,7 +188,6 @@ class Control:
         await self._snapshots.sweep()
 
     def _assemble(self, ids: Ids) -> None:
-        self._ids = ids
         parts = assemble(
             Ground(
                 settings=self._settings,
@@ -212,6 +209,7 @@ class Control:
         self._samplers, self._sampling = parts.samplers, parts.sampling
         self._training, self._custom_losses = parts.training, parts.custom_losses
         self._snapshots, self._paging = parts.snapshots, parts.paging
+        self._session_life = parts.session_life
         self.owners, self.library = parts.owners, parts.library
         self._janitor = self._make_janitor()
         for slot in self._engines:
@@ -222,7 +220,7 @@ class Control:
             quick=(
                 self._check_engines,
                 self._training.give_up_gaps,
-                self._end_silent_sessions,
+                self._session_life.end_silent,
                 self._training.end_drained,
                 lambda: self._sampling.cancel_abandoned(self._settings.abandoned_sample_s),
                 self._futures.expire,
@@ -265,8 +263,7 @@ class Control:
         await self._health.close()
         await self._janitor.close()
         if self._ledger is None:
-            for session in self._sessions.live:
-                self._end(session, "lost", "the server was stopped", drop=True)
+            self._session_life.end_all("the server was stopped")
         else:
             await self._pause()
         with contextlib.suppress(TimeoutError):  # the engines' close fails what is left
@@ -395,82 +392,15 @@ class Control:
 
     async def create_session(self, request: NewSession) -> str:
         """Durable when it returns. Raises `Overloaded` if too many are live."""
-        if (count := len(self._sessions.live)) >= self._settings.max_live_sessions:
-            raise Overloaded(
-                f"{count:,} sessions are live, the most this server keeps; finish some, or try again later"
-            )
-        row = SessionRow(
-            session_id=self._ids.session_id(),
-            owner=request.owner,
-            created_at=self._clock.time(),
-            tags=list(request.tags),
-            user_metadata=dict(request.user_metadata),
-            sdk_version=request.sdk_version,
-            project_id=request.project_id,
-            display_name=request.display_name,
-        )
-        await self._registry.write(lambda c: records.insert(c, SESSIONS, row))
-        entry = Entry(
-            kind="session", name=row.session_id, session_id=row.session_id, value=SessionRecord(request=request)
-        )
-        await self._journal.write([put(entry)])
-        self._sessions.add(
-            row.session_id,
-            self._clock.monotonic(),
-            owner=request.owner,
-            project_id=request.project_id,
-            timeout_s=request.timeout_s,
-            orders_by_arrival=request.orders_by_arrival,
-        )
-        return row.session_id
+        return await self._session_life.create(request)
 
     def heartbeat(self, session_id: str) -> None:
         """Raises `SessionEnded` with the reason, `NotFound` if there never was such a session."""
-        if self._find_session(session_id) is None:
-            raise SessionEnded(f"session {session_id!r} ended when the server was restarted")
-        self._sessions.get_live(session_id)
-        self._sessions.touch(session_id, self._clock.monotonic(), asks=False)
+        self._session_life.heartbeat(session_id)
 
     async def finish_session(self, session_id: str, reason: FinishReason, detail: str | None) -> None:
         """Take no more requests; what waits is still done. The first reason stays. Raises `NotFound`."""
-        session = self._find_session(session_id)
-        if session is None or session.ended is not None:
-            return
-        self._end(session, reason, detail, drop=False)
-        await self._registry.flush()
-
-    def _find_session(self, session_id: str) -> Session | None:
-        """`None` for one that ended with an earlier server process. Raises `NotFound`."""
-        session = self._sessions.find(session_id)
-        if session is None and self._registry.read_now(lambda c: records.session(c, session_id)) is None:
-            raise NotFound(f"no session {session_id!r}")
-        return session
-
-    def _end_silent_sessions(self) -> None:
-        for session, timeout_s in self._sessions.silent(self._clock.monotonic(), self._settings.session_timeout_s):
-            self._end(session, "lost", f"no heartbeat for {timeout_s:g} s", drop=True)
-
-    def _end(self, session: Session, reason: EndReason, detail: str | None, *, drop: bool) -> None:
-        """`drop`: fail what waits instead of doing it."""
-        because = reason if detail is None else f"{reason}: {detail}"
-        ended = SessionEnded(f"session {session.session_id!r} has ended ({because}); create a new one")
-        forgotten = self._sessions.end(session, ended)
-        if drop:
-            self._training.drop_models(session, ended)
-            self._sampling.cancel_all_of(session.session_id)
-        else:
-            self._training.close_models(session)
-        self._samplers.release(session.sampler_ids)
-        self._training.forget(forgotten)
-        for old in forgotten:
-            self._sampling.forget(old.sampler_ids)
-        at = self._clock.time()
-        self._journal.end_session(session.session_id, drop=drop)
-        self._registry.post(lambda c: records.end_session(c, session.session_id, at, reason, detail))
-        if reason == records.LOST:
-            logger.info("session %s was ended: %s", session.session_id, detail)
-            details = {"session_id": session.session_id, "reason": detail}
-            self._registry.post(lambda c: audit.note(c, "session_expire", at, session.owner, **details))
+        await self._session_life.finish(session_id, reason, detail)
 
     # ---- models and training ----
 
