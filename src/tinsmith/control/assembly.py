@@ -35,6 +35,7 @@ from tinsmith.control.result_store import ResultStore
 from tinsmith.control.retention import Budget, Retention, checkpoints_in_use
 from tinsmith.control.samplers import Sampler, SamplerBook
 from tinsmith.control.sampling import Sampling
+from tinsmith.control.sampling_sessions import SamplingSessions
 from tinsmith.control.session_life import SessionLife
 from tinsmith.control.sessions import SessionBook
 from tinsmith.control.settings import ControlSettings
@@ -75,6 +76,7 @@ class Parts:
     training: Training
     snapshots: Snapshots
     paging: Paging
+    sampling_sessions: SamplingSessions
     sampling: Sampling
     session_life: SessionLife
     jobs: Jobs
@@ -132,7 +134,16 @@ def assemble(ground: Ground) -> Parts:
         max_tokens=settings.snapshot_tokens,
     )
     paging = _paging(ground, training, futures, samplers, snapshots, fairness)
-    sampling = _sampling(ground, futures, samplers, checkpoints, meter, fairness, quotas)
+    sampling_sessions = SamplingSessions(
+        engines=ground.engines,
+        sessions=ground.sessions,
+        samplers=samplers,
+        registry=ground.registry,
+        checkpoints=checkpoints,
+        journal=ground.journal,
+        clock=clock,
+    )
+    sampling = _sampling(ground, sampling_sessions, futures, samplers, checkpoints, meter, fairness, quotas)
     return Parts(
         futures=futures,
         health=Health(engines=ground.engines, settings=settings.health, data_dir=settings.data_dir, clock=clock),
@@ -144,6 +155,7 @@ def assemble(ground: Ground) -> Parts:
         training=training,
         snapshots=snapshots,
         paging=paging,
+        sampling_sessions=sampling_sessions,
         sampling=sampling,
         session_life=SessionLife(
             settings=settings,
@@ -256,6 +268,7 @@ def _paging(
 
 def _sampling(
     ground: Ground,
+    sampling_sessions: SamplingSessions,
     futures: FutureStore,
     samplers: SamplerBook,
     checkpoints: CheckpointStore,
@@ -264,11 +277,10 @@ def _sampling(
     quotas: Quotas,
 ) -> Sampling:
     return Sampling(
-        engines=ground.engines,
+        sampling_sessions=sampling_sessions,
         sessions=ground.sessions,
         samplers=samplers,
         futures=futures,
-        registry=ground.registry,
         checkpoints=checkpoints,
         clock=ground.clock,
         ids=ground.ids,

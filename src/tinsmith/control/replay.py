@@ -41,6 +41,7 @@ from tinsmith.control.registry import Registry
 from tinsmith.control.requests import Rejected, SaveForSampler
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
 from tinsmith.control.sampling import Sampling
+from tinsmith.control.sampling_sessions import SamplingSessions
 from tinsmith.control.sessions import Session, SessionBook
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.strikes import Strikes
@@ -116,6 +117,7 @@ class Replay:
         samplers: SamplerBook,
         custom_losses: CustomLosses,
         training: Training,
+        sampling_sessions: SamplingSessions,
         sampling: Sampling,
         futures: FutureStore,
         registry: Registry,
@@ -132,6 +134,7 @@ class Replay:
         self._samplers = samplers
         self._custom_losses = custom_losses
         self._training = training
+        self._sampling_sessions = sampling_sessions
         self._sampling = sampling
         self._futures = futures
         self._registry = registry
@@ -258,7 +261,7 @@ class Replay:
             model_path=record.bound_to[1],
             digest=record.digest,
         )
-        self._sampling.restore_sampler(session, sampler, record)
+        self._sampling_sessions.restore(session, sampler, record)
 
     def _restore_model(self, entry: Entry, recalled: _Recalled, rows: Mapping[str, CheckpointRow]) -> None:
         record: ModelRecord = entry.value

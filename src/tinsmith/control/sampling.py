@@ -1,4 +1,4 @@
-"""Sampling sessions and samples: they go straight to the engine, in no order."""
+"""Samples: they go straight to the engine, in no order."""
 
 from __future__ import annotations
 
@@ -11,29 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinsmith.control import records
 from tinsmith.control.attending import attend
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.completions import Completion, Group
-from tinsmith.control.engines import EngineBook, EngineSlot
+from tinsmith.control.engines import EngineSlot
 from tinsmith.control.errors import SamplerGone, SessionEnded
-from tinsmith.control.execution import sampler_name
 from tinsmith.control.fairness import Fairness
 from tinsmith.control.futures import FutureStore, Pending
 from tinsmith.control.identity import Clock, Ids
-from tinsmith.control.journal import Journal, SampleRecord, SamplerRecord
+from tinsmith.control.journal import Journal, SampleRecord
 from tinsmith.control.ledger import Entry, put
 from tinsmith.control.quotas import Quotas
-from tinsmith.control.registry import SAMPLERS, Registry
 from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
-from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
-from tinsmith.control.sessions import Session, SessionBook
+from tinsmith.control.samplers import Sampler, SamplerBook
+from tinsmith.control.sampling_sessions import SamplingSessions
+from tinsmith.control.sessions import SessionBook
 from tinsmith.control.usage import Meter
 from tinsmith.control.validation import MAX_SAMPLES, sampling_operation
 from tinsmith.types.errors import (
     CheckpointDamaged,
     EngineDied,
-    InvalidInput,
     NotFound,
     Overloaded,
     PayloadConflict,
@@ -42,8 +39,7 @@ from tinsmith.types.errors import (
     TinsmithError,
     UserError,
 )
-from tinsmith.types.operations import CancelSample, LoraSpec, Sample
-from tinsmith.types.rest import GetSamplerResponse
+from tinsmith.types.operations import CancelSample, Sample
 from tinsmith.types.results import DrawnToken, SampleResponse
 
 logger = logging.getLogger(__name__)
@@ -69,11 +65,10 @@ class Sampling:
     def __init__(
         self,
         *,
-        engines: EngineBook,
+        sampling_sessions: SamplingSessions,
         sessions: SessionBook,
         samplers: SamplerBook,
         futures: FutureStore,
-        registry: Registry,
         checkpoints: CheckpointStore,
         clock: Clock,
         ids: Ids,
@@ -89,11 +84,10 @@ class Sampling:
         self._fairness = fairness
         self._meter = meter
         self._journal = journal
-        self._engines = engines
+        self._sampling_sessions = sampling_sessions
         self._sessions = sessions
         self._samplers = samplers
         self._futures = futures
-        self._registry = registry
         self._checkpoints = checkpoints
         self._clock = clock
         self._ids = ids
@@ -104,120 +98,11 @@ class Sampling:
         self._num_attended = 0
         """Samples that a caller waits for in place."""
         self._loads: set[asyncio.Task[None]] = set()
-        self._bindings: dict[str, tuple[str | None, str | None]] = {}
         self._held: dict[str, list[str]] = {}
         """Samples of samplers that are expected, by sampler."""
         self._requests_held: dict[str, SampleRequest] = {}
         self._numbers = itertools.count()
         samplers.on_settled = self._release_held
-
-    # ---- sampling sessions ----
-
-    async def create_session(self, session_id: str, seq_id: int, base_model: str | None, model_path: str | None) -> str:
-        """Idempotent on `(session_id, seq_id)`. A `model_path` wins over `base_model`.
-
-        Raises `NotFound`, `SessionEnded`, `InvalidInput`, `PayloadConflict` (the number names another sampler), or what
-        the engine met when it loaded the checkpoint.
-        """
-        owner = self._sessions.get_live(session_id).owner
-        if seq_id < 0:
-            raise InvalidInput(f"sampling_session_seq_id must be at least 0, not {seq_id!r}")
-        sampler_id = sampler_name(session_id, seq_id)
-        if self._is_known(sampler_id, base_model, model_path):
-            return sampler_id
-        if model_path is not None:
-            sampler = await self._checkpoint_sampler(session_id, owner, sampler_id, model_path)
-        elif base_model is not None:
-            slot = self._engines.resolve(base_model)
-            sampler = Sampler(sampler_id=sampler_id, session_id=session_id, owner=owner, slot=slot, snapshot_id=None)
-        else:
-            raise InvalidInput("create_sampling_session needs a base_model or a model_path")
-        await self._record(sampler, (base_model, model_path))
-        session = self._sessions.get_live(session_id)
-        if self._is_known(sampler_id, base_model, model_path):  # a retry overtook this call while it loaded
-            return sampler_id
-        self._adopt(session, sampler, (base_model, model_path))
-        session.last_seen = self._clock.monotonic()
-        return sampler_id
-
-    def _adopt(self, session: Session, sampler: Sampler, bound_to: tuple[str | None, str | None]) -> None:
-        self._bindings[sampler.sampler_id] = bound_to
-        self._samplers.add(sampler)
-        session.sampler_ids.append(sampler.sampler_id)
-
-    def _is_known(self, sampler_id: str, base_model: str | None, model_path: str | None) -> bool:
-        if self._samplers.get(sampler_id) is None:
-            return False
-        if self._bindings.get(sampler_id) != (base_model, model_path):
-            raise PayloadConflict(
-                f"sampling session {sampler_id!r} exists and samples something else; take the next number"
-            )
-        return True
-
-    async def _checkpoint_sampler(self, session_id: str, owner: str, sampler_id: str, model_path: str) -> Sampler:
-        row = await self._checkpoints.find(model_path, reader=owner)
-        slot = self._engines.resolve(row.base_model)
-        async with self._checkpoints.local(row) as folder:
-            num_bytes = slot.card.snapshot_bytes(LoraSpec(**row.lora))
-            load = self._samplers.pool(slot).load(
-                checkpoint_snapshot_id(row), str(folder), num_bytes, is_checkpoint=True
-            )
-            digest = await load
-        self._checkpoints.note_read(row.path, "sampling", owner)
-        return Sampler(
-            sampler_id=sampler_id,
-            session_id=session_id,
-            owner=owner,
-            slot=slot,
-            snapshot_id=checkpoint_snapshot_id(row),
-            checkpoint=row,
-            model_path=row.present_path,
-            digest=digest,
-        )
-
-    async def _record(self, sampler: Sampler, bound_to: tuple[str | None, str | None]) -> None:
-        """A sampler that cannot be written is not there: whoever asks again has it written again."""
-        row = sampler.row(self._clock.time())
-        await self._registry.write(lambda c: records.insert_if_new(c, SAMPLERS, row))
-        record = SamplerRecord(
-            base_model=sampler.slot.card.name,
-            bound_to=bound_to,
-            checkpoint_id=None if sampler.checkpoint is None else sampler.checkpoint.checkpoint_id,
-            digest=sampler.digest,
-        )
-        entry = Entry(kind="sampler", name=sampler.sampler_id, session_id=sampler.session_id, value=record)
-        await self._journal.write([put(entry)])
-
-    def restore_sampler(self, session: Session, sampler: Sampler, record: SamplerRecord) -> None:
-        """One that an earlier process had."""
-        self._adopt(session, sampler, record.bound_to)
-
-    def describe(self, sampler_id: str) -> GetSamplerResponse:
-        """Raises `NotFound`. Knows the samplers of ended sessions too."""
-        sampler = self._samplers.get(sampler_id)
-        if sampler is not None:
-            card = sampler.slot.card
-            return GetSamplerResponse(
-                sampler_id=sampler_id,
-                base_model=card.name,
-                model_path=sampler.model_path,
-                tokenizer_id=card.tokenizer_id,
-            )
-        row = self._registry.read_now(lambda c: records.sampler(c, sampler_id))
-        if row is None:
-            raise NotFound(f"no sampling session {sampler_id!r}")
-        return GetSamplerResponse(sampler_id=sampler_id, base_model=row.base_model, model_path=row.model_path)
-
-    def digest(self, sampler_id: str) -> str | None:
-        """Of the adapter it samples. Raises `NotFound`."""
-        if (sampler := self._samplers.get(sampler_id)) is not None:
-            return sampler.digest
-        row = self._registry.read_now(lambda c: records.sampler(c, sampler_id))
-        if row is None:
-            raise NotFound(f"no sampling session {sampler_id!r}")
-        return row.digest
-
-    # ---- samples ----
 
     def submit(self, request: SampleRequest, fingerprint: bytes) -> Submission:
         """Idempotent on `(sampling_session_id, seq_id)`. Raises `Overloaded` if too many samples wait."""
@@ -378,7 +263,7 @@ class Sampling:
     def _live_sampler(self, sampler_id: str) -> Sampler:
         sampler = self._samplers.get(sampler_id)
         if sampler is None:
-            self.describe(sampler_id)
+            self._sampling_sessions.describe(sampler_id)
             raise SamplerGone(f"sampling session {sampler_id!r} ended with its session; create a new one")
         session = self._sessions.get_live(sampler.session_id)
         if sampler.gone is not None:
@@ -512,7 +397,7 @@ class Sampling:
         """
         sampler = self._samplers.get(sampler_id)
         if sampler is None and sampler_id not in self._samplers.expected:
-            self.describe(sampler_id)
+            self._sampling_sessions.describe(sampler_id)
             raise SessionEnded(f"sampling session {sampler_id!r} ended with its session; create a new one")
         if sampler is not None:
             self._sessions.touch(sampler.session_id, self._clock.monotonic())
@@ -554,8 +439,7 @@ class Sampling:
     def forget(self, sampler_ids: list[str]) -> None:
         self._samplers.forget(sampler_ids)
         self._futures.completions.forget(sampler_ids)
-        for sampler_id in sampler_ids:
-            self._bindings.pop(sampler_id, None)
+        self._sampling_sessions.forget(sampler_ids)
 
     async def close(self) -> None:
         for task in tuple(self._loads):

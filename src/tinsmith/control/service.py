@@ -162,6 +162,7 @@ class Control:
             samplers=self._samplers,
             custom_losses=self._custom_losses,
             training=self._training,
+            sampling_sessions=self._sampling_sessions,
             sampling=self._sampling,
             futures=self._futures,
             registry=self._registry,
@@ -209,7 +210,7 @@ class Control:
         self._samplers, self._sampling = parts.samplers, parts.sampling
         self._training, self._custom_losses = parts.training, parts.custom_losses
         self._snapshots, self._paging = parts.snapshots, parts.paging
-        self._session_life = parts.session_life
+        self._session_life, self._sampling_sessions = parts.session_life, parts.sampling_sessions
         self.owners, self.library = parts.owners, parts.library
         self._janitor = self._make_janitor()
         for slot in self._engines:
@@ -452,14 +453,14 @@ class Control:
     async def create_sampling_session(
         self, session_id: str, seq_id: int, base_model: str | None, model_path: str | None
     ) -> str:
-        return await self._sampling.create_session(session_id, seq_id, base_model, model_path)
+        return await self._sampling_sessions.create(session_id, seq_id, base_model, model_path)
 
     def get_sampler(self, sampler_id: str) -> GetSamplerResponse:
-        return self._sampling.describe(sampler_id)
+        return self._sampling_sessions.describe(sampler_id)
 
     def sampler_digest(self, sampler_id: str) -> str | None:
         """Of the adapter that every sample of this sampler comes from; `None` for a base model. Raises `NotFound`."""
-        return self._sampling.digest(sampler_id)
+        return self._sampling_sessions.digest(sampler_id)
 
     def submit_sample(self, request: SampleRequest, fingerprint: bytes) -> Submission:
         """Raises `Overloaded` if too many samples wait; every other error travels through the future."""
