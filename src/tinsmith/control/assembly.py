@@ -29,6 +29,7 @@ from tinsmith.control.observers import Observers, both
 from tinsmith.control.owners import Owners
 from tinsmith.control.paging import Paging
 from tinsmith.control.quotas import Quotas
+from tinsmith.control.recipes import Recipes
 from tinsmith.control.refusals import Refusals
 from tinsmith.control.registry import Registry
 from tinsmith.control.result_store import ResultStore
@@ -62,6 +63,7 @@ class Ground:
     sessions: SessionBook
     accounts: Accounts
     observers: Observers
+    recipes: Recipes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,7 @@ def assemble(ground: Ground) -> Parts:
         journal=ground.journal,
         fairness=fairness,
         quotas=quotas,
+        recipes=ground.recipes,
     )
     snapshots = Snapshots(
         data_dir=settings.data_dir,
@@ -168,7 +171,7 @@ def assemble(ground: Ground) -> Parts:
             clock=clock,
             ids=ground.ids,
         ),
-        jobs=Jobs(futures),
+        jobs=Jobs(futures, ground.journal, ground.recipes),
         owners=Owners(ground.sessions, futures, ground.registry),
         library=_library(ground, futures, checkpoints, training, traces, meter),
     )

@@ -350,6 +350,10 @@ class FutureStore:
     def knows(self, request_id: str) -> bool:
         return request_id in self._promises
 
+    def context_of(self, request_id: str) -> Any:
+        promise = self._promises.get(request_id)
+        return None if promise is None else promise.context
+
     def session_of(self, request_id: str) -> str | None:
         """The session whose client asks for this result, if that is known."""
         promise = self._promises.get(request_id)

@@ -7,7 +7,8 @@ on as it is. Background work (janitor, replay, supervisor) uses `Control` itself
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +18,16 @@ from tinsmith.control.errors import Forbidden
 from tinsmith.control.futures import Outcome, Pending, RequestType
 from tinsmith.control.guarded_library import GuardedLibrary, check_project
 from tinsmith.control.identities import Caller, Scope
+from tinsmith.control.memos import Memo
 from tinsmith.control.models import REQUEST_TYPES
 from tinsmith.control.requests import (
     CreateCustomLoss,
     CreateModel,
     CreateModelFromCheckpoint,
     DrawSamples,
-    ForwardBackward,
     ModelRequest,
     NewSession,
+    Recipe,
     SampleRequest,
     Submission,
 )
@@ -158,12 +160,10 @@ class GuardedControl:
             return self._control.submit(request, fingerprint, context=context)
         return self._no_model(caller, REQUEST_TYPES[type(request)], request.model_id, context)
 
-    def submit_deferred(
-        self, model_id: str, prepare: Callable[[], Awaitable[ForwardBackward]], *, context: Any = None
-    ) -> Submission:
+    def submit_deferred(self, model_id: str, recipe: Recipe, *, context: Any = None) -> Submission:
         caller = self.permit("train")
         if self._owns(caller, model_id):
-            return self._control.submit_deferred(model_id, prepare, context=context)
+            return self._control.submit_deferred(model_id, recipe, context=context)
         return self._no_model(caller, "ForwardBackward", model_id, context)
 
     def _no_model(self, caller: Caller, request_type: RequestType, model_id: str, context: Any) -> Submission:
@@ -174,21 +174,28 @@ class GuardedControl:
     def start_job(
         self,
         request_type: RequestType,
-        work: Coroutine[Any, Any, Any],
+        recipe: Recipe,
         *,
         session_id: str,
         subject: str | None = None,
         context: Any = None,
     ) -> str:
         """In a session of the caller's."""
-        try:
-            caller = self.permit("train", "sample")
-            if not self._owns(caller, session_id):
-                raise no_session(session_id)
-        except BaseException:
-            work.close()
-            raise
-        return self._control.start_job(request_type, work, session_id=session_id, subject=subject, context=context)
+        caller = self.permit("train", "sample")
+        if not self._owns(caller, session_id):
+            raise no_session(session_id)
+        return self._control.start_job(request_type, recipe, session_id=session_id, subject=subject, context=context)
+
+    def remember(self, memo: Memo) -> asyncio.Future[None]:
+        """In a session of the caller's; see `Memos.keep`."""
+        if not self._owns(self.caller, memo.session_id):
+            raise no_session(memo.session_id)
+        return self._control.memos.keep(memo)
+
+    def forget(self, memo: Memo) -> asyncio.Future[None]:
+        if not self._owns(self.caller, memo.session_id):
+            raise no_session(memo.session_id)
+        return self._control.memos.drop(memo.name)
 
     def model_info(self, model_id: str) -> GetInfoResponse:
         if not self._sees(self.caller, model_id):

@@ -6,6 +6,8 @@
     binding   which version a path stood for           loss      that a user uploaded
     snapshot  where a live model can go on from        result    of a request that is in no model's order any more
     strike    a request that was there when an engine died, and how often
+    job       of which a dialect puts the answer together
+    memo      what else a dialect remembers of a session (memos.py)
 
 A request is done only once its entry is on disk. With the ledger off, everything is "on disk" at once.
 """
@@ -21,7 +23,7 @@ from tinsmith.control.completions import Group
 from tinsmith.control.futures import Ended, FutureStore, RequestType
 from tinsmith.control.ledger import Change, Entry, Ledger, OnWritten, put, remove
 from tinsmith.control.ledger_codec import recorded
-from tinsmith.control.requests import ModelRequest, NewSession, SampleRequest
+from tinsmith.control.requests import Deferred, ModelRequest, NewSession, Recipe, SampleRequest
 from tinsmith.types.custom_loss import CustomLoss
 from tinsmith.types.errors import StorageError
 from tinsmith.types.operations import LoraSpec
@@ -54,6 +56,8 @@ class ModelRecord:
     checkpoint_id: str | None = None
     optimizer: bool = False
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    context: Any = None
+    """Of its future, here and below."""
 
 
 @recorded
@@ -63,10 +67,11 @@ class RequestRecord:
 
     request_type: RequestType
     fingerprint: bytes
-    request: ModelRequest | None
+    request: ModelRequest | Deferred | None
     """`None` for numbers that never came and were given up."""
     last_seq: int | None = None
     """The last of the numbers that were given up."""
+    context: Any = None
 
 
 @recorded
@@ -148,6 +153,18 @@ class ResultRecord:
     group: Group | None = None
     owner: str | None = None
     result: Any = None
+    context: Any = None
+
+
+@recorded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """Its name is the request's id."""
+
+    request_type: RequestType
+    recipe: Recipe
+    subject: str | None
+    context: Any = None
 
 
 class Journal:
@@ -156,7 +173,7 @@ class Journal:
     def __init__(self, ledger: Ledger | None) -> None:
         self.ledger = ledger
         self.lone: set[str] = set()
-        """Request ids of samples and results: entries that go once they were fetched, or have expired."""
+        """Request ids of samples, jobs and results: entries that go once they were fetched, or have expired."""
 
     @property
     def is_on(self) -> bool:
@@ -200,11 +217,11 @@ class Journal:
         self.note([*map(put, results), remove(f"model_id = ? AND kind IN {kinds}", model_id)])
 
     def trim(self, futures: FutureStore) -> None:
-        """Do away with samples and results that were fetched, or have expired."""
+        """Do away with samples, jobs and results that were fetched, or have expired."""
         spent = [request_id for request_id in self.lone if futures.is_spent(request_id, FETCHED_GRACE_S)]
         self.lone.difference_update(spent)
         if spent:
-            lone = "kind IN ('sample', 'result', 'strike') AND name = ?"
+            lone = "kind IN ('sample', 'job', 'result', 'strike') AND name = ?"
             self.note([remove(lone, request_id) for request_id in spent])
 
 
@@ -219,6 +236,7 @@ def result_entry(request_id: str, ended: Ended, at: float) -> Entry:
         group=ended.group,
         owner=ended.owner,
         result=outcome.result,
+        context=outcome.context,
     )
     return Entry(kind="result", name=request_id, value=record, failure=outcome.error)
 

@@ -55,6 +55,8 @@ _records: dict[str, type[Any]] = {
         ask.LoadState,
         ask.UnloadModel,
         ask.Rejected,
+        ask.Recipe,
+        ask.Deferred,
         ask.DrawSamples,
         ask.RejectedSample,
         datum.Datum,

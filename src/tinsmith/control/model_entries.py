@@ -9,10 +9,10 @@ from functools import partial
 from tinsmith.control.futures import FutureStore, RequestType
 from tinsmith.control.identity import Clock
 from tinsmith.control.journal import FETCHED_GRACE_S, Journal, ModelRecord, RequestRecord, result_entry
-from tinsmith.control.ledger import Entry, mark_failed, put
+from tinsmith.control.ledger import Change, Entry, mark_failed, put
 from tinsmith.control.models import REQUEST_TYPES, Model, Work
 from tinsmith.control.queues import Gap
-from tinsmith.control.requests import ModelRequest
+from tinsmith.control.requests import Deferred, ModelRequest
 from tinsmith.types.errors import StorageError, TinsmithError
 
 
@@ -42,6 +42,7 @@ class ModelEntries:
             checkpoint_id=None if creation.checkpoint is None else creation.checkpoint.checkpoint_id,
             optimizer=creation.optimizer,
             user_metadata=dict(model.user_metadata),
+            context=self._futures.context_of(work.request_id),
         )
 
         def written(error: StorageError | None) -> None:
@@ -70,10 +71,20 @@ class ModelEntries:
             self._journal.keep_result(request_id, ended, written, self._clock.time())
 
     def put_request(
-        self, model: Model, seq: int, work: Work, asked: ModelRequest, fingerprint: bytes, *, undo: Callable[[], None]
+        self,
+        model: Model,
+        seq: int,
+        work: Work,
+        asked: ModelRequest | Deferred,
+        fingerprint: bytes,
+        *,
+        undo: Callable[[], None],
+        taken: Callable[[], None] = lambda: None,
     ) -> None:
-        """Its turn does not come before it is on disk. One that cannot be written was never taken: `undo` is called."""
+        """Its turn does not come before it is on disk, and `taken` is called. One that cannot be written was never
+        taken: `undo` is called."""
         if not self._journal.is_on:
+            taken()
             return
 
         def written(error: StorageError | None) -> None:
@@ -82,12 +93,27 @@ class ModelEntries:
                 undo()
             elif not model.has_ended:
                 work.is_durable = True
+                taken()
                 self._wake(model)
 
         work.is_durable = False
-        model.replayed_tokens += work.num_tokens
         model.journaled[seq] = work.request_id
-        record = RequestRecord(request_type=REQUEST_TYPES[type(asked)], fingerprint=fingerprint, request=asked)
+        self._journal.post([self._request(model, seq, work, asked, fingerprint)], written)
+
+    def note_completed(self, model: Model, seq: int, work: Work, request: ModelRequest) -> None:
+        """What came of a recipe takes its place, so that it need not be done again."""
+        self._journal.note([self._request(model, seq, work, request, b"")])
+
+    def _request(
+        self, model: Model, seq: int, work: Work, asked: ModelRequest | Deferred, fingerprint: bytes
+    ) -> Change:
+        model.replayed_tokens += work.num_tokens
+        record = RequestRecord(
+            request_type=REQUEST_TYPES[type(asked)],
+            fingerprint=fingerprint,
+            request=asked,
+            context=self._futures.context_of(work.request_id),
+        )
         entry = Entry(
             kind="request",
             name=work.request_id,
@@ -96,7 +122,7 @@ class ModelEntries:
             seq=seq,
             value=record,
         )
-        self._journal.post([put(entry)], written)
+        return put(entry)
 
     def note_gap(self, model: Model, gap: Gap[Work], error: TinsmithError) -> None:
         """A replay gives the same numbers up."""

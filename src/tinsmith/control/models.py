@@ -76,6 +76,7 @@ REQUEST_TYPES: dict[type, RequestType] = {
     LoadState: "LoadWeights",
     UnloadModel: "UnloadModel",
     Rejected: "ForwardBackward",
+    Deferred: "ForwardBackward",
 }
 
 

@@ -23,6 +23,7 @@ from tinsmith.control.errors import ModelEnded, creation_failed
 from tinsmith.control.execution import sampler_name
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
+from tinsmith.control.jobs import Jobs
 from tinsmith.control.journal import (
     Journal,
     ModelRecord,
@@ -33,12 +34,13 @@ from tinsmith.control.journal import (
     WeightsRecord,
 )
 from tinsmith.control.ledger import Entry, Ledger, remove
+from tinsmith.control.memos import KIND, Memos
 from tinsmith.control.models import Creation, Model, ModelStatus, Residence, Work
 from tinsmith.control.paging import Paging
 from tinsmith.control.queues import ModelQueue
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
-from tinsmith.control.requests import Rejected, SaveForSampler
+from tinsmith.control.requests import Deferred, Rejected, SaveForSampler
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.sampling_sessions import SamplingSessions
@@ -68,6 +70,8 @@ class _Recalled:
     models: list[Entry] = field(default_factory=list)
     samples: list[Entry] = field(default_factory=list)
     results: list[Entry] = field(default_factory=list)
+    jobs: list[Entry] = field(default_factory=list)
+    memos: list[Entry] = field(default_factory=list)
     snapshots: dict[str, SnapshotRecord] = field(default_factory=dict)
     requests: dict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     bindings: dict[str, str] = field(default_factory=dict)
@@ -92,6 +96,8 @@ class _Recalled:
             "model": recalled.models,
             "sample": recalled.samples,
             "result": recalled.results,
+            "job": recalled.jobs,
+            KIND: recalled.memos,
         }
         for entry in entries:
             if entry.kind == "request" and entry.model_id is not None:
@@ -124,8 +130,12 @@ class Replay:
         checkpoints: CheckpointStore,
         strikes: Strikes,
         paging: Paging,
+        jobs: Jobs,
+        memos: Memos,
         clock: Clock,
     ) -> None:
+        self._jobs = jobs
+        self._memos = memos
         self._ledger = ledger
         self._journal = journal
         self._settings = settings
@@ -149,9 +159,14 @@ class Replay:
         """Bring back the sessions that were live, with all they had. Raises `StorageError`."""
         entries = await asyncio.to_thread(self._ledger.read)
         live = await self._registry.read(records.live_session_ids)
-        # requests of these sessions come from what a dialect remembers, and that is gone
+        # in these sessions requests come from what a dialect remembers: one without a memo has nobody
+        remembered = {entry.session_id for entry in entries if entry.kind == KIND}
         kept = {
-            e.name for e in entries if e.kind == "session" and e.name in live and not e.value.request.orders_by_arrival
+            e.name
+            for e in entries
+            if e.kind == "session"
+            and e.name in live
+            and (e.name in remembered or not e.value.request.orders_by_arrival)
         }
         at = self._clock.time()
         await self._registry.write(lambda c: records.end_everything(c, at, "the server was restarted", but=kept))
@@ -173,6 +188,10 @@ class Replay:
             self._restore_model(entry, recalled, rows)
         for entry in recalled.samples:
             self._sampling.restore(entry.name, entry.value, entry.failure, is_suspect=entry.name in self._strikes)
+        for entry in recalled.memos:
+            self._memos.restore(entry)
+        for entry in recalled.jobs:
+            self._jobs.restore(entry)
         ended = {e.session_id for e in entries if e.session_id is not None} - kept
         self._journal.note([remove("session_id = ?", session_id) for session_id in ended])
 
@@ -212,6 +231,7 @@ class Replay:
             request_id=entry.name,
             group=None if record.group is None else (record.group[0], record.group[1]),
             owner=record.owner,
+            context=record.context,
         )
         self._journal.lone.add(entry.name)
         failure = record.result if isinstance(record.result, TinsmithError) else entry.failure
@@ -310,6 +330,7 @@ class Replay:
             subject=model.model_id,
             on_poll=model.pending,
             request_id=record.request_id,
+            context=record.context,
         )
         if model.snapshot is None:
             model.journaled[0] = record.request_id
@@ -326,6 +347,7 @@ class Replay:
             subject=model.model_id,
             on_poll=model.pending,
             request_id=entry.name,
+            context=record.context,
         )
         model.journaled[entry.seq] = entry.name
         error = entry.failure or model.end
@@ -382,6 +404,9 @@ class Replay:
         for entry in requests:
             record: RequestRecord = entry.value
             if entry.seq is None or entry.seq < model.first_seq or record.request is None:
+                continue
+            if isinstance(record.request, Deferred):
+                works[entry.seq] = Work(entry.name, record.request, is_void=entry.failure is not None)
                 continue
             request = self._custom_losses.attach(record.request, model.session_id)
             works[entry.seq] = Work(

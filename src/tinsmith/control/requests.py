@@ -134,10 +134,20 @@ class UnloadModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Work that a dialect does, as the ledger can hold it: after a crash it is done again from here (`Recipes`)."""
+
+    kind: str
+    details: Mapping[str, Any]
+    """JSON."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deferred:
-    """A training request that has its turn already and gets its data later."""
+    """A training request that has its turn already; its data come of the recipe."""
 
     model_id: str
+    recipe: Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

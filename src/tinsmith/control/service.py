@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinsmith.control import records
@@ -27,8 +27,10 @@ from tinsmith.control.inspection import Inspection, adapter_places, engine_state
 from tinsmith.control.janitor import Janitor
 from tinsmith.control.journal import Journal
 from tinsmith.control.ledger import Ledger
+from tinsmith.control.memos import Memos
 from tinsmith.control.observers import Observers, observed_draw
 from tinsmith.control.paging import PagingStats
+from tinsmith.control.recipes import Recipes
 from tinsmith.control.registry import Registry
 from tinsmith.control.replay import Replay
 from tinsmith.control.requests import (
@@ -36,9 +38,9 @@ from tinsmith.control.requests import (
     CreateModel,
     CreateModelFromCheckpoint,
     DrawSamples,
-    ForwardBackward,
     ModelRequest,
     NewSession,
+    Recipe,
     SampleRequest,
     Submission,
 )
@@ -83,6 +85,8 @@ class Control:
         self._folders: FolderStore = folder_store(settings)
         self._ledger = Ledger(settings.data_dir / "ledger.sqlite3") if settings.ledger else None
         self._journal = Journal(self._ledger)
+        self.memos = Memos(self._journal)
+        self.recipes = Recipes()
         self._supervisor: Supervisor | None = None
         self._replay: Replay | None = None
         self.on_fatal: Callable[[], None] = lambda: None
@@ -169,6 +173,8 @@ class Control:
             checkpoints=self._checkpoints,
             strikes=strikes,
             paging=self._paging,
+            jobs=self._jobs,
+            memos=self.memos,
             clock=self._clock,
         )
         self._supervisor = Supervisor(
@@ -202,6 +208,7 @@ class Control:
                 sessions=self._sessions,
                 accounts=self.accounts,
                 observers=self.observers,
+                recipes=self.recipes,
             )
         )
         self._futures, self._jobs = parts.futures, parts.jobs
@@ -424,26 +431,25 @@ class Control:
         """
         return self._training.submit(request, fingerprint, context)
 
-    def submit_deferred(
-        self, model_id: str, prepare: Callable[[], Awaitable[ForwardBackward]], *, context: Any = None
-    ) -> Submission:
-        """Take a training request's turn now and complete it later by `prepare`, whose errors fail its future.
+    def submit_deferred(self, model_id: str, recipe: Recipe, *, context: Any = None) -> Submission:
+        """Take a training request's turn now and complete it later by a recipe that makes a `ForwardBackward`, and
+        whose errors fail its future.
 
         Raises `Overloaded` if the model's queue is full.
         """
-        return self._training.submit_deferred(model_id, prepare, context)
+        return self._training.submit_deferred(model_id, recipe, context)
 
     def start_job(
         self,
         request_type: RequestType,
-        work: Coroutine[Any, Any, Any],
+        recipe: Recipe,
         *,
-        session_id: str | None = None,
+        session_id: str,
         subject: str | None = None,
         context: Any = None,
     ) -> str:
-        """A request id whose future ends as `work` does: an answer put together from the answers of other requests."""
-        return self._jobs.start(request_type, work, session_id=session_id, subject=subject, context=context)
+        """A request id whose future ends as the recipe does: an answer put together from those of other requests."""
+        return self._jobs.start(request_type, recipe, session_id=session_id, subject=subject, context=context)
 
     def model_info(self, model_id: str) -> GetInfoResponse:
         return self._training.info(model_id)

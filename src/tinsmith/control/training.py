@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from tinsmith.control.metadata import check_run_metadata
 from tinsmith.control.model_entries import ModelEntries
 from tinsmith.control.models import REQUEST_TYPES, Creation, Model, ModelStatus, Work, slot_of
 from tinsmith.control.quotas import Quotas
+from tinsmith.control.recipes import Recipes
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.request_checks import RequestChecks
@@ -34,6 +35,7 @@ from tinsmith.control.requests import (
     ForwardBackward,
     LoadState,
     ModelRequest,
+    Recipe,
     Submission,
 )
 from tinsmith.control.samplers import SamplerBook
@@ -76,8 +78,10 @@ class Training:
         journal: Journal,
         fairness: Fairness,
         quotas: Quotas,
+        recipes: Recipes,
     ) -> None:
         self._quotas = quotas
+        self._recipes = recipes
         self._settings = settings
         self._meter = meter
         self._journal = journal
@@ -307,12 +311,10 @@ class Training:
             model.queue.withdraw(seq, self._clock.monotonic())
             model.pending_tokens -= work.num_tokens
 
-    def submit_deferred(
-        self, model_id: str, prepare: Callable[[], Awaitable[ForwardBackward]], context: Any = None
-    ) -> Submission:
-        """Give the next number to a training request that `prepare` will complete; what comes later waits behind it.
+    def submit_deferred(self, model_id: str, recipe: Recipe, context: Any = None) -> Submission:
+        """Give the next number to a training request that the recipe will complete; what comes later waits behind it.
 
-        What `prepare` raises fails the request's future. Raises `Overloaded` if the model's queue is full.
+        What the recipe raises fails the request's future. Raises `Overloaded` if the model's queue is full.
         """
         model = self._models.get(model_id)
         try:
@@ -325,18 +327,28 @@ class Training:
         seq = model.queue.free_seq
         self._check_room(model, seq, 0)
         request_id = self._futures.open(
-            "ForwardBackward", on_poll=model.pending, session_id=model.session_id, subject=model_id, context=context
+            "ForwardBackward",
+            on_poll=model.pending,
+            session_id=model.session_id,
+            subject=model_id,
+            context=context,
+            is_durable=not self._journal.is_on,
         )
-        work = Work(request_id, Deferred(model_id=model_id), is_checked=False)
+        deferred = Deferred(model_id=model_id, recipe=recipe)
+        work = Work(request_id, deferred, is_checked=False)
         self._enqueue(model, seq, work)
+        undo, taken = partial(self._withdraw, model, seq, work), partial(self._complete, model, seq, work, recipe)
+        self.entries.put_request(model, seq, work, deferred, b"", undo=undo, taken=taken)
+        return Submission(request_id=request_id, model_id=model_id)
 
+    def _complete(self, model: Model, seq: int, work: Work, recipe: Recipe) -> None:
         def completed(request: ForwardBackward) -> None:
             work.operation, work.num_tokens = request, num_train_tokens(request, slot_of(model).card)
             model.pending_tokens += work.num_tokens
-            self._put_request(model, seq, work, request, b"")
+            self.entries.note_completed(model, seq, work, request)
 
-        self._checks.check_once_complete(model, work, prepare, completed)
-        return Submission(request_id=request_id, model_id=model_id)
+        work.is_checked = False
+        self._checks.check_once_complete(model, work, partial(self._recipes.make, recipe), completed)
 
     def _check_room(self, model: Model, seq: int, num_tokens: int) -> None:
         """The request that others wait for is always let in: else a full queue could never empty."""
@@ -474,9 +486,13 @@ class Training:
     def requeue(self, model: Model, works: Mapping[int, Work]) -> None:
         """Do these requests, from the model's first number on, again or for the first time."""
         model.queue.rewind(model.first_seq, works, self._clock.monotonic())
-        for work in works.values():
+        for seq, work in works.items():
             model.pending_tokens += work.num_tokens
-            if not work.is_void and not isinstance(work.operation, Creation | Deferred):
+            if work.is_void or isinstance(work.operation, Creation):
+                continue
+            if isinstance(work.operation, Deferred):
+                self._complete(model, seq, work, work.operation.recipe)
+            else:
                 self._checks.check(model, work, work.operation)
 
     def engine_died(self, slot: EngineSlot, error: EngineDied) -> None:

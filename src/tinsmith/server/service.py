@@ -24,6 +24,8 @@ from tinsmith.control.futures import Outcome, Pending
 from tinsmith.control.guarded import GuardedControl
 from tinsmith.control.identities import LOCAL, Caller
 from tinsmith.control.inspection import Inspection
+from tinsmith.control.memos import Memo
+from tinsmith.control.recipes import Make
 from tinsmith.control.service import Control
 from tinsmith.control.signing import LinkRefused, SignedLink
 from tinsmith.observe.logs import note
@@ -38,6 +40,7 @@ T = TypeVar("T")
 
 _CLIENTS_PER_START = 10_000
 """A server that is started again gives out numbers that no earlier one gave."""
+_NUMBERS_PER_START = 1_000_000
 _CALLER = "tinsmith.caller"
 NOBODY = -1
 """As the id of a key: whoever asks without one for what needs none."""
@@ -96,6 +99,24 @@ class ServerState:
         except Unauthorized as error:
             raise LinkRefused(f"the key that this link was given for has ended: {error}") from error
         return self.seen_by(link.key_id)
+
+    # ---- what a dialect does for nobody in particular, and goes on with after a crash ----
+
+    @property
+    def background(self) -> GuardedControl:
+        """As the server itself sees control."""
+        return GuardedControl(self.control, lambda: LOCAL)
+
+    def teach(self, kind: str, make: Make) -> None:
+        self.control.recipes.teach(kind, make)
+
+    def take_memos(self) -> list[Memo]:
+        return self.control.memos.take()
+
+    @property
+    def first_number(self) -> int:
+        """Where numbers that must not be given out twice begin, in a server that was started again."""
+        return self.control.num_restarts * _NUMBERS_PER_START
 
     @property
     def num_open_polls(self) -> int:

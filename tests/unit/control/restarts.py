@@ -55,6 +55,7 @@ class Server:
         await control._paging.close()
         await control._training.drain()
         await control._sampling.close()
+        await control._jobs.close()
         control._training.close()
         await asyncio.to_thread(control._registry.close)
         control._lock.release()

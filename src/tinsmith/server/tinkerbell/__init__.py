@@ -3,7 +3,9 @@
 routes.py      the paths, and what each answers
 dialect.py     whose request it is, where Tinker has the same path
 operations.py  what is started, in the order of arrival
-adapters.py    keys, their sessions and their adapters
+memory.py      keys, their sessions and their adapters, as they are remembered over a crash
+adapters.py    what becomes of them
+making.py      requests and answers that take text, by recipe
 rendering.py   tokenizers and chat templates
 training.py    chats and rewards to datums; rewards.py the loss of the latter
 sampling.py    prompts to completions

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -17,54 +13,20 @@ from tinsmith.control.guarded import GuardedControl
 from tinsmith.control.requests import CreateModel, NewSession, Submission, UnloadModel
 from tinsmith.server.bodies import fingerprint
 from tinsmith.server.settings import TinkerbellSettings
+from tinsmith.server.tinkerbell.memory import MAX_ENDED_NAMES, Adapter, Memory, Owner
 from tinsmith.server.tinkerbell.schemas import AddLoraBody
-from tinsmith.types.errors import InvalidInput, NotFound, Overloaded, TinsmithError
+from tinsmith.types.errors import InvalidInput, NotFound, Overloaded, StorageError, TinsmithError
 from tinsmith.types.params import LoraConfig
 
 BASE = "base"
 """As a base model: the server's first."""
-MAX_ENDED_NAMES = 1000
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Adapter:
-    name: str
-    """As its user calls it."""
-    model_id: str
-    base_model: str
-    last_used: float = 0.0
-    """Monotonic seconds."""
-    version: int = 0
-    """Counts the requests that change its weights."""
-    published: tuple[int, asyncio.Task[str]] | None = None
-    """The version that can be sampled, and the sampler's id once it has one."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Owner:
-    """One key."""
-
-    session_id: str
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    ended: OrderedDict[str, str] = field(default_factory=OrderedDict)
-    """Names that were adapters, and why they are not any more; the newest `MAX_ENDED_NAMES`."""
-    samplers: dict[str, str] = field(default_factory=dict)
-    """Samplers of base models and checkpoints."""
-    model_numbers: Iterator[int] = field(default_factory=itertools.count)
-    sampler_numbers: Iterator[int] = field(default_factory=itertools.count)
-
-    def forget(self, name: str, why: str) -> None:
-        self.adapters.pop(name, None)
-        self.ended[name] = why
-        while len(self.ended) > MAX_ENDED_NAMES:
-            self.ended.popitem(last=False)
 
 
 class AdapterBook:
-    def __init__(self, control: GuardedControl, settings: TinkerbellSettings) -> None:
+    def __init__(self, control: GuardedControl, settings: TinkerbellSettings, memory: Memory) -> None:
         self._control = control
         self._settings = settings
-        self._owners: dict[str, Owner] = {}
+        self._memory = memory
         self._opening = asyncio.Lock()
 
     async def owner(self, request: Request) -> Owner:
@@ -74,9 +36,9 @@ class AdapterBook:
         """
         caller = self._control.caller
         sent = request.headers.get("x-api-key", "") if caller.is_local else ""
-        key = hashlib.sha256(sent.encode()).hexdigest()
+        key = f"{caller.key_id}:{hashlib.sha256(sent.encode()).hexdigest()}"
         async with self._opening:
-            owner = self._owners.get(key)
+            owner = self._memory.find(key)
             if owner is not None and self._is_live(owner):
                 return owner
             session_id = await self._control.create_session(
@@ -86,18 +48,17 @@ class AdapterBook:
                     orders_by_arrival=True,
                 )
             )
-            if owner is None:
-                owner = self._owners[key] = Owner(session_id=session_id)
-            else:
-                self._owners[key] = owner = Owner(session_id=session_id, ended=owner.ended)
+            owner = self._memory.new(key, session_id)
+            ended = [owner.memo_of(name, ended=why) for name, why in owner.ended.items()]
+            await asyncio.gather(*(self._control.remember(memo) for memo in (owner.memo(), *ended)))
             return owner
 
     def _is_live(self, owner: Owner) -> bool:
         try:
             self._control.heartbeat(owner.session_id)
         except SessionEnded as error:
-            for name in list(owner.adapters):
-                owner.forget(name, str(error))
+            owner.ended.update(dict.fromkeys(owner.adapters, str(error)))  # written with the session that follows
+            owner.adapters.clear()
             return False
         return True
 
@@ -146,10 +107,42 @@ class AdapterBook:
         """`None` if the server refused it; the receipt's future says why. Raises `Overloaded` if there are too many."""
         base_model = self.base_model(body.base_model)
         self._make_room(owner)
-        receipt = await self._control.create_model(
+        number = next(owner.model_numbers)
+        model_id = f"{owner.session_id}:train:{number}"
+        adapter = Adapter(name=name or model_id, model_id=model_id, base_model=base_model)
+        memo = owner.memo_of(adapter.name, model_id=model_id, base_model=base_model)
+        written = self._control.remember(memo)  # before the model: one without a name would be in nobody's hands
+        try:
+            receipt = await self._create_model(owner, body, number, base_model, context)
+        except TinsmithError:
+            self._control.forget(memo)
+            raise
+        adapter.last_used = time.monotonic()
+        if not self._exists(adapter):
+            self._control.forget(memo)
+            return None, receipt
+        owner.adapters[adapter.name] = adapter
+        adapter.made = asyncio.ensure_future(self._made(owner, adapter, written, receipt))
+        adapter.made.add_done_callback(lambda made: made.cancelled() or made.exception())
+        return adapter, receipt
+
+    async def _made(self, owner: Owner, adapter: Adapter, written: asyncio.Future[None], receipt: Submission) -> None:
+        """Returns once it is on disk with its name. Raises `StorageError`; it is not there then."""
+        try:
+            await written
+            await self._control.durable(receipt)
+        except StorageError:
+            if owner.adapters.get(adapter.name) is adapter:
+                del owner.adapters[adapter.name]
+            raise
+
+    async def _create_model(
+        self, owner: Owner, body: AddLoraBody, number: int, base_model: str, context: object
+    ) -> Submission:
+        return await self._control.create_model(
             CreateModel(
                 session_id=owner.session_id,
-                model_seq_id=next(owner.model_numbers),
+                model_seq_id=number,
                 base_model=base_model,
                 lora_config=LoraConfig(
                     rank=body.rank,
@@ -162,13 +155,6 @@ class AdapterBook:
             ),
             context=context,
         )
-        assert receipt.model_id is not None
-        adapter = Adapter(name=name or receipt.model_id, model_id=receipt.model_id, base_model=base_model)
-        adapter.last_used = time.monotonic()
-        if not self._exists(adapter):
-            return None, receipt
-        owner.adapters[adapter.name] = adapter
-        return adapter, receipt
 
     def _exists(self, adapter: Adapter) -> bool:
         try:
@@ -178,17 +164,29 @@ class AdapterBook:
         return True
 
     async def _fault(self, receipt: Submission) -> TinsmithError:
+        """Raises `StorageError` if it was not even taken."""
+        await self._control.durable(receipt)
         outcome = await self._control.wait_future(receipt.request_id, 0)
         error = getattr(outcome, "error", None)
         return error if isinstance(error, TinsmithError) else NotFound(f"no model {receipt.model_id!r}")
 
-    def remove(self, owner: Owner, adapter: Adapter, context: object = None) -> Submission:
-        """Its name is free again."""
+    def remove(self, owner: Owner, adapter: Adapter, context: object = None) -> tuple[Submission, asyncio.Future[None]]:
+        """Its name is free again; once what comes with the receipt has ended, for good."""
         receipt = self._unload(adapter, context)
-        owner.adapters.pop(adapter.name, None)
         if adapter.name == adapter.model_id:
-            owner.forget(adapter.name, "it was removed with remove_lora; its saved weights remain")
-        return receipt
+            why = "it was removed with remove_lora; its saved weights remain"
+            return receipt, self._forget(owner, adapter.name, why)
+        owner.adapters.pop(adapter.name, None)
+        return receipt, self._control.forget(owner.memo_of(adapter.name))
+
+    def _forget(self, owner: Owner, name: str, why: str) -> asyncio.Future[None]:
+        owner.adapters.pop(name, None)
+        owner.ended[name] = why
+        written = self._control.remember(owner.memo_of(name, ended=why))
+        while len(owner.ended) > MAX_ENDED_NAMES:
+            oldest, _ = owner.ended.popitem(last=False)
+            self._control.forget(owner.memo_of(oldest))
+        return written
 
     def _unload(self, adapter: Adapter, context: object) -> Submission:
         unload = UnloadModel(model_id=adapter.model_id)
@@ -200,7 +198,7 @@ class AdapterBook:
             try:
                 self._control.model_info(adapter.model_id)
             except TinsmithError as error:
-                owner.forget(adapter.name, str(error))
+                self._forget(owner, adapter.name, str(error))
         most, idle_s = self._settings.max_adapters_per_key, self._settings.idle_s
         if len(owner.adapters) < most:
             return
@@ -211,7 +209,8 @@ class AdapterBook:
                 f"POST /api/v1/remove_lora. One that is unused for {idle_s:g} s makes room by itself"
             )
         self._unload(oldest, None)
-        owner.forget(
+        self._forget(
+            owner,
             oldest.name,
             f"it was unused for {idle_s:g} s and made room for another, for this key had {most}; "
             "its saved weights remain",

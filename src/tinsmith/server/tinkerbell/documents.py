@@ -113,7 +113,7 @@ def _sync(operation: Operation) -> dict[str, Any]:
     responses = {
         "200": answer("The result", answers.RESULTS[operation.name]),
         "500": answer("It failed", answers.JobFailure),
-        "503": answer("The server ends; the future goes with it", answers.JobFailure),
+        "503": answer("The server is about to end; with a ledger, the next one has the future", answers.JobFailure),
         "504": answer("No result yet; fetch it with /retrieve_future", answers.JobFailure),
     }
     return _operation(f"tinkerbell_{operation.name}", operation.summary, operation.body, responses)

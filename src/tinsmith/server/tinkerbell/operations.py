@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import asyncio
 from dataclasses import dataclass
 
 from tinsmith.control.guarded import GuardedControl
@@ -10,7 +10,9 @@ from tinsmith.control.requests import ApplyOptimizer, LoadState, ModelRequest, S
 from tinsmith.server.bodies import fingerprint
 from tinsmith.server.settings import TinkerbellSettings
 from tinsmith.server.tinkerbell import schemas, training
-from tinsmith.server.tinkerbell.adapters import BASE, Adapter, AdapterBook, Owner
+from tinsmith.server.tinkerbell.adapters import BASE, AdapterBook
+from tinsmith.server.tinkerbell.making import forward_recipe, sample_recipe
+from tinsmith.server.tinkerbell.memory import Adapter, Memory, Owner
 from tinsmith.server.tinkerbell.rendering import ModelTexts
 from tinsmith.server.tinkerbell.results import Asked
 from tinsmith.server.tinkerbell.sampling import Drawing
@@ -25,15 +27,19 @@ class Receipt:
     request_id: str
     model: str
     created: bool = False
+    made: asyncio.Future[None] | None = None
+    """Ends once the adapter it is about is on disk."""
 
 
 class Operations:
     """Every method raises `TinsmithError` if nothing was started; what goes wrong later fails the future."""
 
-    def __init__(self, control: GuardedControl, settings: TinkerbellSettings, texts: ModelTexts) -> None:
+    def __init__(
+        self, control: GuardedControl, settings: TinkerbellSettings, texts: ModelTexts, memory: Memory
+    ) -> None:
         self._control = control
         self.texts = texts
-        self.book = AdapterBook(control, settings)
+        self.book = AdapterBook(control, settings, memory)
         self._drawing = Drawing(control, self.texts)
 
     @property
@@ -41,18 +47,28 @@ class Operations:
         """What computes, and on which kind of device."""
         return f"tinsmith-{self._control.base_models()[0].device}"
 
+    async def durable(self, receipt: Receipt) -> None:
+        """Returns once the request, and its adapter, would survive a power failure; tell nobody of it before.
+
+        Raises `StorageError` if it was not taken.
+        """
+        if receipt.made is not None:
+            await asyncio.shield(receipt.made)
+        await self._control.durable(Submission(request_id=receipt.request_id))
+
     # ---- adapters ----
 
     async def add_lora(self, owner: Owner, body: schemas.AddLoraBody) -> Receipt:
         adapter, receipt = await self.book.create(owner, body)
         if adapter is not None:
             self.texts.warm(adapter.base_model)
-        return Receipt(request_id=receipt.request_id, model=receipt.model_id or "")
+        made = None if adapter is None else adapter.made
+        return Receipt(request_id=receipt.request_id, model=receipt.model_id or "", made=made)
 
     async def remove_lora(self, owner: Owner, body: schemas.AdapterBody) -> Receipt:
         adapter = self.book.find(owner, body.model_id)
-        receipt = self.book.remove(owner, adapter, Asked(model=adapter.name))
-        return Receipt(request_id=receipt.request_id, model=adapter.name)
+        receipt, forgotten = self.book.remove(owner, adapter, Asked(model=adapter.name))
+        return Receipt(request_id=receipt.request_id, model=adapter.name, made=forgotten)
 
     # ---- training ----
 
@@ -67,13 +83,9 @@ class Operations:
         adapter, created = await self.book.find_or_create(owner, body.model_id)
         given = body.loss_fn_inputs
         asked = Asked(model=adapter.name, created=created, kl_coeff=None if given is None else given.kl_coeff)
-        score_base = functools.partial(self._drawing.score_base, owner)
-        receipt = self._control.submit_deferred(
-            adapter.model_id,
-            lambda: training.prepare(body, adapter, self.texts, score_base, forward_only=forward_only),
-            context=asked,
-        )
-        return Receipt(request_id=receipt.request_id, model=adapter.name, created=created)
+        recipe = forward_recipe(owner, adapter, body, forward_only=forward_only)
+        receipt = self._control.submit_deferred(adapter.model_id, recipe, context=asked)
+        return Receipt(request_id=receipt.request_id, model=adapter.name, created=created, made=adapter.made)
 
     async def optim_step(self, owner: Owner, body: schemas.StepBody) -> Receipt:
         adapter, created = await self.book.find_or_create(owner, body.model_id)
@@ -105,6 +117,7 @@ class Operations:
     # ---- sampling ----
 
     async def sample(self, owner: Owner, body: schemas.PromptsBody) -> Receipt:
+        self._control.permit("sample")
         if (body.model_id is None) == (body.base_model is None):
             raise InvalidInput("give either model_id (an adapter, a base model or a tinker:// path) or base_model")
         name = body.model_id or body.base_model or ""
@@ -116,20 +129,20 @@ class Operations:
             return self._draw(owner, body, name, await self._drawing.fixed_sampler(owner, path=name))
         adapter, created = await self.book.find_or_create(owner, name)
         publication = self._drawing.publish(owner, adapter)
-        work = self._drawing.from_adapter(owner, adapter, body, publication, adapter.version)
+        recipe = sample_recipe(owner, publication.sampler_id, body, name=adapter.name, publication=publication)
         request_id = self._control.start_job(
             "Sample",
-            work,
+            recipe,
             session_id=owner.session_id,
             subject=adapter.model_id,
             context=Asked(model=adapter.name, created=created),
         )
-        return Receipt(request_id=request_id, model=adapter.name, created=created)
+        return Receipt(request_id=request_id, model=adapter.name, created=created, made=adapter.made)
 
     def _draw(self, owner: Owner, body: schemas.PromptsBody, name: str, sampler_id: str) -> Receipt:
         request_id = self._control.start_job(
             "Sample",
-            self._drawing.draw(sampler_id, body),
+            sample_recipe(owner, sampler_id, body),
             session_id=owner.session_id,
             subject=sampler_id,
             context=Asked(model=name),
@@ -142,4 +155,4 @@ class Operations:
         receipt: Submission = self._control.submit(
             request, fingerprint("tinkerbell", b""), context=Asked(model=adapter.name, created=created)
         )
-        return Receipt(request_id=receipt.request_id, model=adapter.name, created=created)
+        return Receipt(request_id=receipt.request_id, model=adapter.name, created=created, made=adapter.made)

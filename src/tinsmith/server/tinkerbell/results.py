@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinsmith.control.futures import Outcome, SamplerSaved
+from tinsmith.control.ledger_codec import recorded
 from tinsmith.server.tinkerbell.rewards import BASE_LOSS, KL, WEIGHT
 from tinsmith.types.errors import ServerError
 from tinsmith.types.results import ForwardBackwardOutput, SampledSequence, SampleResponse
 
 
+@recorded
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """The context of a future that this dialect submitted."""

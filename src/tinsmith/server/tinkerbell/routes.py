@@ -18,8 +18,9 @@ from tinsmith.server.tinker import PREFIX, RAW
 from tinsmith.server.tinker.decode import read
 from tinsmith.server.tinker.schemas import Body
 from tinsmith.server.tinkerbell import schemas
-from tinsmith.server.tinkerbell.adapters import Owner
 from tinsmith.server.tinkerbell.dialect import Endpoint, ParsedEndpoint, read_object, shared_path
+from tinsmith.server.tinkerbell.making import FORWARD, SAMPLE, Making
+from tinsmith.server.tinkerbell.memory import Memory, Owner
 from tinsmith.server.tinkerbell.operations import Operations, Receipt
 from tinsmith.server.tinkerbell.rendering import ModelTexts
 from tinsmith.server.tinkerbell.results import PromptsSampled, result_of
@@ -191,10 +192,14 @@ class _Desk:
     def __init__(self, state: ServerState) -> None:
         self._settings: TinkerbellSettings = state.settings.tinkerbell
         self._texts = ModelTexts(state.control.base_models)
+        self._memory = Memory(state.take_memos, lambda: state.first_number)
+        making = Making(state.background, self._memory, self._texts)
+        state.teach(FORWARD, making.forward)
+        state.teach(SAMPLE, making.sample)
 
     def _operations(self, service: Service) -> Operations:
         """One for all requests of a caller: it remembers the caller's adapters."""
-        return service.keep(Operations, lambda: Operations(service.control, self._settings, self._texts))
+        return service.keep(Operations, lambda: Operations(service.control, self._settings, self._texts, self._memory))
 
     # ---- operations ----
 
@@ -232,7 +237,9 @@ class _Desk:
         size = int(request.headers.get("content-length", "0"))
         body = await service.codecs.run(size, lambda: read(operation.body, fields))
         owner = await operations.book.owner(request)
-        return await operation.start(operations, owner, body)
+        receipt = await operation.start(operations, owner, body)
+        await operations.durable(receipt)
+        return receipt
 
     def _late(self, service: Service, request_id: str, hold_s: float, state: Pending) -> Response:
         if service.is_draining:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tinsmith.control.errors import SamplerGone
-from tinsmith.control.futures import Outcome, SamplerSaved
+from tinsmith.control.errors import FutureExpired, SamplerGone
+from tinsmith.control.execution import sampler_name
+from tinsmith.control.futures import Outcome
 from tinsmith.control.guarded import GuardedControl
 from tinsmith.control.requests import DrawSamples, SaveForSampler
 from tinsmith.server.bodies import fingerprint
-from tinsmith.server.tinkerbell.adapters import Adapter, Owner
+from tinsmith.server.tinkerbell.memory import Adapter, Owner, Publication
 from tinsmith.server.tinkerbell.rendering import ModelTexts
 from tinsmith.server.tinkerbell.results import PromptsSampled
 from tinsmith.server.tinkerbell.schemas import PromptsBody
 from tinsmith.types import ModelInput, SamplingParams
-from tinsmith.types.errors import InvalidInput
+from tinsmith.types.errors import InvalidInput, TinsmithError
 from tinsmith.types.results import SampleResponse
 
 WAIT_S = 60.0
@@ -30,28 +30,22 @@ class Drawing:
     def __init__(self, control: GuardedControl, texts: ModelTexts) -> None:
         self._control = control
         self._texts = texts
-        self._numbers = itertools.count(1)
 
     # ---- where from ----
 
-    def publish(self, owner: Owner, adapter: Adapter) -> asyncio.Task[str]:
+    def publish(self, owner: Owner, adapter: Adapter) -> Publication:
         """The sampler of the weights that the adapter has after all requests so far. Takes its turn at once."""
-        if adapter.published is not None and adapter.published[0] == adapter.version:
-            publication = adapter.published[1]
-            if not publication.done() or publication.exception() is None:
-                return publication
+        if adapter.published is not None and adapter.published.version == adapter.version:
+            return adapter.published
         number = next(owner.sampler_numbers)
         asked = SaveForSampler(model_id=adapter.model_id, seq_id=0, sampling_session_seq_id=number)
         receipt = self._control.submit(asked, fingerprint("sample", adapter.model_id.encode()))
-        publication = asyncio.create_task(self._published(receipt.request_id))
-        adapter.published = (adapter.version, publication)
-        return publication
-
-    async def _published(self, request_id: str) -> str:
-        saved = await self.answer(request_id)
-        assert isinstance(saved, SamplerSaved)
-        assert saved.sampling_session_id is not None
-        return saved.sampling_session_id
+        adapter.published = Publication(
+            version=adapter.version,
+            sampler_id=sampler_name(owner.session_id, number),
+            request_id=receipt.request_id,
+        )
+        return adapter.published
 
     async def fixed_sampler(self, owner: Owner, *, base_model: str | None = None, path: str | None = None) -> str:
         """The sampler of a base model or a checkpoint. Raises `NotFound`, `InvalidInput`, or what loading meets."""
@@ -66,28 +60,45 @@ class Drawing:
     # ---- drawing ----
 
     async def from_adapter(
-        self, owner: Owner, adapter: Adapter, body: PromptsBody, publication: asyncio.Task[str], version: int
+        self, owner: Owner, name: str, publication: Publication, body: PromptsBody, numbers: Sequence[int]
     ) -> PromptsSampled:
-        """`publication` is of `version`. The server keeps a number of unnamed samplers; where this one was pushed out
-        and the weights are still the same, they are published again."""
-        sampler_id = await asyncio.shield(publication)
+        """The server keeps a number of unnamed samplers; where this one was pushed out and the weights are still the
+        same, they are published again."""
+        adapter = owner.adapters.get(name)
         try:
-            return await self.draw(sampler_id, body)
+            await self._wait_published(publication)
+        except TinsmithError:
+            _unpublish(adapter, publication)
+            raise
+        try:
+            return await self.draw(owner, publication.sampler_id, body, numbers)
         except SamplerGone:
-            if adapter.version != version or adapter.name not in owner.adapters:
+            if adapter is None or owner.adapters.get(name) is not adapter or adapter.version != publication.version:
                 raise
-        adapter.published = None
-        return await self.draw(await asyncio.shield(self.publish(owner, adapter)), body)
+        _unpublish(adapter, publication)
+        again = self.publish(owner, adapter)
+        await self._wait_published(again)
+        return await self.draw(owner, again.sampler_id, body, numbers)
 
-    async def draw(self, sampler_id: str, body: PromptsBody) -> PromptsSampled:
-        """Raises what any of the prompts meets."""
+    async def _wait_published(self, publication: Publication) -> None:
+        try:
+            await self.answer(publication.request_id)
+        except FutureExpired:
+            return  # long done: whether the sampler is still there is found when it is asked
+
+    async def draw(self, owner: Owner, sampler_id: str, body: PromptsBody, numbers: Sequence[int]) -> PromptsSampled:
+        """The sample of each prompt has its number; asked for again, it is the same. Raises what any of them meets."""
         text = await self._texts.of(self._control.get_sampler(sampler_id).base_model)
         prompts = await text.run(lambda: [text.encode(prompt) for prompt in body.prompts])
-        params = SamplingParams.model_construct(**body.sampling_params.model_dump(exclude_none=True))
-        pending = [
-            self._submit(sampler_id, tokens, params, body.num_samples, prompt_logprobs=body.prompt_logprobs)
-            for tokens in prompts
-        ]
+        given = body.sampling_params.model_dump(exclude_none=True)
+        pending = []
+        for tokens, number in zip(prompts, numbers, strict=True):
+            params = SamplingParams.model_construct(**({"seed": _seed(owner, number)} | given))
+            pending.append(
+                self._submit(
+                    sampler_id, tokens, params, body.num_samples, number=number, prompt_logprobs=body.prompt_logprobs
+                )
+            )
         responses = [await self._of_prompt(index, request_id) for index, request_id in enumerate(pending)]
         sequences = [sequence for response in responses for sequence in response.sequences]
         completions = await text.run(lambda: [text.decode(sequence.tokens) for sequence in sequences])
@@ -109,9 +120,15 @@ class Drawing:
         return response
 
     def _submit(
-        self, sampler_id: str, tokens: Sequence[int], params: SamplingParams, num_samples: int, *, prompt_logprobs: bool
+        self,
+        sampler_id: str,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        num_samples: int,
+        *,
+        number: int,
+        prompt_logprobs: bool,
     ) -> str:
-        number = next(self._numbers)
         asked = DrawSamples(
             sampling_session_id=sampler_id,
             seq_id=number,
@@ -126,7 +143,8 @@ class Drawing:
         """Log-probability of each token under the base model, float32 `[N]`, NaN for the first."""
         sampler_id = await self.fixed_sampler(owner, base_model=base_model)
         params = SamplingParams(max_tokens=1, temperature=1.0, seed=0)
-        response = await self.answer(self._submit(sampler_id, tokens, params, 1, prompt_logprobs=True))
+        number = next(owner.sample_numbers)
+        response = await self.answer(self._submit(sampler_id, tokens, params, 1, number=number, prompt_logprobs=True))
         assert isinstance(response, SampleResponse)
         assert response.prompt_logprobs_np is not None
         return response.prompt_logprobs_np
@@ -139,3 +157,14 @@ class Drawing:
                 if state.error is not None:
                     raise state.error
                 return state.result
+
+
+def _unpublish(adapter: Adapter | None, publication: Publication) -> None:
+    """Whoever samples next publishes anew."""
+    if adapter is not None and adapter.published is publication:
+        adapter.published = None
+
+
+def _seed(owner: Owner, number: int) -> int:
+    """Of a sample without one: as good as random, for the session's id is, and the same if it is drawn again."""
+    return int.from_bytes(hashlib.sha256(f"{owner.session_id}:{number}".encode()).digest()[:8], "big") >> 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,6 @@ import numpy as np
 from tinsmith.control.requests import ForwardBackward
 from tinsmith.data import Conversation, Message, RenderedConversation, to_datum
 from tinsmith.server.errors import brief
-from tinsmith.server.tinkerbell.adapters import Adapter
 from tinsmith.server.tinkerbell.rendering import ModelText, ModelTexts
 from tinsmith.server.tinkerbell.rewards import Scored, reward_datum, reward_loss
 from tinsmith.server.tinkerbell.schemas import ForwardBody, RewardsBody
@@ -86,19 +86,20 @@ def render(text: ModelText, conversation: Conversation) -> RenderedConversation:
 
 
 async def prepare(
-    body: ForwardBody, adapter: Adapter, texts: ModelTexts, score_base: ScoreBase, *, forward_only: bool
+    body: ForwardBody, model_id: str, base_model: str, texts: ModelTexts, score_base: ScoreBase, *, forward_only: bool
 ) -> ForwardBackward:
     """The request as control takes it, tokens and all. Raises `InvalidInput`, `Unsupported` or what scoring meets."""
-    text = await texts.of(adapter.base_model)
+    text = await texts.of(base_model)
     if body.loss_fn_inputs is not None:
-        return await _with_rewards(body.loss_fn_inputs, body, adapter, text, score_base, forward_only=forward_only)
+        score = functools.partial(score_base, base_model)
+        return await _with_rewards(body.loss_fn_inputs, body, model_id, text, score, forward_only=forward_only)
 
     def work() -> tuple[Datum, ...]:
         rendered = [render(text, conversation) for conversation in conversations_of(body)]
         return tuple(_datum(one) for one in rendered)
 
     return ForwardBackward(
-        model_id=adapter.model_id,
+        model_id=model_id,
         seq_id=0,
         data=await text.run(work),
         loss_fn=body.loss_fn,
@@ -116,9 +117,9 @@ def _datum(rendered: RenderedConversation) -> Datum:
 async def _with_rewards(
     given: RewardsBody,
     body: ForwardBody,
-    adapter: Adapter,
+    model_id: str,
     text: ModelText,
-    score_base: ScoreBase,
+    score: Callable[[Sequence[int]], Awaitable[np.ndarray]],
     *,
     forward_only: bool,
 ) -> ForwardBackward:
@@ -130,12 +131,12 @@ async def _with_rewards(
             rendered=one,
             reward=given.rewards[index],
             drawn_logprobs=None if given.logprobs is None else given.logprobs[index],
-            base_logprobs_N=await score_base(adapter.base_model, one.tokens) if given.kl_coeff else None,
+            base_logprobs_N=await score(one.tokens) if given.kl_coeff else None,
         )
         for index, one in enumerate(rendered)
     ]
     return ForwardBackward(
-        model_id=adapter.model_id,
+        model_id=model_id,
         seq_id=0,
         data=tuple(reward_datum(one) for one in scored),
         loss_fn="custom",
