@@ -70,13 +70,13 @@ class Script:
 
 
 def run(folder: Path, kills: frozenset[int]) -> tuple[int, list[Any]]:
-    """How often the server was started, and all that a run of five rounds was told."""
+    """How often the server was started, and all that a run of three rounds was told."""
     with daemon(folder, snapshot_requests=4) as server:
         script = Script(server)
         try:
             made = script.end(script.start("add_lora_async", rank=4, seed=1))["model_id"]
             told: list[Any] = []
-            for number in range(5):
+            for number in range(3):
                 told += script.steps(made, kill=number in kills)
         finally:
             script.close()
@@ -89,6 +89,6 @@ def run(folder: Path, kills: frozenset[int]) -> tuple[int, list[Any]]:
 def test_names_futures_and_training_survive_the_death_of_the_server_bitwise(tmp_path: Path) -> None:
     num_starts, undisturbed = run(tmp_path / "undisturbed", frozenset())
     assert num_starts == 1
-    num_starts, disturbed = run(tmp_path / "disturbed", frozenset({1, 3}))
+    num_starts, disturbed = run(tmp_path / "disturbed", frozenset({1, 2}))
     assert num_starts == 3
     assert disturbed == undisturbed
