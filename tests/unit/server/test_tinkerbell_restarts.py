@@ -186,3 +186,16 @@ async def test_an_adapter_that_could_not_be_written_is_not_there(server: Killabl
         assert refused.status_code == 507
         ledger.post = post  # type: ignore[method-assign]
         assert (await bell.train("mine"))["created"] is True
+
+
+async def test_a_dead_engine_is_a_pause(server: Killable) -> None:
+    async with server.running(kill=False) as bell:
+        await bell.train("mine")
+        bell.engine.pause()
+        asked = [("forward_backward_async", TRAIN), ("optim_step_async", ADAM), ("asample", SAMPLE)]
+        receipts = [await bell.ok(f"/api/v1/{path}", model_id="mine", **body) for path, body in asked]
+        bell.engine.resume()
+        bell.engine.die()
+        results = [await bell.result(receipt) for receipt in receipts]
+        assert results[1]["metrics"]["step_applied"] == 1.0
+        assert [result["model_id"] for result in results] == ["mine"] * 3
