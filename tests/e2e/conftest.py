@@ -6,19 +6,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 STARTUP_S_MAX = 60
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """The URL of `tinsmith serve` on a free port."""
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of `tinsmith serve` on a free port: one for all tests, as each makes models and names of its own."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from tinsmith.cli import main; main()", "serve", "--port", "0",
-         "--data-dir", str(tmp_path / "server")],
+         "--data-dir", str(tmp_path_factory.mktemp("server"))],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
