@@ -3,6 +3,9 @@
 The task is that of `math_rl`, with a grader that takes time, as sandboxes and judges do: each answer waits `--grader-s`
 for its reward, and no processor is used meanwhile. Both runs have the same config but for `max_staleness`. What counts
 is the engine's own account of its time (`Pulse.phase_s`): the share of the run in which it packed, computed or drew.
+
+With several `--seeds` (of the adapter, the tasks and the samples) the question is the reward: whether what asynchronous
+runs end with differs from runs in turn by more than runs in turn differ from each other.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +103,11 @@ def fresh_pulse(engine: ProcessEngine) -> Pulse:
     return pulse
 
 
-def measure(url: str, engine: ProcessEngine, folder: Path, *, staleness: int, rounds: int, grader_s: float) -> Figures:
+def measure(
+    url: str, engine: ProcessEngine, folder: Path, *, seed: int, staleness: int, rounds: int, grader_s: float
+) -> Figures:
     config = RECIPES["math_rl"].make(
-        {"output": folder, "num_rollouts": rounds, "max_staleness": staleness, "eval_size": 0, "seed": 0}
+        {"output": folder, "num_rollouts": rounds, "max_staleness": staleness, "eval_size": 0, "seed": seed}
     )
     assert isinstance(config, TrainingConfig)
     pulses: list[Pulse] = []
@@ -123,7 +128,7 @@ def measure(url: str, engine: ProcessEngine, folder: Path, *, staleness: int, ro
 
     result = run_recipe(
         RECIPES["math_rl"], config, lambda _config, _folder: TinkerBackend(url, location=url, api_key="tml-bench"),
-        adapters={"environment": SlowlyGradedSums(Sums(seed=0), grader_s)}, observers=[Watch()],
+        adapters={"environment": SlowlyGradedSums(Sums(seed=seed), grader_s)}, observers=[Watch()],
     )  # fmt: skip
     seen = [int(row.metrics["staleness"]) for row in result.rows]
     if max(seen) > staleness:
@@ -156,23 +161,52 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--grader-s", type=float, default=1.0)
     parser.add_argument("--staleness", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     wanted = parser.parse_args()
-    found: dict[str, Figures] = {}
-    with tempfile.TemporaryDirectory() as name:
-        with serving(Path(name) / "server") as (url, engine):
+    found: dict[str, list[Figures]] = {"in turn": [], "asynchronous": []}
+    with tempfile.TemporaryDirectory() as name, serving(Path(name) / "server") as (url, engine):
+        for seed in wanted.seeds:
             for title, staleness in (("in turn", 0), ("asynchronous", wanted.staleness)):
-                found[title] = measure(
-                    url, engine, Path(name) / title, staleness=staleness, rounds=wanted.rounds, grader_s=wanted.grader_s
-                )
-                print(f"{title:14} {found[title]}", flush=True)
-    in_turn, overlapping = found["in turn"], found["asynchronous"]
-    figures = {
+                figures = measure(
+                    url, engine, Path(name) / f"{title} {seed}",
+                    seed=seed, staleness=staleness, rounds=wanted.rounds, grader_s=wanted.grader_s,
+                )  # fmt: skip
+                found[title].append(figures)
+                print(f"seed {seed} {title:14} {figures}", flush=True)
+    if len(wanted.seeds) == 1:
+        write_record("async-rl", MODEL, _of_one_seed(found["in turn"][0], found["asynchronous"][0]))
+    else:
+        settings = {"rounds": wanted.rounds, "staleness": wanted.staleness, "grader_s": wanted.grader_s}
+        write_record("async-rl-seeds", MODEL, {**settings, **_of_seeds(found["in turn"], found["asynchronous"])})
+
+
+def _of_one_seed(in_turn: Figures, overlapping: Figures) -> dict[str, float]:
+    return {
         "busy_gain": overlapping.busy / in_turn.busy,
         "speed_gain": in_turn.seconds / overlapping.seconds,
         **{f"in turn: {name}": value for name, value in _named(in_turn).items()},
         **{f"asynchronous: {name}": value for name, value in _named(overlapping).items()},
     }
-    write_record("async-rl", MODEL, figures)
+
+
+def _of_seeds(in_turn: Sequence[Figures], overlapping: Sequence[Figures]) -> dict[str, float]:
+    """The last rewards of each seed, the mean difference, and the deviation of single runs of either kind."""
+    rewards = {
+        "in turn": [one.reward_last for one in in_turn],
+        "asynchronous": [one.reward_last for one in overlapping],
+    }
+    gaps = [late - early for early, late in zip(rewards["in turn"], rewards["asynchronous"], strict=True)]
+    return {
+        "busy_gain": statistics.fmean(a.busy / b.busy for a, b in zip(overlapping, in_turn, strict=True)),
+        "reward_gap_mean": statistics.fmean(gaps),
+        "reward_gap_stdev": statistics.stdev(gaps),
+        **{f"{title}: reward_last_stdev": statistics.stdev(values) for title, values in rewards.items()},
+        **{
+            f"{title}: reward_last {nth}": value
+            for title, values in rewards.items()
+            for nth, value in enumerate(values)
+        },
+    }
 
 
 def _named(figures: Figures) -> dict[str, float]:
