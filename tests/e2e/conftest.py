@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +17,22 @@ STARTUP_S_MAX = 60
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of `tinsmith serve` on a free port: one for all tests, as each makes models and names of its own."""
+    with _serving(tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def deterministic_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same, of one whose numbers are bitwise those of an embedded engine with `deterministic`."""
+    with _serving(tmp_path_factory.mktemp("server"), "--deterministic", "--dtype", "float32") as url:
+        yield url
+
+
+@contextmanager
+def _serving(folder: Path, *options: str) -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", "from tinsmith.cli import main; main()", "serve", "--port", "0",
-         "--data-dir", str(tmp_path_factory.mktemp("server"))],
+         "--data-dir", str(folder), *options],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     try:
