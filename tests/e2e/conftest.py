@@ -24,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def deterministic_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The same, of one whose numbers are bitwise those of an embedded engine with `deterministic`."""
-    with _serving(tmp_path_factory.mktemp("server"), "--deterministic", "--dtype", "float32") as url:
+    with _serving(tmp_path_factory.mktemp("server"), "--deterministic", "--dtype", "float32", "--threads", "1") as url:
         yield url
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import torch
 
 from tinsmith.embedded import open_local
 from tinsmith.types import Datum, ModelInput
@@ -78,6 +80,21 @@ async def test_a_local_server_trains_saves_and_samples(tmp_path: Path) -> None:
     finally:
         await close()
     assert any(path.endswith("adapter_model.safetensors") for path in files_below(tmp_path))
+
+
+async def test_settings_of_the_process_last_as_long_as_engines_in_it(tmp_path: Path) -> None:
+    def found() -> tuple[int, bool]:
+        with ThreadPoolExecutor(1) as thread:  # a new one: those that were there before keep their number of threads
+            return thread.submit(torch.get_num_threads).result(), torch.are_deterministic_algorithms_enabled()
+
+    before = found()
+    threads = before[0] + 1
+    _, close_first = await open_local(f"local:?data_dir={tmp_path}/a&threads={threads}&deterministic=true")
+    _, close_second = await open_local(f"local:?data_dir={tmp_path}/b&threads={threads}")
+    await close_first()
+    assert found() == (threads, True)
+    await close_second()
+    assert found() == before
 
 
 async def test_two_servers_over_one_data_folder_are_refused(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Three steps each; the base model scores for dpo and math_rl, a teacher that the run taught for the others."""
 NUM_RECORDS = 6
-LOCAL = "local:?dtype=float32&deterministic=true"
+LOCAL = "local:?dtype=float32&deterministic=true&threads=1"
+"""Threads too: among how many a sum is shared shows in its last bits."""
 
 
 def write_data(name: str, folder: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tinsmith.engine.engine import Engine
+from tinsmith.engine.process_settings import process_settings
 from tinsmith.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SampleResponse
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
@@ -28,7 +29,10 @@ class Driver:
 
     def __init__(self, folder: Path, **options: Any) -> None:
         source = ModelSource(name="test/model", location=str(folder))
-        self.engine = Engine(source, EngineOptions(**{"dtype": "float32", "device": "cpu", **options}))
+        chosen = EngineOptions(**{"dtype": "float32", "device": "cpu", **options})
+        self._settings = process_settings(chosen)  # left when the driver is collected
+        self._settings.__enter__()
+        self.engine = Engine(source, chosen)
 
     def __call__(self, operation: Any) -> Any:
         (outcome,) = self.all([operation])

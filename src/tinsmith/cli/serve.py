@@ -64,6 +64,10 @@ def serve(
     ] = 20.0,
     dtype: Annotated[DtypeChoice, typer.Option(help="Of base weights and activations.")] = "auto",
     device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of an engine. Default: all cores, or what OMP_NUM_THREADS says."),
+    ] = None,
     deterministic: Annotated[
         bool,
         typer.Option(
@@ -149,6 +153,7 @@ def serve(
         options = EngineOptions(
             dtype=dtype,
             device=device,
+            threads=threads,
             deterministic=deterministic,
             adapter_memory_bytes=None if adapter_memory is None else parse_size("--adapter-memory", adapter_memory),
         )

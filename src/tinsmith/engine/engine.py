@@ -86,13 +86,7 @@ class Engine:
     """Not thread-safe: one thread calls `accept` and `work`."""
 
     def __init__(self, source: ModelSource, options: EngineOptions) -> None:
-        """Loads the base model. Raises `UserError` if it cannot be found or is not supported."""
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        if options.deterministic:
-            torch.use_deterministic_algorithms(True)
-            # filling new memory is a debugging aid, and costs a pass each time
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        """Loads the base model, inside `process_settings`. Raises `UserError` if it is not found or not supported."""
         self._base = BaseModel(source, options)
         self._options = options
         self.figures = Figures()

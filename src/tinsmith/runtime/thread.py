@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from tinsmith.runtime.bridge import RemoteEngine
 from tinsmith.runtime.loop import STOP, run_engine
@@ -13,6 +14,9 @@ from tinsmith.runtime.threads import spin_briefly
 from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.operations import BaseModelCard
 from tinsmith.types.pulse import Pulse
+
+if TYPE_CHECKING:
+    from tinsmith.engine.engine import Engine
 
 
 class ThreadEngine(RemoteEngine):
@@ -55,16 +59,21 @@ class ThreadEngine(RemoteEngine):
 
     def _run(self, loop: asyncio.AbstractEventLoop, started: asyncio.Future[BaseModelCard]) -> None:
         spin_briefly()
-        try:
-            from tinsmith.engine.engine import Engine
+        with ExitStack() as settings:
+            try:
+                from tinsmith.engine.engine import Engine
+                from tinsmith.engine.process_settings import process_settings
 
-            engine = Engine(self._source, self._options)
-        except BaseException as error:  # noqa: BLE001 - the thread's boundary: whatever it was, `start` must raise it
-            loop.call_soon_threadsafe(started.set_exception, error)
-            return
-        self._look = engine.pulse
-        loop.call_soon_threadsafe(started.set_result, engine.card)
+                settings.enter_context(process_settings(self._options))
+                engine = Engine(self._source, self._options)
+            except BaseException as error:  # noqa: BLE001 - the thread's boundary: whatever it was, `start` must raise it
+                loop.call_soon_threadsafe(started.set_exception, error)
+                return
+            self._look = engine.pulse
+            loop.call_soon_threadsafe(started.set_result, engine.card)
+            self._serve(engine, loop)
 
+    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         inbox, calls = self._to_engine, self._calls
 
         def send(finished: list[tuple[int, Any]]) -> None:

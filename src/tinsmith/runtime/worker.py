@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinsmith.observe.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, LogFormat, configure_logging
 from tinsmith.runtime.loop import STOP, Message, run_engine
@@ -19,21 +20,32 @@ from tinsmith.types.engine_options import EngineOptions, ModelSource
 from tinsmith.types.errors import TinsmithError
 from tinsmith.types.pulse import PULSE_S, Pulse
 
+if TYPE_CHECKING:
+    from tinsmith.engine.engine import Engine
+
 
 def main(arguments: list[str]) -> int:
     """Exits when told to, and when the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Connection(int(arguments[0]))
     _log_to_stderr()
-    try:
-        from tinsmith.engine.engine import Engine
+    with ExitStack() as settings:
+        try:
+            from tinsmith.engine.engine import Engine
+            from tinsmith.engine.process_settings import process_settings
 
-        source = ModelSource.model_validate_json(arguments[1])
-        engine = Engine(source, EngineOptions.model_validate_json(arguments[2]))
-    except TinsmithError as error:
-        channel.send(error)
-        return 0
-    engine.own_process()
+            source = ModelSource.model_validate_json(arguments[1])
+            options = EngineOptions.model_validate_json(arguments[2])
+            settings.enter_context(process_settings(options))
+            engine = Engine(source, options)
+        except TinsmithError as error:
+            channel.send(error)
+            return 0
+        engine.own_process()
+        return _serve(engine, channel)
+
+
+def _serve(engine: Engine, channel: Connection) -> int:
     channel.send(engine.card)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(channel, inbox), daemon=True).start()
