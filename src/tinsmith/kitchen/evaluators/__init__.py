@@ -4,6 +4,7 @@ from tinsmith.kitchen.evaluators.base import TextEvaluator
 from tinsmith.kitchen.evaluators.choice import EVALUATORS, make_evaluator
 from tinsmith.kitchen.evaluators.code import CodeEvaluator, CodeLimits, CodeResult, run_code
 from tinsmith.kitchen.evaluators.judge import JudgeEvaluator
+from tinsmith.kitchen.evaluators.overlap import BleuEvaluator, RougeEvaluator
 from tinsmith.kitchen.evaluators.text import (
     ContainsEvaluator,
     ExactMatchEvaluator,
@@ -14,6 +15,7 @@ from tinsmith.kitchen.evaluators.text import (
 
 __all__ = [
     "EVALUATORS",
+    "BleuEvaluator",
     "CodeEvaluator",
     "CodeLimits",
     "CodeResult",
@@ -23,6 +25,7 @@ __all__ = [
     "JudgeEvaluator",
     "NumericEvaluator",
     "RegexEvaluator",
+    "RougeEvaluator",
     "TextEvaluator",
     "make_evaluator",
     "run_code",

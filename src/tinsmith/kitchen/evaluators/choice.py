@@ -11,6 +11,7 @@ from tinsmith.kitchen.errors import ConfigError
 from tinsmith.kitchen.evaluators.base import TextEvaluator
 from tinsmith.kitchen.evaluators.code import CodeEvaluator
 from tinsmith.kitchen.evaluators.judge import JudgeEvaluator
+from tinsmith.kitchen.evaluators.overlap import BleuEvaluator, RougeEvaluator
 from tinsmith.kitchen.evaluators.text import (
     ContainsEvaluator,
     ExactMatchEvaluator,
@@ -25,6 +26,8 @@ EVALUATORS: Final[Mapping[str, Callable[..., TextEvaluator]]] = {
     "numeric": NumericEvaluator,
     "regex": RegexEvaluator,
     "f1": F1Evaluator,
+    "bleu": BleuEvaluator,
+    "rouge": RougeEvaluator,
     "code_exec": CodeEvaluator,
     "llm_judge": JudgeEvaluator,
 }

@@ -45,7 +45,7 @@ class EvalExample:
 class EvalResult:
     metric: str
     score: float
-    """Mean over the examples, from 0 to 1."""
+    """From 0 to 1: the mean over the examples, unless the metric is one of a corpus."""
     scores: tuple[float, ...]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,42 @@ def test_words_in_common() -> None:
     assert F1Evaluator().score("the copper kettle", "a kettle of copper") == pytest.approx(2 * 2 / (2 + 3))
     assert F1Evaluator().score("tin", "copper") == 0.0
     assert ContainsEvaluator().score("It is PARIS.", "paris") == 1.0
+
+
+def test_bleu_is_that_of_its_paper() -> None:
+    said, wanted = "the cat sat on the mat", "the cat sat on a mat"
+    # n-gram precisions 5/6, 3/5, 2/4, 1/3; equal lengths, so no brevity penalty
+    expected = (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4)
+    assert make_evaluator("bleu").score(said, wanted) == pytest.approx(expected)
+    assert make_evaluator("bleu").score("Tin", "Tin") == pytest.approx(1.0)
+    assert make_evaluator("bleu").score("tin", "Tin") == 0.0
+    assert make_evaluator("bleu", ignore_case=True).score("tin", "Tin") == pytest.approx(1.0)
+    many = [EvalExample(prediction=said, target=wanted), EvalExample(prediction="a b c d", target="a b c d")]
+    result = make_evaluator("bleu").evaluate(many)
+    assert result.scores == (pytest.approx(expected), pytest.approx(1.0))
+    # of the corpus: matches and n-grams are added up before they are divided
+    assert result.score == pytest.approx((9 / 10 * 6 / 8 * 4 / 6 * 2 / 4) ** (1 / 4))
+    with pytest.raises(InvalidInput, match="no examples"):
+        make_evaluator("bleu").evaluate([])
+
+
+def test_rouge_counts_what_is_in_common() -> None:
+    said, wanted = "the cat sat on the mat", "on a mat the cats sat"
+    assert make_evaluator("rouge", variant="rouge1").score(said, wanted) == pytest.approx(5 / 6)
+    assert make_evaluator("rouge", variant="rouge1", stem=False).score(said, wanted) == pytest.approx(4 / 6)
+    assert make_evaluator("rouge", variant="rouge2").score(said, wanted) == pytest.approx(2 / 5)
+    assert make_evaluator("rouge").score(said, wanted) == pytest.approx(3 / 6)  # "the cat sat"
+
+
+@pytest.mark.parametrize(("name", "package"), [("bleu", "sacrebleu"), ("rouge", "rouge_score")])
+def test_scores_without_their_package_say_what_to_install(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in [module for module in sys.modules if module.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"evaluator '{name}' needs .*pip install 'tinsmith\[scores\]'"):
+        make_evaluator(name)
 
 
 def test_means_and_reports() -> None:
