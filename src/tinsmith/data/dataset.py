@@ -55,7 +55,7 @@ def build_dataset(
     """Render every conversation. Raises `RenderError`, and `DataError` for one that is too long or if none is left."""
     examples, num_truncated, num_skipped = [], 0, 0
     for conversation in conversations:
-        example = renderer.render(conversation, train_on)
+        example = renderer.render(conversation, train_on).require_text()
         if max_length is not None and len(example.tokens) > max_length:
             if too_long == "error":
                 raise DataError(

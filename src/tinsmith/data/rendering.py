@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 from tinsmith.data.answers import ParsedAnswer
 from tinsmith.data.conversations import Conversation, Image, Message, Tool
@@ -49,6 +49,12 @@ class RenderedConversation:
     def num_trained(self) -> int:
         """Tokens that contribute to a loss; the first never does, because nothing predicts it."""
         return sum(1 for weight in self.weights[1:] if weight)
+
+    def require_text(self) -> Self:
+        """Itself. Raises `RenderError` if pictures are in it: for callers that read its tokens alone."""
+        if self.images:
+            raise RenderError(f"{self.source}: {len(self.images)} pictures, but this trains on text alone")
+        return self
 
     def model_input(self) -> ModelInput:
         """Tokens and pictures in order; a picture takes the place of its token."""
@@ -124,9 +130,12 @@ class SegmentRenderer(ABC):
     def generation_prompt(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), source: str = "the prompt"
     ) -> list[int]:
-        """Tokens after which the model writes the next assistant turn. Raises `RenderError`."""
+        """Tokens after which the model writes the next assistant turn. Raises `RenderError`; also for pictures."""
         conversation = Conversation(messages=tuple(messages), tools=tuple(tools), source=source)
-        return list(self._encoder.encode(self.segments(conversation, generation=True), source).tokens)
+        segments = self.segments(conversation, generation=True)
+        if any(segment.image is not None for segment in segments):
+            raise RenderError(f"{source}: tokens alone cannot hold its pictures; use generation_input")
+        return list(self._encoder.encode(segments, source).tokens)
 
     def generation_input(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), source: str = "the prompt"

@@ -22,6 +22,7 @@ from tinsmith.data import (
     RenderError,
     Tool,
     ToolCall,
+    build_dataset,
     choose_renderer,
     make_renderer,
 )
@@ -450,6 +451,16 @@ def test_pictures_take_the_places_of_their_tokens() -> None:
     assert rendered.model_input().length == len(rendered.tokens) - 1 + 4
     with pytest.raises(RenderError, match="message 1: an image has no place"):
         renderer_of("qwen3").render(talk, "all_tokens")
+
+
+def test_pictures_are_not_left_out_where_tokens_alone_are_wanted() -> None:
+    renderer = renderer_of("qwen3_vl")
+    picture = Message(role="user", content="Look here", images=(Image(data=b"x", format="png", at=5),))
+    talk = Conversation(messages=(picture, Message(role="assistant", content="ok")), source="talk.jsonl:7")
+    with pytest.raises(RenderError, match=r"talk\.jsonl:7: 1 pictures, but this trains on text alone"):
+        build_dataset([talk], renderer, train_on="last_assistant_message", max_length=None)
+    with pytest.raises(RenderError, match="tokens alone cannot hold its pictures; use generation_input"):
+        renderer.generation_prompt([picture])
 
 
 def test_the_last_thought_of_deepseek_and_kimi_is_learned() -> None:

@@ -105,7 +105,7 @@ def _pair(record: Record, renderer: Renderer, max_length: int) -> Pair:
         answer = Message(role="assistant", content=values[key])
         rendered = renderer.render(
             Conversation(messages=(*prompt, answer), source=record.source), "last_assistant_message"
-        )
+        ).require_text()
         if len(rendered.tokens) > max_length:
             raise DataError(
                 f"{record.source}: {len(rendered.tokens)} tokens with {key!r} are more than max_length {max_length}"
