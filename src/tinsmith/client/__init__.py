@@ -28,7 +28,8 @@ from tinsmith.client.errors import (
 )
 from tinsmith.client.futures import APIFuture, ClientFuture
 from tinsmith.client.rest import ExperimentalWarning, RestClient
-from tinsmith.client.sampling import RetryConfig, SamplingClient
+from tinsmith.client.retries import RetryConfig
+from tinsmith.client.sampling import SamplingClient
 from tinsmith.client.service import ServiceClient
 from tinsmith.client.training import TrainingClient
 

@@ -12,18 +12,14 @@ import random
 import sys
 import time
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import httpx2
 
 from tinsmith.client.completions import CompletionPoller
 from tinsmith.client.config import ServerFlags, is_local_url, resolve_config
 from tinsmith.client.connection import Connection
 from tinsmith.client.errors import (
-    APIConnectionError,
     APIResponseValidationError,
-    APIStatusError,
     ConfigurationError,
     PromiseExpiredError,
     RateLimitError,
@@ -33,6 +29,7 @@ from tinsmith.client.events import Events, Span
 from tinsmith.client.futures import APIFuture, value_twin
 from tinsmith.client.http import Pool, escaped, get, json_bytes, post
 from tinsmith.client.polling import Finished, QueueStateLog
+from tinsmith.client.retries import RetryConfig
 from tinsmith.client.session import JoinedSession
 from tinsmith.client.tokenizer import Tokenizer, load_tokenizer
 from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
@@ -46,6 +43,7 @@ from tinsmith.types.datum import (
 )
 from tinsmith.types.params import SamplingParams
 from tinsmith.types.replies import (
+    ClientDynamicConfigResponse,
     CreateSamplingSessionResponse,
     FutureFinished,
     JoinSamplingSessionResponse,
@@ -67,45 +65,6 @@ _BYTES_PER_SAMPLING_TOKEN = 10
 _LARGE_PROMPT_BYTES = 131_072
 
 
-@dataclass(frozen=True, slots=True)
-class RetryConfig:
-    """How a whole `sample` is tried again after its submit or its polls have failed. Times in seconds."""
-
-    max_connections: int | None = 1000
-    """How many samples of one client may be under way; `None` for as many as the server allows."""
-    progress_timeout: float = 7200.0
-    """Give up when no sample of this client has succeeded for so long."""
-    retry_delay_base: float = 0.5
-    retry_delay_max: float = 10.0
-    jitter_factor: float = 0.25
-    enable_retry_logic: bool = True
-    enable_stuck_detection: bool = True
-    """If false, `progress_timeout` does not apply."""
-    retryable_exceptions: tuple[type[Exception], ...] = (
-        asyncio.TimeoutError,
-        APIConnectionError,
-        httpx2.TimeoutException,
-        PromiseExpiredError,
-    )
-    """Tried again, beside HTTP statuses that are worth it."""
-
-    def __post_init__(self) -> None:
-        if self.max_connections is not None and self.max_connections <= 0:
-            raise ValueError(f"max_connections must be positive, not {self.max_connections!r}")
-        if not 0 <= self.jitter_factor <= 1:
-            raise ValueError(f"jitter_factor must lie between 0 and 1, not {self.jitter_factor!r}")
-
-    def delay(self, attempt: int) -> float:
-        """Seconds to wait after failed attempt `attempt`, counted from 0."""
-        delay = min(self.retry_delay_base * 2.0 ** min(attempt, 32), self.retry_delay_max)
-        return delay * (1 + self.jitter_factor * random.uniform(-1, 1))
-
-    def is_retryable(self, error: Exception) -> bool:
-        if isinstance(error, APIStatusError) and error.retryable:
-            return True
-        return isinstance(error, self.retryable_exceptions)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerState:
     """What another process needs to sample as this client does."""
@@ -119,6 +78,7 @@ class SamplerState:
     headers: Mapping[str, str]
     record_stability_info: bool
     pid: int
+    dynamic: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +276,7 @@ class SamplingClient:
             headers=dict(self._connection.config.headers),
             record_stability_info=self._record_stability_info,
             pid=os.getpid(),
+            dynamic=self._connection.link.dynamic.model_dump(),
         )
 
     # ---- one sample ----
@@ -455,10 +416,11 @@ class SamplingClient:
                 await asyncio.sleep(pause)
 
     async def _next_seq_id(self) -> int:
-        """Clones learn their block of numbers when they first need one."""
+        """Clones join the session, and learn their block of numbers, when they first need one."""
         if self._seq_ids is None:
             async with self._numbering:
                 if self._seq_ids is None:
+                    await self._connection.link.session_id()
                     self._clone_number = await self._clone_id()
                     self._seq_ids = itertools.count(self._clone_number * CLONE_BLOCK)
         return next(self._seq_ids)
@@ -549,6 +511,7 @@ def _sampled(response: SampleResponse) -> dict[str, Any]:
 
 async def look_up_sampler(connection: Connection, sampler_id: str) -> GetSamplerResponse:
     link = connection.link
+    await link.configure()
     return await link.http.send_for(get(f"samplers/{escaped(sampler_id)}"), GetSamplerResponse, link.submit_retry)
 
 
@@ -560,7 +523,11 @@ def _rehydrate(state: SamplerState, api_key: str | None, retry: RetryConfig | No
             f"which process {os.getpid()} cannot reach; run `tinsmith serve` to sample from several processes"
         )
     config = resolve_config(base_url=state.base_url, api_key=api_key, headers=state.headers)
-    joined = JoinedSession(session_id=state.session_id, flags=ServerFlags.model_validate(dict(state.flags)))
+    joined = JoinedSession(
+        session_id=state.session_id,
+        flags=ServerFlags.model_validate(dict(state.flags)),
+        dynamic=ClientDynamicConfigResponse.model_validate(dict(state.dynamic)),
+    )
     return SamplingClient(
         Connection(config, joined=joined),
         state.session_id,

@@ -19,7 +19,8 @@ from tinsmith.client.events import Events
 from tinsmith.client.futures import APIFuture, ClientFuture, value_twin, warn_deprecated
 from tinsmith.client.http import json_bytes, post
 from tinsmith.client.rest import RestClient
-from tinsmith.client.sampling import RetryConfig, SamplingClient
+from tinsmith.client.retries import RetryConfig
+from tinsmith.client.sampling import SamplingClient
 from tinsmith.client.session import CloseStatus, SessionSpec
 from tinsmith.client.telemetry import chosen_sinks
 from tinsmith.client.training import TrainingClient

@@ -64,13 +64,13 @@ class Link:
         self._session_id: str | None = None if joined is None else joined.session_id
         self._http: Http | None = None
         self._local: LocalTransport | None = None
-        self._configured = joined is not None
+        self._configured = False
         self._starting = asyncio.Lock()
         self._heartbeat: asyncio.Task[None] | None = None
         self._refresh: asyncio.Task[None] | None = None
         self._reporter: ServerReporter | None = None
         self._cancelling: set[asyncio.Task[None]] = set()
-        self._cancel_slots = asyncio.Semaphore(self.dynamic.sample_cancel_max_batch_size)
+        self._cancel_slots = self._new_cancel_slots()
         self._shared = False
         self._closed = False
         self.session_gone: str | None = None
@@ -222,21 +222,26 @@ class Link:
         http = self.http
         if self._local is not None:
             await self._local.ready()
+        if not self._joined:
+            await self._fetch_flags(http)
+        if self.flags.credential_default_source == "credential_cmd":
+            self._use_command(http)
+        if self.flags.pjwt_auth_enabled:
+            http.credential = ExchangedToken(self._exchange_credential)
+        if not self._joined:
+            await self._fetch_settings(self._startup_retry())
+        self._configured = True
+
+    async def _fetch_flags(self, http: Http) -> None:
         call = post("client/config", {"sdk_version": PROTOCOL_VERSION}, pool=Pool.SESSION)
         try:
             self.flags = await http.send_for(call, ServerFlags, self._startup_retry())
         except NotFoundError:
             logger.info("%s has no client/config: it is spoken to in JSON, as older servers are", self.config.base_url)
             self.flags = ServerFlags(json_only=True)
-        if self.flags.credential_default_source == "credential_cmd":
-            self._use_command(http)
-        if self.flags.pjwt_auth_enabled:
-            http.credential = ExchangedToken(self._exchange_credential)
-        await self._fetch_settings(self._startup_retry())
         self.result_bytes = ByteBudget(self.flags.inflight_response_bytes_semaphore_size)
         self.submit_bytes = ByteBudget(self.flags.fwdbwd_dispatch_bytes_semaphore_size)
         self.samples = SampleGate(self.flags.sample_dispatch_bytes_semaphore_size)
-        self._configured = True
 
     def _use_command(self, http: Http) -> None:
         """The server wants credentials from a command, unless the key is a token already."""
@@ -261,6 +266,10 @@ class Link:
             self.dynamic = await self.http.send_for(call, ClientDynamicConfigResponse, retry)
         except NotFoundError:
             logger.debug("the server has no dynamic settings; defaults apply")
+        self._cancel_slots = self._new_cancel_slots()
+
+    def _new_cancel_slots(self) -> asyncio.Semaphore:
+        return asyncio.Semaphore(max(self.dynamic.sample_cancel_max_batch_size, 1))
 
     async def _refresh_settings(self) -> None:
         while True:

@@ -21,7 +21,8 @@ from tinsmith.client.futures import APIFuture, ClientFuture, future_twin, value_
 from tinsmith.client.http import PROTO_TYPE, Call, json_bytes
 from tinsmith.client.models import EphemeralSampler
 from tinsmith.client.polling import QueueStateLog
-from tinsmith.client.sampling import RetryConfig, SamplingClient, open_sampling_client
+from tinsmith.client.retries import RetryConfig
+from tinsmith.client.sampling import SamplingClient, open_sampling_client
 from tinsmith.client.tokenizer import Tokenizer, load_tokenizer
 from tinsmith.client.turns import SubmitLine, Turn
 from tinsmith.types.datum import Datum, EncodedTextChunk
