@@ -151,11 +151,16 @@ class Snapshots:
         task.add_done_callback(ended)
 
     def _take(self, model: Model, *, is_idle: bool = False) -> None:
-        """Order it, with everything the model has done and nothing else. Nothing of the model runs."""
+        """Order it, with everything the model has done and nothing else. Nothing of the model runs.
+
+        It stays due while another is written.
+        """
+        if model.is_saving:
+            return
         model.snapshot_due, model.replayed_tokens = False, 0
         if model.status is not ModelStatus.LIVE and not (is_idle and model.status is ModelStatus.CLOSING):
             return
-        if model.slot is None or model.is_saving or model.residence in (Residence.ABSENT, Residence.ENTERING):
+        if model.slot is None or model.residence in (Residence.ABSENT, Residence.ENTERING):
             return
         next_seq = model.queue.next_seq
         folder = f"{FOLDER}/{model.model_id.replace(':', '~')}/{next_seq}"

@@ -156,6 +156,40 @@ async def test_a_load_is_of_the_version_it_was_of(server: Server) -> None:
         assert loaded in ([], first)
 
 
+async def test_a_load_while_a_snapshot_is_written_outlives_its_checkpoint(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = await server.start()
+    model_id = await h.model()
+    await results(h, await train(h, model_id, 1, 1))
+    await h.result(h.submit(SaveState(model_id=model_id, seq_id=3, name="a")))
+    await results(h, await train(h, model_id, 4, 2))
+    written, write = asyncio.Event(), h.control._journal.write
+
+    async def slow_write(changes: Any) -> None:
+        monkeypatch.setattr(h.control._journal, "write", write)
+        await written.wait()
+        await write(changes)
+
+    monkeypatch.setattr(h.control._journal, "write", slow_write)
+    h.clock.advance(61)
+    await h.control.sweep()
+    await h.settle()
+    path = f"tinker://{model_id}/weights/a"
+    await h.result(h.submit(LoadState(model_id=model_id, seq_id=8, path=path, optimizer=True)))
+    await h.settle()
+    written.set()
+    await h.control._snapshots.drain()
+    await h.settle()
+    await h.control._snapshots.drain()
+    await h.control.library.delete_checkpoint(model_id, "weights/a")
+    after = await train(h, model_id, 9, 1)
+    expected = await results(h, after)
+    await server.kill(h)
+    async with running(server) as h:
+        assert await results(h, after) == expected
+
+
 async def test_samples_in_flight_are_drawn_again_with_the_same_seed(server: Server) -> None:
     h = await server.start()
     session_id = await h.session()
