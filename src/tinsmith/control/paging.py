@@ -211,7 +211,8 @@ class Pager:
     # ---- room ----
 
     async def _make_room(self, payer: Payer, num_bytes: int, granted: Callable[[], None]) -> None:
-        """Wait in line for so many bytes. Raises `StorageError` if nothing can leave because the disk refuses it."""
+        """Wait in line for so many bytes. Raises `StorageError` if nothing can leave because the disk refuses it,
+        `EngineDied` if the engine stays dead."""
         waiter = _Waiter(payer, num_bytes, granted, asyncio.get_running_loop().create_future())
         self._line.append(waiter)
         self._step()
@@ -227,6 +228,8 @@ class Pager:
     def _step(self) -> None:
         """Let in whom there is room for, and see to it that there will be room for the next."""
         if self._slot.dead is not None:
+            if not self._slot.is_recovering:
+                self._dismiss(self._slot.dead)
             return
         self._prune()
         leaving = [model for model in self._present.values() if model.residence is Residence.LEAVING]
@@ -244,6 +247,12 @@ class Pager:
             waiter.granted()
             waiter.future.set_result(None)
         self._evict(0 if waiter is None else waiter.num_bytes)
+
+    def _dismiss(self, error: EngineDied) -> None:
+        for waiter in self._line:
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
+        self._line.clear()
 
     def _first(self) -> _Waiter | None:
         """Who is let in next: projects by their shares, each one's own in the order in which they asked."""
@@ -441,6 +450,10 @@ class Pager:
         self._refused.clear()
         self._parking = asyncio.Lock()
 
+    def engine_died(self) -> None:
+        """For good: nobody needs to wait for room in it."""
+        self._step()
+
     async def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -459,6 +472,10 @@ class Paging:
 
     def engine_revived(self, slot: EngineSlot) -> None:
         self._pagers[slot.card.name].reset()
+
+    def engine_died(self, slot: EngineSlot) -> None:
+        """For good."""
+        self._pagers[slot.card.name].engine_died()
 
     def stats(self) -> dict[str, PagingStats]:
         return {name: pager.stats for name, pager in self._pagers.items()}

@@ -183,6 +183,7 @@ class Control:
             training=self._training,
             sampling=self._sampling,
             snapshots=self._snapshots,
+            paging=self._paging,
             replay=self._replay,
             futures=self._futures,
             clock=self._clock,
@@ -381,6 +382,7 @@ class Control:
             return
         self._training.engine_died(slot, error)
         self._sampling.engine_died(slot, error)
+        self._paging.engine_died(slot)
 
     # ---- accounts ----
 

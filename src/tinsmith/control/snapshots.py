@@ -103,7 +103,8 @@ class Snapshots:
         return is_long or now - model.snapshot_at >= self._interval_s
 
     async def put_away(self, model: Model) -> None:
-        """Have on disk what a model is now; nothing of it runs, and it takes no turns meanwhile.
+        """Have on disk what a model is now; nothing of it runs, and it takes no turns meanwhile. Numbers that are given
+        up meanwhile change nothing in it.
 
         Raises `StorageError`, or what else kept it from being written.
         """
@@ -113,11 +114,11 @@ class Snapshots:
             return
         self._take(model, is_idle=True)
         save = self._saves.get(model.model_id)
-        error = None if save is None else await asyncio.shield(save)
+        if save is None:
+            raise EngineDied(f"model {model.model_id!r} could not be written: its engine is gone")
+        error = await asyncio.shield(save)
         if error is not None:
             raise error
-        if not model.is_kept and not model.has_ended:
-            raise EngineDied(f"model {model.model_id!r} could not be written: its engine is gone")
 
     async def put_weights_away(self, samplers: list[Sampler]) -> None:
         """Have on disk what unnamed samplers share. Raises `StorageError`, or what else kept it from being written."""

@@ -14,6 +14,7 @@ from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
 from tinsmith.control.ledger import Entry
 from tinsmith.control.models import Model, ModelStatus
+from tinsmith.control.paging import Paging
 from tinsmith.control.replay import Replay
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.settings import ControlSettings
@@ -38,6 +39,7 @@ class Supervisor:
         training: Training,
         sampling: Sampling,
         snapshots: Snapshots,
+        paging: Paging,
         replay: Replay,
         futures: FutureStore,
         clock: Clock,
@@ -46,6 +48,7 @@ class Supervisor:
         self._training = training
         self._sampling = sampling
         self._snapshots = snapshots
+        self._paging = paging
         self._replay = replay
         self._futures = futures
         self._clock = clock
@@ -166,6 +169,7 @@ class Supervisor:
         slot.give_up()
         self._training.engine_died(slot, died)
         self._sampling.engine_died(slot, died)
+        self._paging.engine_died(slot)
 
     def _convict(self, slot: EngineSlot) -> dict[str, KilledEngine]:
         """Fail the requests that were there too often; they are not done again."""

@@ -15,7 +15,7 @@ from tinsmith.control.paging import PageLost, PagingStats
 from tinsmith.control.requests import SaveForSampler, UnloadModel
 from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
 from tinsmith.types import LoraConfig
-from tinsmith.types.errors import InvalidInput, ServerError, StorageError
+from tinsmith.types.errors import EngineDied, InvalidInput, ServerError, StorageError, UserError
 from tinsmith.types.operations import (
     AdapterShape,
     CreateAdapter,
@@ -259,3 +259,44 @@ async def test_after_a_restart_only_the_models_that_are_used_come_back(open_cont
         assert len(loads | replayed) <= 3
         for model in models[1:]:
             assert await train(h, model, range(2, 3)) == expected
+
+
+@pytest.mark.parametrize("host_adapters", [0, 1])
+async def test_a_request_that_fails_its_check_while_its_model_is_written_keeps_nobody_waiting(
+    open_control: OpenControl, host_adapters: int
+) -> None:
+    engine = engine_for(1, device="cuda", host_adapter_bytes=host_adapters * ADAPTER_BYTES)
+    async with open_control([engine]) as h:
+        session = await h.session()
+        models = [await h.model(session, n) for n in range(1 + host_adapters)]
+        h.engine.pause()
+        newcomer = await h.create(session, 9)
+        await h.settle()
+        (saved,) = h.asked(SaveAdapter)
+        assert saved.model_id == models[0]
+        bad = h.submit(forward_backward(models[0], 1, loss_fn="no such loss"))
+        good = h.submit(forward_backward(models[0], 2))
+        assert isinstance(await h.error(bad), UserError)
+        h.engine.resume()
+        await h.result(newcomer)
+        await h.result(good)
+
+
+async def test_whoever_waits_for_room_in_an_engine_that_stays_dead_is_told(open_control: OpenControl) -> None:
+    async with open_control([engine_for(1)]) as h:
+        session = await h.session()
+        model = await h.model(session, 0)
+        saved = await h.result(h.submit(SaveForSampler(model_id=model, seq_id=1, sampling_session_seq_id=0)))
+        await h.model(session, 1)
+        await h.settle()
+        assert h.engine._snapshots == {}
+        h.engine.pause()
+        before = h.sample(draw(saved.sampling_session_id, 0))
+        await h.settle()
+        assert stats(h).num_waiting > 0
+        h.engine.die()
+        await h.control.sweep()
+        after = h.sample(draw(saved.sampling_session_id, 1))
+        for receipt in (before, after):
+            assert isinstance(await h.error(receipt), EngineDied)
+        assert stats(h).num_waiting == 0
