@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import tinsmith as tinker
 from tinsmith.cli.app import app
+from tinsmith.client.downloads import Progress, download_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -107,30 +108,61 @@ def test_deleting_by_run_obeys_its_filters(address: str, service: tinker.Service
     assert told(address, *arguments, "--before", "2100-01-01") == {"deleted": [path(client, "x")]}
 
 
-def test_a_download_has_the_adapter_and_goes_on_where_it_stopped(
-    address: str, training: tinker.TrainingClient, tmp_path: Path
-) -> None:
-    first = tmp_path / "first"
-    result = tinsmith(address, "checkpoint", "download", path(training, "a"), "--output", str(first))
+WEIGHTS = "adapter_model.safetensors"
+
+
+def download(address: str, path: str, folder: Path) -> bytes:
+    result = tinsmith(address, "checkpoint", "download", path, "--output", str(folder))
     assert result.exit_code == 0, result.output
-    with safe_open(first / "adapter_model.safetensors", "numpy") as file:
+    return (folder / WEIGHTS).read_bytes()
+
+
+def cut_off(service: tinker.ServiceClient, path: str, folder: Path) -> Path:
+    """A download that ended within the weights; what there is of them."""
+
+    def end(progress: Progress) -> None:
+        if progress.file == WEIGHTS:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        download_checkpoint(service, path, folder, on_progress=end).result(60)
+    (part,) = folder.glob(f"{WEIGHTS}*.part")
+    return part
+
+
+def test_a_download_has_the_adapter_and_goes_on_where_it_stopped(
+    address: str, service: tinker.ServiceClient, training: tinker.TrainingClient, tmp_path: Path
+) -> None:
+    whole = download(address, path(training, "a"), tmp_path / "first")
+    with safe_open(tmp_path / "first" / WEIGHTS, "numpy") as file:
         assert any("lora_A" in name for name in file.keys())  # noqa: SIM118
-    whole = (first / "adapter_model.safetensors").read_bytes()
     second = tmp_path / "second"
-    second.mkdir()
-    (second / "adapter_model.safetensors.part").write_bytes(whole[:1000])
-    assert told(address, "checkpoint", "download", path(training, "a"), "--output", str(second))["folder"] == str(
-        second
-    )
-    assert (second / "adapter_model.safetensors").read_bytes() == whole
+    cut_off(service, path(training, "a"), second).write_bytes(bytes(1000))
+    assert download(address, path(training, "a"), second) == bytes(1000) + whole[1000:]
+    assert not list(second.glob("*.part"))
     names = [one["checkpoint_id"] for one in told(address, "checkpoint", "list", "--limit", "0")]
     assert "external_weights/download" not in names
+
+
+def test_a_download_is_never_made_of_another_checkpoints_files(
+    address: str, service: tinker.ServiceClient, training: tinker.TrainingClient, tmp_path: Path
+) -> None:
+    other = service.create_lora_training_client("tinsmith/tiny", rank=4, seed=2).result(60)
+    other.save_state("a").result(60)
+    first, second = (download(address, path(one, "a"), tmp_path / one.model_id) for one in (training, other))
+    assert first != second
+    folder = tmp_path / "a"
+    assert download(address, path(training, "a"), folder) == first
+    assert download(address, path(other, "a"), folder) == second
+    cut_off(service, path(training, "a"), folder).write_bytes(first[:1000])
+    assert download(address, path(other, "a"), folder) == second
 
 
 def test_a_samplers_checkpoint_is_not_for_download(address: str, training: tinker.TrainingClient) -> None:
     result = tinsmith(address, "checkpoint", "download", f"tinker://{training.model_id}/sampler_weights/s")
     assert result.exit_code == 1
     assert "use the training checkpoint" in result.output
+    assert "internal error" not in result.output
 
 
 def test_an_adapter_is_pushed_with_a_model_card(
@@ -169,6 +201,8 @@ def test_a_trace_is_fetched(address: str, training: tinker.TrainingClient, tmp_p
         (("checkpoint", "delete"), 2, "--run-id"),
         (("checkpoint", "publish", "weights/x"), 1, "not a checkpoint path"),
         (("checkpoint", "delete", "--run-id", "r", "--type", "big"), 2, "big"),
+        (("checkpoint", "delete", "tinker://a/weights/b", "--type", "sampler", "--yes"), 2, "--run-id"),
+        (("checkpoint", "delete", "tinker://a/weights/b", "--before", "2020-01-01", "--yes"), 2, "--run-id"),
     ],
 )
 def test_mistakes_have_exit_codes_and_words(address: str, arguments: tuple[str, ...], code: int, words: str) -> None:

@@ -126,6 +126,8 @@ def delete(
     """Delete checkpoints, by path or by run."""
     if bool(paths) == bool(run_id):
         raise typer.BadParameter("give paths or --run-id, one of the two")
+    if paths and (kind or before or after):
+        raise typer.BadParameter("--type, --before and --after choose among those of a --run-id, not among paths")
     if kind not in (None, "training", "sampler", "external"):
         raise typer.BadParameter(f"--type must be training, sampler or external, not {kind!r}")
     with rest_client(base_url) as rest:

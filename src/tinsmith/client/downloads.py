@@ -1,12 +1,14 @@
 """Checkpoints as files on this machine.
 
 A training checkpoint is exported first: loaded into a new model, saved in PEFT layout for an hour, fetched, deleted.
-Files arrive under the name `….part`; a download that was cut off goes on where it stopped.
+Files arrive under the name `….part`, with a mark of the checkpoint in it: a download that was cut off goes on where it
+stopped, and never with another checkpoint's bytes. All get their names at the end, in place of what had them before.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from tinsmith.client.errors import APIConnectionError, APIStatusError, TinkerError
 from tinsmith.client.futures import APIFuture
 from tinsmith.client.rest import RestClient
-from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
+from tinsmith.types.checkpoint import InvalidTinkerPath, ParsedCheckpointTinkerPath
 from tinsmith.types.replies import ExternalWeightsUrlsResponse
 
 if TYPE_CHECKING:
@@ -55,12 +57,15 @@ def download_checkpoint(
     """
     parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
     if parsed.checkpoint_type == "sampler":
-        raise ValueError(f"{path!r} is a sampler's checkpoint and cannot be downloaded; use the training checkpoint")
+        raise InvalidTinkerPath(
+            f"{path!r} is a sampler's checkpoint and cannot be downloaded; use the training checkpoint"
+        )
     target = Path(folder)
 
     async def run() -> list[Path]:
         rest = RestClient(service.holder)
-        fetch = _Fetch(service.holder.link.http, rest, target, on_progress or (lambda _: None))
+        mark = await _mark_of(rest, path)
+        fetch = _Fetch(service.holder.link.http, rest, target, mark, on_progress or (lambda _: None))
         if parsed.checkpoint_type == "external":
             return await fetch.all(path)
         client = await service.create_training_client_from_state(path, user_metadata={"created_by": "download"})
@@ -73,6 +78,16 @@ def download_checkpoint(
     return service.holder.begin(run)
 
 
+async def _mark_of(rest: RestClient, path: str) -> str:
+    """Another for each version, at servers that know versions."""
+    try:
+        found = await rest.get_checkpoint_by_tinker_path(path)
+        text = f"{found.tinker_path} {found.time.isoformat()}"
+    except APIStatusError:
+        text = path
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 async def _delete_quietly(rest: RestClient, path: str) -> None:
     try:
         await rest.delete_checkpoint_from_tinker_path(path)
@@ -81,28 +96,30 @@ async def _delete_quietly(rest: RestClient, path: str) -> None:
 
 
 class _Fetch:
-    def __init__(self, http: Http, rest: RestClient, folder: Path, on_progress: OnProgress) -> None:
+    def __init__(self, http: Http, rest: RestClient, folder: Path, mark: str, on_progress: OnProgress) -> None:
         self._http = http
         self._rest = rest
         self._folder = folder
+        self._mark = mark
         self._on_progress = on_progress
 
     async def all(self, path: str) -> list[Path]:
         links = await self._links(path)
         targets = {name: _inside(self._folder, name) for name in links.urls}
-        for name, target in targets.items():
+        parts = {name: target.with_name(f"{target.name}.{self._mark}.part") for name, target in targets.items()}
+        for name, part in parts.items():
             if links.expires.timestamp() - time.time() < _SIGN_AGAIN_BEFORE_S:
                 links = await self._links(path)
-            await self._file(name, links.urls[name], target)
+            await self._file(name, links.urls[name], part)
+        for name, target in targets.items():
+            parts[name].replace(target)
         return list(targets.values())
 
     async def _links(self, path: str) -> ExternalWeightsUrlsResponse:
         return await self._rest.get_external_weights_urls(path)
 
-    async def _file(self, name: str, url: str, target: Path) -> None:
-        if _is_there(target):
-            return
-        part = target.with_name(target.name + ".part")
+    async def _file(self, name: str, url: str, part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(_ATTEMPTS):
             try:
                 await self._rest_of(name, url, part)
@@ -112,7 +129,6 @@ class _Fetch:
                     raise
                 logger.info("the download of %s goes on after: %s", name, error)
                 await asyncio.sleep(min(2.0**attempt, 30.0) * self._http.pace)
-        part.replace(target)
 
     async def _rest_of(self, name: str, url: str, part: Path) -> None:
         """Append what is missing. A server that cannot start in the middle sends everything again."""
@@ -127,12 +143,6 @@ class _Fetch:
                     await asyncio.to_thread(file.write, chunk)
                     have += len(chunk)
                     self._on_progress(Progress(file=name, received=have, total=total))
-
-
-def _is_there(target: Path) -> bool:
-    """Whether a file was fetched before; makes room for it if not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.exists()
 
 
 def _size_of(part: Path) -> int:
