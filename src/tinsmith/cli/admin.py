@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -70,8 +71,14 @@ async def _office(data_dir: Path | None, base_url: str | None) -> AsyncIterator[
     from tinsmith.control.administration import Deeds
     from tinsmith.control.identity import SystemClock
     from tinsmith.control.registry import Registry
-    from tinsmith.server.assemble import default_data_dir
+    from tinsmith.server.assemble import DATABASE_VARIABLE, default_data_dir
+    from tinsmith.types.errors import UserError
 
+    if os.environ.get(DATABASE_VARIABLE):
+        raise UserError(
+            f"{DATABASE_VARIABLE} is set: the registry is in PostgreSQL, which only the server itself changes; give "
+            "--base-url. A server on 127.0.0.1 that has no keys yet takes any TINKER_API_KEY"
+        )
     folder = data_dir or default_data_dir()
     folder.mkdir(parents=True, exist_ok=True)
     registry = Registry(folder / "registry.sqlite3")

@@ -49,9 +49,15 @@ class RemoteDeeds:
     async def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: str | float | None
     ) -> Any:
+        """Raises `Refused`, or `UserError` if no server of ours answers there."""
+        import httpx2
+
         params = {name: value for name, value in query.items() if value is not None}
-        answer = await self._http.request(method, path, json=body, params=params)
-        content = answer.json()
+        try:
+            answer = await self._http.request(method, path, json=body, params=params)
+            content = answer.json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise UserError(f"no Tinsmith server answers at {str(self._http.base_url)!r}: {error}") from error
         if answer.is_error:
             raise Refused(str(content.get("detail", content)))
         return content

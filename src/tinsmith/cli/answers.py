@@ -60,10 +60,11 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_js
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*columns.values(), box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(cell(row.get(field)) for field in columns))
+        table.add_row(*(Text(cell(row.get(field))) for field in columns))
     console = Console()
     if not console.is_terminal:
         console.width = UNBOUNDED  # whoever reads this is a program, or pages by itself

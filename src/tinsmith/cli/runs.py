@@ -20,10 +20,13 @@ def runs(
     """Compare runs: `tinsmith runs compare runs/supervised-001 runs/supervised-002`."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from tinsmith.kitchen.comparison import compare
 
-    table = Table("", *(str(folder) for folder in folders), box=None, pad_edge=False)
+    table = Table("", box=None, pad_edge=False)
+    for folder in folders:
+        table.add_column(Text(str(folder)))
     for name, values in compare(folders):
-        table.add_row(f"[bold]{name}[/bold]", *values)
+        table.add_row(Text(name, style="bold"), *map(Text, values))
     Console().print(table)

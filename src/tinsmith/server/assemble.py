@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 EngineHome: TypeAlias = Literal["process", "thread"]
 
 DATA_DIR_VARIABLE = "TINSMITH_DATA_DIR"
+DATABASE_VARIABLE = "TINSMITH_DATABASE"
 OTEL_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 

@@ -105,3 +105,28 @@ def test_what_cannot_be_done_ends_with_a_sentence(office: Office, words: list[st
     result = CliRunner().invoke(app, ["admin", *words, "--data-dir", str(office.folder)])
     assert result.exit_code == code
     assert told in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_note_in_brackets_is_shown_as_it_was_written(office: Office) -> None:
+    office("users", "create", "anna")
+    office("keys", "create", "anna", "--note", "[ci] deploys [/x]")
+    assert "[ci] deploys [/x]" in office("keys", "list")
+
+
+def test_a_data_folder_is_left_alone_where_the_registry_is_in_postgresql(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINSMITH_DATABASE", "postgresql://tinsmith:hidden@db.example/tinsmith")
+    told = office("users", "create", "anna", code=1)
+    assert "--base-url" in told
+    assert "hidden" not in told
+    assert not office.folder.exists()
+
+
+@pytest.mark.parametrize("base_url", ["http://127.0.0.1:1", "127.0.0.1:8000"])
+def test_an_address_where_no_server_is_is_no_bug(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", "tml-x")
+    result = CliRunner().invoke(app, ["admin", "users", "list", "--base-url", base_url])
+    assert result.exit_code == 1
+    assert "no Tinsmith server answers" in result.output
+    assert "internal error" not in result.output
