@@ -6,14 +6,14 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, Overflow
 from typing import ClassVar, Final
 
 from tinsmith.kitchen.evaluators.base import TextEvaluator
 from tinsmith.types.errors import InvalidInput
 
 _NUMBER: Final = re.compile(
-    r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?![\d.,/]))?|[-+]?\.\d+"
+    r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?![\d/]|[.,]\d))?|[-+]?\.\d+"
 )
 _FINAL: Final = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|(?i:the (?:final )?answer is):?\s*([^\n]+)")
 """Where an answer says which of its numbers counts."""
@@ -76,8 +76,11 @@ class NumericEvaluator(TextEvaluator):
         found = last_number(prediction)
         if found is None:
             return 0.0
-        allowed = max(Decimal(str(self.absolute)), Decimal(str(self.relative)) * abs(wanted))
-        return float(abs(found - wanted) <= allowed)
+        try:
+            allowed = max(Decimal(str(self.absolute)), Decimal(str(self.relative)) * abs(wanted))
+            return float(abs(found - wanted) <= allowed)
+        except Overflow:  # beyond what decimals reckon with: no tolerance bridges that
+            return float(found == wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +138,7 @@ def _decimal(text: str) -> Decimal | None:
     try:
         value = Decimal(above)
         return value / Decimal(below) if below else value
-    except (InvalidOperation, ZeroDivisionError):
+    except ArithmeticError:
         return None
 
 

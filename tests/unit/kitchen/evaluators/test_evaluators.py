@@ -56,6 +56,13 @@ def test_exact_match(options: dict[str, Any], prediction: str, target: str, scor
         ("no idea", "3", 0.0),
         ("1/0", "3", 0.0),
         ("4, 5", "5", 1.0),
+        ("The answer is 3/4.", "3/4", 1.0),
+        ("so 3/4, done", "0.75", 1.0),
+        ("on 3/4/2024", "0.75", 0.0),
+        ("1e9999999", "7", 0.0),
+        ("7", "1e9999999", 0.0),
+        ("1e9999999/3", "7", 0.0),
+        ("1e9999999", "1e9999999", 1.0),
     ],
 )
 def test_numbers_are_read_from_where_the_answer_ends(prediction: str, target: str, score: float) -> None:
