@@ -52,6 +52,10 @@ class Tool:
     def __post_init__(self) -> None:
         if not isinstance(self.function.get("name"), str) or not self.function["name"]:
             raise ValueError(f"a tool needs a name: {dict(self.function)!r}")
+        try:
+            _check_text(json.dumps(dict(self.function), ensure_ascii=False), f"the description of tool {self.name!r}")
+        except TypeError as error:
+            raise ValueError(f"tool {self.name!r} cannot be written as JSON: {error}") from error
 
     @classmethod
     def of(cls, name: str, description: str, parameters: Mapping[str, Any]) -> Tool:

@@ -80,6 +80,8 @@ def _parse_line(line: bytes, source: str) -> dict[str, Any]:
         raise DataError(f"{source}: not JSON: {error.msg} at column {error.colno}: {shown(line.decode())}") from error
     except RecursionError as error:
         raise DataError(f"{source}: the JSON is nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{source}: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{source}: expected a JSON object, not {shown(record)}")
     return record

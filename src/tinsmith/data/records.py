@@ -62,6 +62,8 @@ def conversation_from_record(record: Mapping[str, Any], *, source: str) -> Conve
 
 def _form_of(record: Mapping[str, Any], source: str) -> tuple[str, ...]:
     """The keys of the one form that this record is in."""
+    for key in record:
+        _text(key, source, key)
     for key in REFUSED_KEYS:
         if key in record:
             raise DataError(f"{source}: field {key!r} is not supported; it holds {shown(record[key])}")
@@ -217,7 +219,10 @@ def _tools(value: Any, source: str) -> tuple[Tool, ...]:
         function = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise DataError(f"{source}: field 'tools[{index}]' must be a function with a name, not {shown(item)}")
-        tools.append(Tool(function=function))
+        try:
+            tools.append(Tool(function=function))
+        except ValueError as error:
+            raise DataError(f"{source}: field 'tools[{index}]': {error}") from error
     return tuple(tools)
 
 

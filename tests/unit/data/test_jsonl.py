@@ -100,6 +100,18 @@ def test_every_form_gives_the_same_conversation(record: dict[str, Any]) -> None:
             '{"messages": [{"role": "user", "content": "\\ud800"}]}',
             r"data.jsonl:2: field 'messages\[0\].content' is not valid Unicode at character 0",
         ),
+        (
+            '{"prompt": "a", "completion": "b", "n": ' + "9" * 5000 + "}",
+            "data.jsonl:2: Exceeds the limit .* for integer string conversion",
+        ),
+        (
+            '{"prompt": "a", "completion": "b", "\\ud800": 1}',
+            r"data.jsonl:2: field '\\ud800' is not valid Unicode at character 0",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f", "description": "\\ud800"}]}',
+            r"data.jsonl:2: field 'tools\[0\]': the description of tool 'f' is not valid Unicode at character",
+        ),
         ('{"messages": [], "functions": [1]}', r"data.jsonl:2: field 'functions' is not supported; it holds \[1\]"),
         ('{"messages": [], "tools": [1]}', r"data.jsonl:2: field 'tools\[0\]' must be a function with a name, not 1"),
         ('{"mesages": []}', r"data.jsonl:2: no known form; .* did you mean 'messages'\?"),
