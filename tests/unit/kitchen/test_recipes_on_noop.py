@@ -230,6 +230,18 @@ def test_an_unknown_environment_and_a_missing_adapter_are_found_first(tmp_path: 
         ({"prompt": "a", "chosen": "b"}, r"pairs.jsonl:2: field 'rejected' must be a text that is not empty, not None"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "pairs.jsonl:2: chosen and rejected are the same, 'b'"),
         ({"chosen": "b", "rejected": "c"}, "pairs.jsonl:2: field 'prompt' is missing"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be brief."},
+            "pairs.jsonl:2: field 'system' is not supported; it holds 'Be brief.'",
+        ),
+        (
+            {"prompt": "a", "messages": [{"role": "user", "content": "x"}], "chosen": "b", "rejected": "c"},
+            "pairs.jsonl:2: the line has both 'prompt' and 'messages'; keep one",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"name": "look"}]},
+            "pairs.jsonl:2: the chat template has no place for tools",
+        ),
     ],
 )
 def test_a_bad_pair_names_file_and_line(
@@ -239,6 +251,13 @@ def test_a_bad_pair_names_file_and_line(
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
     with pytest.raises(Exception, match=complaint):
         cook("dpo", "run", data=tmp_path / "pairs.jsonl", test_size=0)
+
+
+def test_keys_of_a_pair_that_are_not_read_are_counted(cook: Callable[..., TrainingResult], tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "no", "id": 7}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    result = cook("dpo", "run", data=tmp_path / "pairs.jsonl", test_size=0)
+    assert RunFolder(result.output).read_manifest()["data"]["ignored_keys"] == {"id": 1}
 
 
 def test_the_reference_of_a_preference_run_may_be_a_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -220,6 +221,12 @@ def is_due(step: int, every: int) -> bool:
 
 def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def unread_keys(name: str, keys: Mapping[str, int]) -> list[str]:
+    """A remark on keys of the records that nothing read, and how many had each."""
+    shown = ", ".join(f"{key!r} ({count(number, 'line')})" for key, number in keys.items())
+    return [f"keys in {Path(name).name} that were not read: {shown}"] if keys else []
 
 
 def data_path(ctx: Context) -> Path:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,17 +25,20 @@ from tinsmith.data import (
     hold_out,
     to_datum,
 )
+from tinsmith.data.records import REFUSED_KEYS
 from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.errors import ConfigError, GateFailed
 from tinsmith.kitchen.ports import Pending, Record, Sampler
 from tinsmith.kitchen.preferences import WITHOUT_REFERENCE, Pair, make_loss, preference_loss, score_pairs
 from tinsmith.kitchen.stage import Stage
-from tinsmith.kitchen.stages.common import begin_of, count
+from tinsmith.kitchen.stages.common import begin_of, count, unread_keys
 from tinsmith.kitchen.stages.steps import Measured, submit_step
 from tinsmith.kitchen.stages.supervised import check_warmup
 from tinsmith.types import Datum, ForwardBackwardOutput
 
 LN2_TOLERANCE: Final = 0.02
+PAIR_KEYS: Final = frozenset({"prompt", "messages", "tools", "chosen", "rejected"})
+"""Keys of a record that are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,7 @@ class BuildPairs(Stage):
     def execute(self, ctx: Context) -> Context:
         config, dataset = ctx.config, ctx.state.dataset
         pairs = [_pair(record, ctx.state.renderer, config.max_length) for record in dataset]
+        ignored = Counter(key for record in dataset for key in record.values if key not in PAIR_KEYS)
         if not pairs:
             raise DataError(f"{dataset.name} holds no pair")
         try:
@@ -82,8 +87,11 @@ class BuildPairs(Stage):
             pairs=tuple(pairs[index] for index in (*training, *test)),
             num_training=len(training),
             plan=plan,
-            remarks=(f"{count(len(training), 'pair')}, {len(test)} held out; {count(plan.num_steps, 'step')}",),
-            facts={"pairs": len(pairs), "reference": reference_name(config)},
+            remarks=(
+                f"{count(len(training), 'pair')}, {len(test)} held out; {count(plan.num_steps, 'step')}",
+                *unread_keys(dataset.name, ignored),
+            ),
+            facts={"pairs": len(pairs), "reference": reference_name(config), "ignored_keys": dict(ignored)},
         )
         return ctx.put(course=course)
 
@@ -104,7 +112,7 @@ def _pair(record: Record, renderer: Renderer, max_length: int) -> Pair:
     def datum(key: str) -> Datum:
         answer = Message(role="assistant", content=values[key])
         rendered = renderer.render(
-            Conversation(messages=(*prompt, answer), source=record.source), "last_assistant_message"
+            replace(prompt, messages=(*prompt.messages, answer)), "last_assistant_message"
         ).require_text()
         if len(rendered.tokens) > max_length:
             raise DataError(
@@ -115,13 +123,18 @@ def _pair(record: Record, renderer: Renderer, max_length: int) -> Pair:
     return Pair(chosen=datum("chosen"), rejected=datum("rejected"), source=record.source)
 
 
-def _prompt(values: Mapping[str, Any], source: str) -> tuple[Message, ...]:
-    if isinstance(values.get("prompt"), str):
-        return (Message(role="user", content=values["prompt"]),)
-    messages = values.get("messages", values.get("prompt"))
-    if messages is None:
+def _prompt(values: Mapping[str, Any], source: str) -> Conversation:
+    """Without the answer. Raises `DataError`; also for keys that would change the prompt and are not read here."""
+    given = [values[key] for key in ("prompt", "messages") if values.get(key) is not None]
+    if not given:
         raise DataError(f"{source}: field 'prompt' is missing; expected a text, or messages")
-    return conversation_from_record({"messages": messages}, source=source).messages
+    if len(given) > 1:
+        raise DataError(f"{source}: the line has both 'prompt' and 'messages'; keep one")
+    messages = [{"role": "user", "content": given[0]}] if isinstance(given[0], str) else given[0]
+    beside = {
+        key: values[key] for key in ("tools", *REFUSED_KEYS) if key in values and key not in ("chosen", "rejected")
+    }
+    return conversation_from_record({**beside, "messages": messages}, source=source)
 
 
 class ScoreReference(Stage):

@@ -13,7 +13,7 @@ from tinsmith.kitchen.errors import ConfigError
 from tinsmith.kitchen.ports import Dataset, Pending
 from tinsmith.kitchen.run_log import RunLog
 from tinsmith.kitchen.stage import Stage
-from tinsmith.kitchen.stages.common import count, data_path
+from tinsmith.kitchen.stages.common import count, data_path, unread_keys
 from tinsmith.kitchen.stages.steps import Measured, submit_step
 from tinsmith.types import Datum, ForwardBackwardOutput
 
@@ -97,9 +97,7 @@ def _remarks(file: ConversationFile, training: ConversationDataset, plan: BatchP
         remarks.append(f"{count(training.num_truncated, 'conversation')} truncated to max_length")
     if training.num_skipped:
         remarks.append(f"{count(training.num_skipped, 'conversation')} skipped: too long, or nothing left to learn")
-    if file.ignored_keys:
-        keys = ", ".join(f"{key!r} ({count(number, 'line')})" for key, number in file.ignored_keys.items())
-        remarks.append(f"keys in {file.path.name} that were not read: {keys}")
+    remarks += unread_keys(file.path.name, file.ignored_keys)
     if plan.num_steps < FEW_STEPS:
         remarks.append(f"{count(plan.num_steps, 'step')} will not teach much; raise epochs or lower batch_size")
     return remarks
