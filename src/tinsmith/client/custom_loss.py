@@ -8,6 +8,7 @@ The server's `cross_entropy` is linear in the log-probabilities, `-sum(weights *
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,9 +109,7 @@ def differentiate(
         shape = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
         logprobs.append(output["logprobs"].to_torch().reshape(shape).requires_grad_())
     with torch.enable_grad():
-        value, metrics = loss(list(data), logprobs)
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise ValueError(f"a custom loss must return (scalar tensor, metrics), not {type(value).__name__}")
+        value, metrics = _returned(lambda: loss(list(data), logprobs))
         if not value.requires_grad:
             raise ValueError("the custom loss does not depend on the log-probabilities, so it has no gradient")
         value.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +117,7 @@ def differentiate(
     per_datum = [_gradient_of(logprob, index) for index, logprob in enumerate(logprobs)]
     if not np.isfinite(total):
         raise ValueError(f"the custom loss is {total!r}")
-    return Gradient(loss=total, metrics={key: float(v) for key, v in metrics.items()}, per_datum=per_datum)
+    return Gradient(loss=total, metrics=metrics, per_datum=per_datum)
 
 
 def weighted_data(plain: Sequence[Datum], gradient: Gradient) -> list[Datum]:
@@ -138,6 +137,35 @@ def merged_metrics(backend: Mapping[str, float], gradient: Gradient) -> dict[str
     """The server's metrics, its `loss:sum` under the name `surrogate_loss:sum`, and those of the custom loss."""
     renamed = {("surrogate_loss:sum" if key == "loss:sum" else key): value for key, value in backend.items()}
     return {**renamed, "loss:sum": gradient.loss, **gradient.metrics}
+
+
+def _returned(loss: Callable[[], object]) -> tuple[torch.Tensor, dict[str, float]]:
+    """What a loss gives, metrics as numbers. Raises `ValueError` if it is not `(scalar tensor, metrics)`."""
+    import torch
+
+    try:
+        answer = loss()
+    except StopIteration as error:  # no asyncio future can hold one: Python 3.11 would wait for ever
+        raise RuntimeError("the custom loss raised StopIteration") from error
+    match answer:
+        case (torch.Tensor() as value, Mapping() as metrics) if value.numel() == 1:
+            return value, {key: _number(key, metric) for key, metric in metrics.items()}
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    told = " and ".join(_kind(part) for part in parts)
+    raise ValueError(f"a custom loss must return (scalar tensor, metrics), not {told}")
+
+
+def _kind(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__}{list(shape)}"
+
+
+def _number(name: str, metric: Any) -> float:
+    """A metric as a number. Raises `ValueError` if it is none."""
+    try:
+        return float(metric.detach() if hasattr(metric, "detach") else metric)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"metric {name!r} of the custom loss is no number: {metric!r}") from error
 
 
 def _gradient_of(logprob: torch.Tensor, index: int) -> np.ndarray:
@@ -161,9 +189,9 @@ def _sum_over_datums(
                     f"data[{index}]: {name} has {tensor.ndim} dimensions, "
                     f"but {handle.name} declares {handle.input_ranks[name]}"
                 )
-        loss, values = handle.fn(logprob, **inputs)
+        loss, values = _returned(functools.partial(handle.fn, logprob, **inputs))
         losses.append(loss)
-        metrics.append({key: float(value) for key, value in values.items()})
+        metrics.append(values)
     return sum(losses[1:], start=losses[0]), merge_metrics(metrics, [1] * len(metrics))
 
 

@@ -100,6 +100,22 @@ def not_finite(_: object, logprobs: list[torch.Tensor]) -> Any:
     return (logprobs[0] * float("nan")).sum(), {}
 
 
+def only_a_loss(_: object, logprobs: list[torch.Tensor]) -> Any:
+    return logprobs[0].sum()
+
+
+def without_metrics(_: object, logprobs: list[torch.Tensor]) -> Any:
+    return logprobs[0].sum(), None
+
+
+def many_numbers(_: object, logprobs: list[torch.Tensor]) -> Any:
+    return logprobs[0].sum(), {"all:sum": logprobs[0].detach()}
+
+
+def exhausted(_: object, __: object) -> Any:
+    return next(iter([]))
+
+
 def leaving(_: object, __: object) -> Any:
     raise SystemExit(2)
 
@@ -109,8 +125,12 @@ def leaving(_: object, __: object) -> Any:
     [
         (failing, ZeroDivisionError, "in the user's loss"),
         (constant, ValueError, "does not depend on the log-probabilities"),
-        (vector, ValueError, "must return"),
+        (vector, ValueError, "must return \\(scalar tensor, metrics\\), not Tensor\\[3\\] and dict"),
         (not_finite, ValueError, "gradient of the custom loss is not finite for data\\[0\\]"),
+        (only_a_loss, ValueError, "must return \\(scalar tensor, metrics\\), not Tensor\\[\\]"),
+        (without_metrics, ValueError, "must return \\(scalar tensor, metrics\\), not Tensor\\[\\] and NoneType"),
+        (many_numbers, ValueError, "metric 'all:sum' of the custom loss is no number"),
+        (exhausted, RuntimeError, "the custom loss raised StopIteration"),
         (leaving, SystemExit, "2"),
     ],
 )
@@ -192,6 +212,15 @@ def test_a_loss_per_datum_is_summed_over_the_datums(service: ServiceClient, serv
     wrong = service.create_custom_loss(weighted, {"logprobs": 1, "advantages": 2}).result(5)
     with pytest.raises(ValueError, match=r"data\[0\]: advantages has 1 dimensions, but weighted declares 2"):
         training.forward_backward_custom(data(), wrong).result(5)
+
+
+def test_a_metric_may_be_a_tensor_that_has_a_gradient(training: TrainingClient) -> None:
+    def loss(_: object, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        total = -logprobs[0].sum()
+        return total, {"mine:sum": total}
+
+    output = training.forward_backward_custom(data(), loss).result(5)  # type: ignore[arg-type]
+    assert output.metrics["mine:sum"] == output.metrics["loss:sum"]
 
 
 @pytest.mark.parametrize(
