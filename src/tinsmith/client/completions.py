@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from tinsmith.client.config import Timing
@@ -12,6 +13,7 @@ from tinsmith.client.errors import (
     APIStatusError,
     BadRequestError,
     BillingError,
+    RateLimitError,
     TinkerError,
 )
 from tinsmith.client.http import Http, Pool, post
@@ -26,12 +28,22 @@ _BAD_REQUESTS_MAX = 3
 class CompletionPoller:
     """Asks which samples have ended while somebody waits for one. Use on the client's event loop only.
 
-    An error that will not pass ends the poller: everyone who waits, and everyone after, gets it.
+    An error that will not pass ends the poller: everyone who waits, and everyone after, gets it. Of polls that have kept
+    failing for `Timing.poll_give_up` seconds, or for `billing_give_up` with 402, everyone who waits gets the last error.
     """
 
-    def __init__(self, http: Http, timing: Timing, sampling_session_id: str, clone_id: int) -> None:
+    def __init__(
+        self,
+        http: Http,
+        timing: Timing,
+        sampling_session_id: str,
+        clone_id: int,
+        *,
+        billing_give_up: float = 0.0,
+    ) -> None:
         self._http = http
         self._timing = timing
+        self._billing_give_up = billing_give_up
         self._target = {
             "type": "sampling_session",
             "sampling_session_id": sampling_session_id,
@@ -44,6 +56,7 @@ class CompletionPoller:
         self._polling: asyncio.Task[None] | None = None
         self._failure: TinkerError | None = None
         self._bad_requests = 0
+        self._failing_since: float | None = None
 
     async def ended(self, request_id: str) -> FutureCompletion:
         """Wait until the server says that a request has ended, well or badly."""
@@ -76,8 +89,10 @@ class CompletionPoller:
                 await self._once(hold=hold)
                 if not hold:
                     acknowledged = self._cursor
-        except TinkerError as error:
-            self._failure = error
+        except Exception as error:  # noqa: BLE001  a task boundary: whoever waits gets what it ended with
+            if isinstance(error, TinkerError) and not _may_pass(error):
+                self._failure = error
+            self._failing_since = None
             for waiter in self._waiting.values():
                 if not waiter.done():
                     waiter.set_exception(error)
@@ -95,11 +110,10 @@ class CompletionPoller:
         try:
             reply = await self._http.send_for(call, FuturesRetrieveResponse)
         except (APIConnectionError, APIStatusError) as error:
-            if not self._may_pass(error):
-                raise
+            self._bear(error)
             await asyncio.sleep(self._timing.poll_retry_initial)
             return
-        self._bad_requests = 0
+        self._bad_requests, self._failing_since = 0, None
         self._retrieved = self._retrieved[len(told) :]
         self._cursor = reply.cursor
         for completion in reply.completions:
@@ -110,9 +124,22 @@ class CompletionPoller:
                 waiter.set_result(completion)
         await asyncio.sleep(0)  # those who were woken take themselves off the list
 
-    def _may_pass(self, error: APIConnectionError | APIStatusError) -> bool:
+    def _bear(self, error: APIConnectionError | APIStatusError) -> None:
+        """Raises the error if it will not pass, or has not passed for too long."""
         if isinstance(error, BadRequestError):
             self._bad_requests += 1
-            return self._bad_requests <= _BAD_REQUESTS_MAX
+            if self._bad_requests > _BAD_REQUESTS_MAX:
+                raise error
+            return
+        if not _may_pass(error):
+            raise error
         logger.info("the poll of sampling session %s failed: %s", self._target["sampling_session_id"], error)
-        return isinstance(error, APIConnectionError | BillingError) or error.retryable
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        limit = self._billing_give_up if isinstance(error, BillingError) else self._timing.poll_give_up
+        if now - self._failing_since >= limit and not isinstance(error, RateLimitError):
+            raise error
+
+
+def _may_pass(error: TinkerError) -> bool:
+    return error.retryable or isinstance(error, BillingError)

@@ -389,7 +389,11 @@ class SamplingClient:
             return await link.result(request_id, "Sample", self.on_queue_state_change)
         if self._completions is None:
             self._completions = CompletionPoller(
-                link.http, link.config.timing, self._sampling_session_id, self._clone_number
+                link.http,
+                link.config.timing,
+                self._sampling_session_id,
+                self._clone_number,
+                billing_give_up=link.flags.billing_exception_max_pause_duration_sec,
             )
         ended = await self._completions.ended(request_id)
         size = ended.response_payload_uncompressed_size if isinstance(ended, FutureFinished) else None

@@ -19,6 +19,7 @@ from tinsmith.client import (
     BillingError,
     CircuitOpenError,
     NotFoundError,
+    RetryConfig,
     SamplingClient,
     ServiceClient,
     TrainingClient,
@@ -95,6 +96,23 @@ def test_a_poll_that_may_pass_is_repeated_and_one_that_will_not_fails_every_samp
         for _ in range(2):
             with pytest.raises(NotFoundError):
                 sampling.sample(PROMPT, 1, PARAMS).result(5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("in the transport"), httpx2.ConnectError("refused")])
+def test_a_poll_that_cannot_be_made_ends_in_its_error_and_the_next_sample_polls_anew(error: Exception) -> None:
+    async def fail(_: FakeTinker, __: object) -> httpx2.Response:
+        raise error
+
+    server = Polled()
+    with service_of(server) as service:
+        sampling = service.create_sampling_client(
+            base_model="m", retry_config=RetryConfig(enable_retry_logic=False)
+        ).result(5)
+        server.always["retrieve_futures"] = fail
+        with pytest.raises((RuntimeError, APIConnectionError), match=str(error)):
+            sampling.sample(PROMPT, 1, PARAMS).result(5)
+        del server.always["retrieve_futures"]
+        assert sampling.sample(PROMPT, 1, PARAMS).result(5).sequences
 
 
 # ---- cancelling ----
