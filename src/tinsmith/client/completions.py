@@ -28,8 +28,8 @@ _BAD_REQUESTS_MAX = 3
 class CompletionPoller:
     """Asks which samples have ended while somebody waits for one. Use on the client's event loop only.
 
-    An error that will not pass ends the poller: everyone who waits, and everyone after, gets it. Of polls that have kept
-    failing for `Timing.poll_give_up` seconds, or for `billing_give_up` with 402, everyone who waits gets the last error.
+    An error that will not pass ends the poller: everyone who waits, and everyone after, gets it. Once polls have kept
+    failing for `Timing.poll_give_up` seconds, or for `billing_give_up` with 402, those who wait get the last error.
     """
 
     def __init__(
