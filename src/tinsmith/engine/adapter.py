@@ -8,12 +8,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from tinsmith.engine.lora import LoraLayout, LoraWeights, MatrixPair
 from tinsmith.engine.optimizer import AdamState, AdamStep, adamw_steps
 from tinsmith.types.errors import AdapterCorrupted, ServerError, TinsmithError
 from tinsmith.types.operations import LoraSpec
 from tinsmith.types.params import AdamParams
+
+_NORM_STRETCH = 2**16
+"""Gradients whose squares are added up at once: one fp32 sum over many millions would be off by percents."""
 
 
 class Adapter:
@@ -68,7 +72,7 @@ class Adapter:
         self.check_trainable()
         if self.num_pending == 0:
             return None
-        norm = float(torch.linalg.vector_norm(self.grads_P))
+        norm = float(get_total_norm(self.grads_P.split(_NORM_STRETCH)))
         if not norm < float("inf"):
             raise self.corrupt(f"the gradient norm of step {self.step + 1} was {norm}")
         return AdamStep(self._writable_weights(), self.grads_P, self.optimizer, params, norm)
