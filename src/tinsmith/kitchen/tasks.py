@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from tinsmith.data import Message, ParsedAnswer
+from tinsmith.data import Conversation, Message, ParsedAnswer
 from tinsmith.kitchen.environments.programs import Problem, ProgramTasks
 from tinsmith.kitchen.ports import (
     Environment,
@@ -75,10 +75,10 @@ def sum_expressions(seed: int) -> ProgramTasks:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt(Environment):
-    messages: tuple[Message, ...]
+    prompt: Conversation
 
     async def start(self) -> Observation:
-        return Observation(messages=self.messages)
+        return Observation(messages=self.prompt.messages, tools=self.prompt.tools)
 
     async def step(self, answer: ParsedAnswer) -> StepResult:
         return StepResult()
@@ -88,7 +88,7 @@ class _Prompt(Environment):
 class Prompts(EnvironmentSource):
     """Conversations to answer, again and again in the order given. No answer has a reward."""
 
-    prompts: tuple[tuple[Message, ...], ...]
+    prompts: tuple[Conversation, ...]
 
     def group(self, index: int, size: int) -> EnvironmentGroup:
         prompt = self.prompts[index % len(self.prompts)]

@@ -31,7 +31,7 @@ from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopFailure
 from tinsmith.kitchen.environments import QuestionTasks
 from tinsmith.kitchen.ports import SessionSpec
 from tinsmith.kitchen.telemetry import Event
-from tinsmith.observe import read_jsonl
+from tinsmith.observe import keep_rows, read_jsonl
 
 SMALL: dict[str, dict[str, Any]] = {
     "sl_basic": {"epochs": 1, "batch_size": 24},
@@ -104,6 +104,18 @@ def test_ck_13_train_n_equals_train_k_kill_resume_train_the_rest(
     for file in ("metrics.jsonl", "evaluations.jsonl", "rollouts.jsonl"):
         assert deterministic(read_jsonl(parts.output / file)) == deterministic(read_jsonl(whole.output / file))
     assert parts.checkpoint.step == whole.checkpoint.step
+
+
+def test_ck_13_43_a_run_killed_between_its_last_checkpoint_and_its_last_measure_makes_up_for_it(
+    cook: Callable[..., TrainingResult], tiny_tokenizer: ChatTokenizer
+) -> None:
+    backend = NoopBackend(chat_tokenizer=tiny_tokenizer)
+    whole = cook("distillation", "run", backend)
+    assert [row["step"] for row in whole.evaluations] == [0, 4]
+    keep_rows(whole.output / "evaluations.jsonl", lambda row: row["step"] == 0)
+    for _ in range(2):
+        survivor = NoopBackend(chat_tokenizer=tiny_tokenizer, store=backend.store)
+        assert cook("distillation", "run", survivor, resume=True).evaluations == whole.evaluations
 
 
 @pytest.mark.parametrize("save_every", [2, 3])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinsmith.data import ChatTokenizer
+from tinsmith.data import ChatTokenizer, RenderError
 from tinsmith.kitchen import RECIPES, ConfigError, RunFolder, TrainingConfig, TrainingResult, run_recipe
 from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopPending
 from tinsmith.kitchen.distilled import DistilledDataset, TeacherAnswer
@@ -107,6 +107,34 @@ def test_ck_43_records_choose_their_teachers(two_teachers: tuple[NoopBackend, st
     data.write_text(json.dumps({**lines[0], "teacher": 3}) + "\n")
     with pytest.raises(Exception, match=r"talk.jsonl:1: teacher=3 is no number of a teacher, from 1 to 2"):
         cook("distillation", backend, tmp_path / "bad", teacher_of="record", **settings)
+
+
+@pytest.mark.parametrize("name", ["distillation", "off_policy_distillation"])
+@pytest.mark.parametrize(
+    ("messages", "tools", "what"),
+    [
+        ([{"role": "user", "content": "a"}], [{"name": "look"}], "tools"),
+        (
+            [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]},
+                {"role": "tool", "content": "b"},
+            ],
+            None,
+            "tool calls",
+        ),
+    ],
+)
+def test_ck_43_tools_are_a_part_of_the_prompt(
+    two_teachers: tuple[NoopBackend, str, str], tmp_path: Path, name: str, messages: Any, tools: Any, what: str
+) -> None:
+    backend, teacher, _ = two_teachers
+    data = tmp_path / "talk.jsonl"
+    answer = {"role": "assistant", "content": "c"}
+    data.write_text(json.dumps({"messages": [*messages, answer], "tools": tools}) + "\n")
+    with pytest.raises(RenderError, match=rf"talk.jsonl:1: the chat template has no place for {what}"):
+        cook(name, backend, tmp_path / "run", data=data, teacher=teacher)
+    assert not (tmp_path / "run").exists()
 
 
 def test_ck_43_off_policy_distillation_learns_the_teacher_s_distribution(

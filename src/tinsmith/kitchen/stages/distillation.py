@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
-from tinsmith.data import BatchPlan, ConversationFile, DataError, Message, build_dataset
+from tinsmith.data import BatchPlan, Conversation, ConversationFile, DataError, build_dataset
 from tinsmith.data.jsonl import conversations_of
 from tinsmith.kitchen.advantages import Advantages
 from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.distilled import DistilledDataset, TeacherAnswer
-from tinsmith.kitchen.errors import ConfigError
 from tinsmith.kitchen.ports import Sampler, SessionSpec
 from tinsmith.kitchen.reference import Reference
 from tinsmith.kitchen.rollouts import draw_batch
+from tinsmith.kitchen.run_log import RunLog
 from tinsmith.kitchen.stage import Stage
 from tinsmith.kitchen.stages.common import begin_of, count, data_path
 from tinsmith.kitchen.stages.reinforcement import RolloutCourse, log_ratios, rollout_spec
@@ -41,7 +42,10 @@ def _kept(ctx: Context) -> dict[str, Any]:
 
 
 class ReadPrompts(Stage):
-    """The conversations of the data, and the prompts they begin with: all up to the last answer."""
+    """The conversations of the data, and the prompts they begin with: all up to the last answer.
+
+    Raises `DataError`; and `RenderError` for a prompt that the format has no place for, before anything is drawn.
+    """
 
     name = "read_prompts"
 
@@ -49,12 +53,15 @@ class ReadPrompts(Stage):
         dataset = ctx.state.dataset
         records = [(record.values, record.source) for record in dataset]
         file: ConversationFile = conversations_of(data_path(ctx), records, sha256=dataset.sha256)
-        prompts = [_prompt(conversation.messages) for conversation in file.conversations]
-        owners = [_owner(ctx.config, values, source) for values, source in records]
-        found = dict.fromkeys(zip(prompts, owners, strict=True))
+        found: dict[tuple[str, int], Conversation] = {}
+        for conversation, (values, source) in zip(file.conversations, records, strict=True):
+            prompt = _prompt(conversation)
+            ctx.state.renderer.generation_prompt(prompt.messages, tools=prompt.tools, source=source)
+            same = repr((prompt.messages, prompt.tools))
+            found.setdefault((same, _owner(ctx.config, values, source)), prompt)
         return ctx.put(
             conversations=file.conversations,
-            prompts=tuple(prompt for prompt, _ in found),
+            prompts=tuple(found.values()),
             prompt_owners=tuple(owner for _, owner in found) if ctx.config.teacher_of == "record" else (),
         )
 
@@ -69,12 +76,13 @@ def _owner(config: Any, values: Mapping[str, Any], source: str) -> int:
     return number - 1
 
 
-def _prompt(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Raises `ConfigError` if nothing is left to answer."""
+def _prompt(conversation: Conversation) -> Conversation:
+    """Raises `DataError` if nothing is left to answer."""
+    messages = conversation.messages
     last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
     if last == 0:
-        raise ConfigError("a conversation begins with its only answer: there is no prompt to distil on")
-    return tuple(messages[:last])
+        raise DataError(f"{conversation.source}: it begins with its only answer: there is no prompt to distil on")
+    return replace(conversation, messages=messages[:last])
 
 
 class StartTeacher(Stage):
@@ -164,8 +172,13 @@ class MeasureTeacherKl(Stage):
 
     name = "measure_teacher_kl"
     needs = ("training_client",)
+    on_resume = "skip"
 
     async def execute(self, ctx: Context) -> Context:
+        log: RunLog = ctx.state.log
+        step = log.rows[-1].step if log.rows else 0
+        if any(row["step"] == step for row in log.evaluations):
+            return ctx  # a run that is resumed after its end has measured it already
         client, config = ctx.get_adapter("training_client"), ctx.config
         sampler: Sampler = await asyncio.to_thread(client.sampler, ctx.state.session)
         spec = rollout_spec(ctx, Prompts(prompts=ctx.state.prompts))
@@ -176,11 +189,8 @@ class MeasureTeacherKl(Stage):
         gaps = await log_ratios(ctx.state.reference, sequences)
         drawn = float(sum(sequence.num_drawn for sequence, _ in sequences))
         divergence = float(sum(gap_N.sum() for gap_N in gaps)) / max(drawn, 1.0)
-        step = 0 if "row" not in ctx.state else ctx.state.row.step
-        begin = begin_of(ctx)
-        if step or begin is None:
-            ctx.state.log.evaluated(step, teacher_kl=divergence)
-            ctx.emit("eval.complete", {"step": step, "teacher_kl": divergence})
+        log.evaluated(step, teacher_kl=divergence)
+        ctx.emit("eval.complete", {"step": step, "teacher_kl": divergence})
         return ctx
 
 
@@ -209,10 +219,10 @@ class TeacherAnswers(Stage):
         return ctx.put(course=course, teacher_answers=answers)
 
 
-async def _answers(ctx: Context, prompt: tuple[Message, ...], number: int) -> list[TeacherAnswer]:
+async def _answers(ctx: Context, prompt: Conversation, number: int) -> list[TeacherAnswer]:
     """One request asks a teacher for all answers that are its own; with several, each answer's is drawn by weight."""
     config, renderer, reference = ctx.config, ctx.state.renderer, ctx.state.reference
-    tokens = renderer.generation_prompt(prompt, source=f"prompt {number}")
+    tokens = renderer.generation_prompt(prompt.messages, tools=prompt.tools, source=prompt.source)
     seed = (config.seed * 1_000_003 + number) % 2**31
     rng = Random(f"tinsmith/teachers/{config.seed}/{number}")
     drawn: list[SampledSequence] = []
@@ -222,7 +232,7 @@ async def _answers(ctx: Context, prompt: tuple[Message, ...], number: int) -> li
         )
         response = await sampler.sample(tokens, params, num_samples=num_samples)
         drawn += response.sequences
-    said = "\n".join(f"{message.role}: {message.content}" for message in prompt)
+    said = "\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
     return list(await asyncio.gather(*(_answer(ctx, said, tokens, one, number) for one in drawn)))
 
 
