@@ -18,10 +18,9 @@ from tinsmith import __version__
 from tinsmith.control.service import Control
 from tinsmith.server import admin, anthropic, openai, tinker, tinkerbell
 from tinsmith.server.auth import Authenticate
-from tinsmith.server.dialects import refuse
+from tinsmith.server.dialects import handle_http_exception, refuse
 from tinsmith.server.errors import (
     Guard,
-    handle_http_exception,
     handle_tinsmith_error,
     handle_validation_error,
     json_response,

@@ -19,7 +19,7 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,6 +37,9 @@ from tinsmith.control.signing import LinkRefused, TokenRefused
 from tinsmith.types.errors import NotFound, Overloaded, ServerError, TinsmithError, UserError
 
 logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""For the log and the figures: nobody reads it."""
 
 
 class InternalError(ServerError):
@@ -140,15 +143,15 @@ async def handle_validation_error(request: Request, error: Exception) -> Respons
     return json_response({"detail": explain(error, skip=1)}, 400)
 
 
-async def handle_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteHTTPException)
+def read_http_exception(request: Request, error: StarletteHTTPException) -> tuple[str, Mapping[str, str] | None]:
+    """What to say about a path that is not there, a method it does not take, or a body; and the headers to send."""
     detail, headers = error.detail, error.headers
     if error.status_code == 404:
         detail = f"there is no {request.method} {request.url.path} on this server"
     elif error.status_code == 405:
         detail = f"{request.url.path} does not take {request.method}"
         headers = {"allow": ", ".join(_allowed_methods(request))}
-    return json_response({"detail": detail}, error.status_code, headers)
+    return detail, headers
 
 
 def _allowed_methods(request: Request) -> list[str]:
@@ -224,6 +227,8 @@ class Guard:
 
         try:
             await self.app(scope, self._limited(scope, receive), watched_send)
+        except ClientDisconnect:
+            await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, watched_send)
         except Exception as error:  # noqa: BLE001 - the last boundary of a request
             incident = new_incident(error, method=scope["method"], path=scope["path"])
             if not started:

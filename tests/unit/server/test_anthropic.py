@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.server.chat_server import HELLO, answer, decoded, events, hermes_folder, post, samples, say, tiny_card
 from tests.unit.server.tinker_client import Client, OpenServer
+from tinsmith.control.errors import NotTaken
 from tinsmith.types.errors import ServerError
 from tinsmith.types.operations import Sample
 
@@ -150,6 +151,13 @@ async def test_errors_have_the_names_that_clients_know(chat: Client) -> None:
         chat.engine.fail_next(Sample, ServerError("sampling failed on the device"))
         broken = await post(chat.http, "messages", ASK | {"stream": stream})
         assert (broken.status_code, broken.json()["error"]["type"]) == (500, "api_error")
+        chat.engine.fail_next(Sample, NotTaken("the disk is full"))
+        full = await post(chat.http, "messages", ASK | {"stream": stream})
+        assert (full.status_code, full.json()["error"]["type"]) == (507, "api_error")
+    for path in ("messages/batches", "files"):
+        missing = await chat.http.get(f"/v1/{path}", headers={"anthropic-version": "2023-06-01"})
+        assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
+        assert f"/v1/{path}" in missing.json()["error"]["message"]
 
 
 async def test_an_overloaded_server_says_so(open_server: OpenServer) -> None:

@@ -175,6 +175,36 @@ async def test_a_server_without_keys_answers_under_its_own_name_only(
 # ---- polls ----
 
 
+def scope_of(path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+        "scheme": "http",
+        "root_path": "",
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
+
+
+async def test_an_upload_that_breaks_off_is_no_error_of_ours(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    await inbox.put({"type": "http.request", "body": b"{", "more_body": True})
+    await inbox.put({"type": "http.disconnect"})
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await client.app(scope_of("/api/v1/asample"), inbox.get, send)
+    assert sent[0]["status"] == 499
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 async def test_a_client_that_leaves_frees_its_poll(client: Client) -> None:
     client.engine.pause()
     receipt = await client.sample(await client.sampler())
@@ -185,19 +215,7 @@ async def test_a_client_that_leaves_frees_its_poll(client: Client) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/api/v1/retrieve_future",
-        "raw_path": b"/api/v1/retrieve_future",
-        "query_string": b"",
-        "headers": [],
-        "http_version": "1.1",
-        "scheme": "http",
-        "root_path": "",
-        "server": ("test", 80),
-        "client": ("test", 1),
-    }
+    scope = scope_of("/api/v1/retrieve_future")
     await inbox.put({"type": "http.request", "body": body, "more_body": False})
     poll = asyncio.create_task(client.app(scope, inbox.get, send))
     await asyncio.sleep(0.05)

@@ -220,6 +220,14 @@ async def test_a_context_that_is_too_short_has_its_code(chat: Client) -> None:
     assert got["usage"]["total_tokens"] == FAKE_CARD.max_context, "without a limit the answer may fill the context"
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("POST", "embeddings", 404), ("GET", "completions", 405)])
+async def test_what_is_not_there_is_told_in_the_dialect(chat: Client, method: str, path: str, status: int) -> None:
+    response = await chat.http.request(method, f"/v1/{path}")
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert f"/v1/{path}" in response.json()["error"]["message"]
+
+
 async def test_a_body_that_is_no_json_is_a_400_in_the_dialect(chat: Client) -> None:
     response = await chat.http.post(
         "/v1/completions", content=b"{nonsense", headers={"content-type": "application/json"}

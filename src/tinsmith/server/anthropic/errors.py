@@ -14,23 +14,26 @@ from tinsmith.types.errors import TinsmithError
 
 OVERLOADED = 529
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    410: "invalid_request_error",
+    413: "request_too_large",
     500: "api_error",
+    507: "api_error",
+    OVERLOADED: "overloaded_error",
 }
 
 
 def error_body(error: TinsmithError) -> dict[str, Any]:
     """With `param`, beyond what Anthropic's own errors tell."""
-    status = error_status(error)
-    kind = "overloaded_error" if status == OVERLOADED else _TYPES[status]
-    fields: dict[str, Any] = {"type": kind, "message": error.message}
+    body = fault_body(error_status(error), error.message)
     if isinstance(error, BadField):
-        fields["param"] = error.param
-    return {"type": "error", "error": fields}
+        body["error"]["param"] = error.param
+    return body
+
+
+def fault_body(status: int, message: str) -> dict[str, Any]:
+    return {"type": "error", "error": {"type": _TYPES.get(status, "invalid_request_error"), "message": message}}
 
 
 def error_status(error: TinsmithError) -> int:

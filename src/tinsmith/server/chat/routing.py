@@ -15,10 +15,9 @@ from starlette.responses import Response
 from tinsmith.server.chat.fields import BadField, place_of
 from tinsmith.server.chat.recorder import CONVERSATION_HEADER, MOST_CONVERSATION_CHARACTERS, Visit
 from tinsmith.server.chat.replies import CallerLeft
-from tinsmith.server.errors import explain, new_incident
+from tinsmith.server.errors import CLIENT_CLOSED_REQUEST, explain, new_incident
 from tinsmith.types.errors import InvalidInput, TinsmithError
 
-CLIENT_CLOSED_REQUEST = 499
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "A field that cannot be served, by name"},
     "5XX": {"description": "The request was fine, the server is not, or it has too much to do (529)"},

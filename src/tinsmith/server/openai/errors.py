@@ -12,15 +12,19 @@ from tinsmith.server.chat.routing import DialectRoute
 from tinsmith.server.errors import challenge, json_response, retry_after, status_of
 from tinsmith.types.errors import TinsmithError
 
-_TYPES = {403: "permission_error", 429: "rate_limit_error", 500: "server_error"}
+_TYPES = {403: "permission_error", 429: "rate_limit_error", 500: "server_error", 507: "server_error"}
 _CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 def error_body(error: TinsmithError) -> dict[str, Any]:
     status = error_status(error)
     param, code = (error.param, error.code) if isinstance(error, BadField) else (None, None)
+    return fault_body(status, error.message, param, code)
+
+
+def fault_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     fields = {
-        "message": error.message,
+        "message": message,
         "type": _TYPES.get(status, "invalid_request_error"),
         "param": param,
         "code": code or _CODES.get(status),
