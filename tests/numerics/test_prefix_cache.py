@@ -387,3 +387,23 @@ def test_equal_tokens_of_other_owners_or_after_other_tokens_have_other_keys() ->
     changed = tokens.copy()
     changed[3] = 99
     assert not set(keys) & set(block_keys(b"one", changed))
+
+
+def test_a_block_whose_content_was_given_up_belongs_to_its_next_owner_alone() -> None:
+    """A request fails on the device while another, of the same weights, still reads the beginning of its prompt."""
+    blocks = BlockPool(3)
+    blocks.open(b"one")
+    blocks.open(b"two")
+    (shared,) = blocks.take(1, b"one")
+    blocks.register(shared, b"key", b"one")
+    blocks.share([shared])
+    blocks.release([shared], tainted=True)
+    blocks.register(shared, b"key", b"one")
+    blocks.release([shared])
+    taken = blocks.take(2, b"two")
+    blocks.register(shared, b"other", b"two")
+    blocks.release(taken)
+    blocks.forget(b"one")
+    assert blocks.find([b"other"]) == [shared]
+    blocks.forget(b"two")
+    assert sorted(blocks.take(2, b"one")) == sorted(taken)

@@ -18,7 +18,6 @@ from torch import Tensor
 BLOCK_TOKENS = 16
 BASE_OWNER = b"base"
 """Owner of what the base model computes without an adapter."""
-_TAINTED = b"tainted"
 _KEY_BYTES = 16
 
 
@@ -65,6 +64,8 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, 0, -1))
         self._users = [0] * num_blocks
         self._writers: list[bytes] = [BASE_OWNER] * num_blocks
+        self._tainted: set[int] = set()
+        """Blocks whose cells may not be finite, whoever wrote them."""
         self._keys: list[bytes | None] = [None] * num_blocks
         self._holders: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -93,8 +94,9 @@ class BlockPool:
         for _ in range(count):
             block = self._free.pop() if self._free else self._evict()
             self._users[block] = 1
-            if self._writers[block] not in (owner, BASE_OWNER):
+            if block in self._tainted or self._writers[block] not in (owner, BASE_OWNER):
                 self._to_zero.append(block)
+                self._tainted.discard(block)
             self._writers[block] = owner
             blocks.append(block)
         return blocks
@@ -119,7 +121,7 @@ class BlockPool:
         for block in reversed(blocks):  # the end of a sequence is worth nothing without its beginning
             if tainted:
                 self._unregister(block)
-                self._writers[block] = _TAINTED
+                self._tainted.add(block)
             self._users[block] -= 1
             if self._users[block] == 0:
                 if self._keys[block] is None and block not in self._ends_in:

@@ -15,6 +15,8 @@ from tinsmith.types.params import AdamParams
 
 _CLIP_EPS = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
+_LEAST_EPS = torch.finfo(torch.float32).tiny ** 0.5
+"""The squares of smaller gradients are zero in fp32: divided by less, they would make steps of any size, or NaN."""
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ def _step_together(steps: Sequence[AdamStep]) -> None:
         beta1=params.beta1,
         beta2=params.beta2,
         weight_decay=params.weight_decay,
-        eps=params.eps,
+        eps=max(params.eps, _LEAST_EPS),
     )
     for step in steps:
         step.state.count += 1
