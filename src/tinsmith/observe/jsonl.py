@@ -13,12 +13,15 @@ from typing import Any, Self
 class JsonlSink:
     """Appends rows to a file, each on disk for other readers when `write` returns.
 
+    A last line that a crash or a full disk cut off is dropped first: the next row must not become a part of it.
+
     Raises `ValueError` for numbers that JSON does not have (NaN, infinity).
     """
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         """With `durable`, rows survive a power cut too (fsync)."""
         self._durable = durable
+        _end_last_line(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -37,6 +40,25 @@ class JsonlSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _end_last_line(path: Path) -> None:
+    """Give a last line without an end one if it is a whole row, else drop it."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        start, last = 0, b""
+        for line in file:
+            start, last = start + len(last), line
+        try:
+            json.loads(last)
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(start)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

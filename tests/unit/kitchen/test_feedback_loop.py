@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinsmith.data import ChatTokenizer
+from tinsmith.data import ChatTokenizer, DataError
 from tinsmith.kitchen import RECIPES, NothingTrained, TrainingConfig, TrainingResult, adapters, run, run_recipe
 from tinsmith.kitchen.adapters.files import FolderRegistry, JsonlFeedback
 from tinsmith.kitchen.adapters.noop_services import MemoryFeedback
@@ -51,6 +51,45 @@ def loop(
     )
     assert isinstance(config, TrainingConfig)
     return run_recipe(RECIPES["feedback_loop"], config, lambda _config, _folder: backend)
+
+
+def test_ck_44_feedback_written_by_hand_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    path.write_text(
+        '\ufeff{"prompt": "a", "response": "b", "rating": 1}\r\n\n{"prompt": "c", "response": "d", "rating": -1}'
+    )
+    feedback = JsonlFeedback(path)
+    assert [entry.prompt for entry in feedback.read()] == ["a", "c"]
+    feedback.log(said("e", 0.5))
+    assert [entry.prompt for entry in feedback.read(after=1)] == ["c", "e"]
+    assert feedback.count() == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"prompt": "a", ', "feedback.jsonl:2: not JSON"),
+        ('{"prompt": "a", "response": "b"}', "feedback.jsonl:2: field 'rating' is missing"),
+        (
+            '{"prompt": "a", "response": "b", "rating": "good"}',
+            "feedback.jsonl:2: rating must be a number from -1 to 1, not 'good'",
+        ),
+        (
+            '{"prompt": "a", "response": "b", "rating": 5}',
+            "feedback.jsonl:2: rating must be a number from -1 to 1, not 5",
+        ),
+        ('{"prompt": 1, "response": "b", "rating": 0}', "feedback.jsonl:2: prompt must be a text, not 1"),
+        (
+            '{"prompt": "a", "response": "b", "rating": 0, "corection": "c"}',
+            "feedback.jsonl:2: unknown key 'corection'; did you mean 'correction'?",
+        ),
+    ],
+)
+def test_ck_44_bad_feedback_names_file_and_line(tmp_path: Path, line: str, complaint: str) -> None:
+    path = tmp_path / "feedback.jsonl"
+    path.write_text('{"prompt": "a", "response": "b", "rating": 1}\n' + line + "\n")
+    with pytest.raises(DataError, match=complaint):
+        JsonlFeedback(path).read()
 
 
 def test_ck_44_the_loop_trains_registers_and_forgets_what_it_used(

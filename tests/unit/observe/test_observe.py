@@ -42,6 +42,23 @@ def test_only_a_last_line_may_be_torn(tmp_path: Path) -> None:
         read_jsonl(path)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('{"step": 1}\n{"st', '{"step": 1}\n{"step": 2}\n'),
+        ('{"step": 1}', '{"step": 1}\n{"step": 2}\n'),
+        ('{"st', '{"step": 2}\n'),
+        ("", '{"step": 2}\n'),
+    ],
+)
+def test_a_row_after_a_torn_line_begins_a_line_of_its_own(tmp_path: Path, before: str, after: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(before)
+    with JsonlSink(path) as sink:
+        sink.write({"step": 2})
+    assert path.read_text() == after
+
+
 def test_rows_can_be_dropped(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tinsmith.data import DataError
+from tinsmith.data.jsonl import read_records
 from tinsmith.kitchen.adapters.noop_services import MemoryRegistry
+from tinsmith.kitchen.errors import nearest
 from tinsmith.kitchen.ports import BlobStore, Feedback, FeedbackClient, MetricRow, MetricsStore, RegisteredModel
 from tinsmith.observe import JsonlSink, read_jsonl
 from tinsmith.types.errors import InvalidInput, NotFound
@@ -95,6 +98,8 @@ class FolderRegistry(MemoryRegistry):
 
 
 class JsonlFeedback(FeedbackClient):
+    """One entry per line, written by `log` or by hand. Reading raises `DataError` naming file and line."""
+
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
@@ -104,7 +109,23 @@ class JsonlFeedback(FeedbackClient):
             sink.write(asdict(feedback))
 
     def read(self, *, after: int = 0) -> list[Feedback]:
-        return [Feedback(**row) for row in read_jsonl(self._path)[after:]]
+        return [_feedback(values, source) for values, source in self._records()[after:]]
 
     def count(self) -> int:
-        return len(read_jsonl(self._path))
+        return len(self._records())
+
+    def _records(self) -> list[tuple[dict[str, Any], str]]:
+        return read_records(self._path)[0] if self._path.exists() else []
+
+
+def _feedback(values: Mapping[str, Any], source: str) -> Feedback:
+    known = [field.name for field in fields(Feedback)]
+    for key in values.keys() - set(known):
+        raise DataError(f"{source}: unknown key {key!r}{nearest(key, known)}; an entry has {', '.join(known)}")
+    for key in ("prompt", "response", "rating"):
+        if key not in values:
+            raise DataError(f"{source}: field {key!r} is missing")
+    try:
+        return Feedback(**values)
+    except InvalidInput as error:
+        raise DataError(f"{source}: {error}") from error

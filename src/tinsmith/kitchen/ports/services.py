@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinsmith.data import ChatTokenizer
+from tinsmith.types.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,14 @@ class Feedback:
     """From -1 (bad) to 1 (good)."""
     correction: str | None = None
     """What would have been a good response."""
+
+    def __post_init__(self) -> None:
+        for key in ("prompt", "response", "correction"):
+            value = getattr(self, key)
+            if not isinstance(value, str) and not (key == "correction" and value is None):
+                raise InvalidInput(f"{key} must be a text, not {value!r}")
+        if isinstance(self.rating, bool) or not isinstance(self.rating, (int, float)) or not -1 <= self.rating <= 1:
+            raise InvalidInput(f"rating must be a number from -1 to 1, not {self.rating!r}")
 
 
 class FeedbackClient(Protocol):
