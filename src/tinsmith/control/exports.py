@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import sqlalchemy as sa
 
 from tinsmith.control import audit, records
 from tinsmith.control.checkpoints import CheckpointStore, describe, folder_key
-from tinsmith.control.engines import EngineBook, discard
+from tinsmith.control.engines import EngineBook
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.records import CheckpointRow
 from tinsmith.control.validation import check_ttl
@@ -34,13 +35,18 @@ class MergeOrder:
     ttl_seconds: int | None = None
 
 
+_Export: TypeAlias = tuple[CheckpointRow, MergeOrder, asyncio.Task[CheckpointRow]]
+"""What of, how, and the making of it."""
+
+
 class Exports:
     def __init__(self, *, checkpoints: CheckpointStore, engines: EngineBook, ids: Ids, clock: Clock) -> None:
         self._checkpoints = checkpoints
         self._engines = engines
         self._ids = ids
         self._clock = clock
-        self._running: dict[str, tuple[CheckpointRow, MergeOrder, asyncio.Task[CheckpointRow]]] = {}
+        self._running: dict[str, _Export] = {}
+        """By path; those that failed, too, until somebody asks."""
 
     async def merged(self, order: MergeOrder, *, owner: str | None, hold_s: float = HOLD_S) -> CheckpointRow | None:
         """The export; `None` if it is not ready after `hold_s`: ask again. One that is there is not made again.
@@ -49,20 +55,35 @@ class Exports:
         """
         source = await self._checkpoints.find_in_run(order.run_id, order.checkpoint_id, owner=owner)
         draft = self._draft(source, order)
+        running = self._running.get(draft.path)  # it may come to its end while the registry is asked
         if (done := await self._existing(draft)) is not None:
             return done
-        if draft.path not in self._running:
-            task = asyncio.create_task(self._merge(source, draft, order))
-            task.add_done_callback(discard)
-            self._running[draft.path] = (source, order, task)
-        of, asked, task = self._running[draft.path]
+        of, asked, task = running or self._running.get(draft.path) or self._start(source, draft, order)
         if of.checkpoint_id != source.checkpoint_id or asked.dtype != order.dtype:
-            raise AlreadyExists(f"{draft.path!r} is being made of something else; take another name")
+            if not task.done():
+                raise AlreadyExists(f"{draft.path!r} is being made of something else; take another name")
+            _, _, task = self._start(source, draft, order)
         await asyncio.wait({task}, timeout=hold_s)
         if not task.done():
             return None
-        self._running.pop(draft.path, None)
+        self._forget(draft.path, task)
         return await task
+
+    def _start(self, source: CheckpointRow, draft: CheckpointRow, order: MergeOrder) -> _Export:
+        """Whoever asks next is told of a failure; of what was made its record tells."""
+        task = asyncio.create_task(self._merge(source, draft, order))
+        self._running[draft.path] = export = (source, order, task)
+
+        def ended(task: asyncio.Task[CheckpointRow]) -> None:
+            if task.cancelled() or task.exception() is None:
+                self._forget(draft.path, task)
+
+        task.add_done_callback(ended)
+        return export
+
+    def _forget(self, path: str, task: asyncio.Task[CheckpointRow]) -> None:
+        if path in self._running and self._running[path][2] is task:
+            del self._running[path]
 
     async def _existing(self, draft: CheckpointRow) -> CheckpointRow | None:
         try:

@@ -72,3 +72,35 @@ async def test_an_export_that_fails_says_why_and_can_be_asked_again(h: Harness, 
     assert await library.export_merged(order)
     with pytest.raises(NotFound):
         await library.export_merged(MergeOrder(run_id=run_id, checkpoint_id="weights/b"))
+
+
+async def test_an_export_that_nobody_came_back_for_is_forgotten_when_it_is_deleted(h: Harness) -> None:
+    run_id = await saved(h)
+    exports, library = h.control.library._exports, h.control.library
+    order = MergeOrder(run_id=run_id, checkpoint_id="weights/a")
+    h.engine.pause()
+    assert await exports.merged(order, owner=None, hold_s=0.01) is None
+    h.engine.resume()
+    ((_, _, task),) = exports._running.values()
+    await task
+    made = await library.export_merged(order)
+    assert made is not None
+    await library.delete_checkpoint(run_id, "external_weights/a-merged")
+    other = MergeOrder(run_id=run_id, checkpoint_id="weights/a", dtype="float16")
+    assert await library.export_merged(other) is not None
+    await library.delete_checkpoint(run_id, "external_weights/a-merged")
+    assert await library.export_merged(order) is not None
+    assert await library.find_checkpoint(made.tinker_path)
+    assert len(h.asked(MergeAdapter)) == 3
+
+
+async def test_an_export_that_failed_unseen_does_not_keep_its_name(h: Harness) -> None:
+    run_id = await saved(h)
+    exports, library = h.control.library._exports, h.control.library
+    h.engine.pause()
+    h.engine.fail_next(MergeAdapter, StorageError("No space left"))
+    assert await exports.merged(MergeOrder(run_id=run_id, checkpoint_id="weights/a"), owner=None, hold_s=0.01) is None
+    h.engine.resume()
+    await h.settle()
+    order = MergeOrder(run_id=run_id, checkpoint_id="weights/a", dtype="float16")
+    assert await library.export_merged(order) is not None
