@@ -471,6 +471,8 @@ class FutureStore:
     def _drop(self, request_id: str) -> None:
         del self._finished[request_id]
         self._retained_bytes -= self._forget(request_id).num_bytes
+        while self._large and self._large[0] not in self._finished:
+            self._large.popleft()
 
     def _forget(self, request_id: str) -> _Promise:
         promise = self._promises.pop(request_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+import numpy as np
 import pytest
 
 from tests.unit.control.harness import ManualClock
@@ -120,6 +121,17 @@ async def test_the_oldest_results_go_when_they_are_too_large_together() -> None:
     with pytest.raises(FutureExpired):
         await futures.wait(ids[0], 0)
     assert isinstance(await futures.wait(ids[1], 0), Outcome)
+
+
+async def test_nothing_is_remembered_of_large_results_that_have_expired() -> None:
+    clock = ManualClock()
+    futures = store(clock)
+    for _ in range(3):
+        large = TensorData.from_numpy(np.zeros(10_000, dtype=np.float32))
+        futures.resolve(futures.open("ForwardBackward"), ForwardBackwardOutput("x", [{"logprobs": large}], {}))
+        clock.advance(61)
+        futures.expire()
+    assert len(futures) == len(futures._large) == 0
 
 
 async def test_a_key_names_the_same_request_until_its_future_expires() -> None:
