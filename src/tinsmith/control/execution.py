@@ -269,6 +269,7 @@ class Executor:
         sampler = Sampler(
             sampler_id=sampler_id,
             session_id=model.session_id,
+            owner=model.owner,
             slot=slot,
             snapshot_id=sampler_id,
             model_path=path,

@@ -10,10 +10,11 @@ import pytest
 
 from tests.unit.control.conftest import OpenControl
 from tests.unit.control.harness import Harness, draw, forward_backward, optim
+from tinsmith.control import records
 from tinsmith.control.copies import CopyOrder
 from tinsmith.control.errors import DiskBudgetExceeded
 from tinsmith.control.identities import Quota
-from tinsmith.control.requests import SaveForSampler, SaveState
+from tinsmith.control.requests import NewSession, SaveForSampler, SaveState
 from tinsmith.types.errors import InvalidInput
 
 pytestmark = pytest.mark.anyio
@@ -198,7 +199,7 @@ async def test_sessions_that_are_ended_for_silence_are_noted(h: Harness, caplog:
 
 async def test_an_unnamed_sampler_that_nobody_uses_expires(open_control: OpenControl) -> None:
     async with open_control(sampler_ttl_s=300) as h:
-        model_id = await h.model()
+        model_id = await h.model(await h.control.create_session(NewSession(owner="anna")))
         samplers = []
         for n in (0, 1):
             save_it = SaveForSampler(model_id=model_id, seq_id=n + 1, sampling_session_seq_id=n)
@@ -211,3 +212,7 @@ async def test_an_unnamed_sampler_that_nobody_uses_expires(open_control: OpenCon
         assert message in str(await h.error(h.sample(draw(samplers[0]))))
         await h.result(h.sample(draw(samplers[1], seq_id=1)))
         assert await events(h) == [("sampler_expire", None, "was not used for 300 s")]
+        assert await h.control.library.audit_log("all", None, owner="anna")
+        row = await h.control._registry.read(lambda c: records.sampler(c, samplers[1]))
+        assert row is not None
+        assert row.owner == "anna"
