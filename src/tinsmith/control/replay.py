@@ -430,7 +430,7 @@ class Replay:
         sampler_id = sampler_name(model.session_id, operation.sampling_session_seq_id)
         known = self._samplers.get(sampler_id)
         if known is None or (known.origin == work.request_id and known.weights_folder is None):
-            self._samplers.expected[sampler_id] = model.model_id
+            self._samplers.expect(sampler_id, model.model_id, is_inflight=operation.kind == "inflight")
 
     def _stand_at(self, model: Model, snapshot: SnapshotRecord) -> None:
         """It is what it was then; its adapter stays on disk until it is used."""

@@ -74,8 +74,10 @@ class SamplerBook:
         self._ephemeral: dict[str, deque[Sampler]] = {}
         self._inflight: dict[str, list[Sampler]] = {}
         self._pools: dict[str, SnapshotPool] = {}
-        self.expected: dict[str, str] = {}
+        self._expected: dict[str, str] = {}
         """Samplers that will be published again, each with the model that does it."""
+        self._leading: dict[str, set[str]] = {}
+        """By model, the inflight ones of them, which the model's others will follow."""
         self._arrivals: dict[str, asyncio.Event] = {}
         self.on_settled: Callable[[str], None] = lambda sampler_id: None
         """Told when an expected sampler is there, or will never be."""
@@ -85,21 +87,42 @@ class SamplerBook:
     def __iter__(self) -> Iterator[Sampler]:
         return iter(self._samplers.values())
 
+    def expect(self, sampler_id: str, model_id: str, *, is_inflight: bool) -> None:
+        """It will be published again."""
+        self._expected[sampler_id] = model_id
+        if is_inflight:
+            self._leading.setdefault(model_id, set()).add(sampler_id)
+
+    def is_expected(self, sampler_id: str) -> bool:
+        """Whether its weights will be published again: its own, or for an inflight one those it will follow."""
+        sampler = self._samplers.get(sampler_id)
+        return sampler_id in self._expected or (sampler is not None and sampler.inflight_of in self._leading)
+
     def settle(self, sampler_id: str) -> None:
         """An expected sampler is there, or will never be. Nothing for one that was not expected."""
-        if self.expected.pop(sampler_id, None) is None:
+        model_id = self._expected.pop(sampler_id, None)
+        if model_id is None:
             return
+        settled, leading = [sampler_id], self._leading.get(model_id, set())
+        if leading == {sampler_id}:
+            del self._leading[model_id]
+            settled += [other.sampler_id for other in self.inflight(model_id) if other.sampler_id != sampler_id]
+        leading.discard(sampler_id)
+        for settled_id in settled:
+            self._tell_settled(settled_id)
+
+    def _tell_settled(self, sampler_id: str) -> None:
         if (arrived := self._arrivals.pop(sampler_id, None)) is not None:
             arrived.set()
         self.on_settled(sampler_id)
 
     async def arrival(self, sampler_id: str) -> None:
         """Wait while it is expected."""
-        while sampler_id in self.expected:
+        while self.is_expected(sampler_id):
             await self._arrivals.setdefault(sampler_id, asyncio.Event()).wait()
 
     def settle_all_of(self, model_id: str) -> None:
-        for sampler_id in [s for s, model in self.expected.items() if model == model_id]:
+        for sampler_id in [s for s, model in self._expected.items() if model == model_id]:
             self.settle(sampler_id)
 
     def engine_revived(self, slot: EngineSlot) -> None:

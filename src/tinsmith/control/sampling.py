@@ -232,7 +232,7 @@ class Sampling:
         return response
 
     def _begin(self, request_id: str, request: SampleRequest) -> None:
-        if request.sampling_session_id in self._samplers.expected:
+        if self._samplers.is_expected(request.sampling_session_id):
             self._held.setdefault(request.sampling_session_id, []).append(request_id)
             self._requests_held[request_id] = request
             return
@@ -396,7 +396,7 @@ class Sampling:
         Raises `NotFound` for no sampler, `SessionEnded` for one of an earlier server process.
         """
         sampler = self._samplers.get(sampler_id)
-        if sampler is None and sampler_id not in self._samplers.expected:
+        if sampler is None and not self._samplers.is_expected(sampler_id):
             self._sampling_sessions.describe(sampler_id)
             raise SessionEnded(f"sampling session {sampler_id!r} ended with its session; create a new one")
         if sampler is not None:

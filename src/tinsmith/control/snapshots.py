@@ -203,7 +203,7 @@ class Snapshots:
             and sampler.gone is None
             and sampler.weights_folder is None
             and not sampler.is_saving
-            and sampler.sampler_id not in self._samplers.expected
+            and not self._samplers.is_expected(sampler.sampler_id)
         ]
 
     def _put_aside(self, slot: EngineSlot, samplers: list[Sampler]) -> _Aside:

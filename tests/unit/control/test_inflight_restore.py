@@ -50,3 +50,33 @@ async def test_inflight_samplers_sample_the_newest_weights_after_a_crash(
     newest = await inflight(h, model_id, 15, 2)
     assert await drawn(h, older, 3) == await drawn(h, newest, 3) != expected
     await h.control.close()
+
+
+@pytest.mark.parametrize("victim", ["server", "engine"])
+async def test_samples_of_an_older_inflight_sampler_wait_for_the_newest_weights(server: Server, victim: str) -> None:
+    h = await server.start()
+    model_id = await h.model()
+    older = await inflight(h, model_id, 1, 0)
+    h.clock.advance(61)
+    await h.control.sweep()
+    await h.control._snapshots.drain()
+    await results(h, await train(h, model_id, 2, 2))
+    await inflight(h, model_id, 6, 1)
+    await results(h, await train(h, model_id, 7, 2))
+    await inflight(h, model_id, 11, 2)
+    expected = await drawn(h, older, 1)
+    await h.control.sweep()
+    h.engine.pause()
+    running = h.sample(draw(older, 2))
+    await h.control.durable(running)
+    if victim == "server":
+        await server.kill(h)
+        h = await server.start()
+    else:
+        h.engine.die("killed by SIGKILL")
+        h.control._check_engines()
+        h.engine.resume()
+    new = h.sample(draw(older, 3))
+    for receipt in (running, new):
+        assert list((await h.result(receipt)).sequences[0].tokens) == expected
+    await h.control.close()
