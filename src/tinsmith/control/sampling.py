@@ -199,7 +199,7 @@ class Sampling:
             self._futures.fail(request_id, error)
 
     def _check_room(self) -> None:
-        num_waiting = len(self._open) + self._num_unwritten + self._num_attended
+        num_waiting = len(self._open) + len(self._requests_held) + self._num_unwritten + self._num_attended
         if num_waiting >= self._max_pending:
             raise Overloaded(f"{num_waiting} samples are waiting, the most this server takes; try again later")
 

@@ -290,6 +290,20 @@ async def test_no_more_samples_wait_than_the_limit(open_control: OpenControl) ->
         await h.result(h.sample(draw(sampler_id, 2)))
 
 
+async def test_samples_of_a_sampler_that_comes_back_count_among_those_that_wait(open_control: OpenControl) -> None:
+    async with open_control(max_pending_samples=2) as h:
+        model_id = await h.model()
+        save_it = SaveForSampler(model_id=model_id, seq_id=1, sampling_session_seq_id=0)
+        sampler_id = (await h.result(h.submit(save_it))).sampling_session_id
+        h.control._samplers.expect(sampler_id, model_id, is_inflight=False)
+        waiting = [h.sample(draw(sampler_id, seq)) for seq in (0, 1)]
+        with pytest.raises(Overloaded, match="2 samples are waiting"):
+            h.sample(draw(sampler_id, 2))
+        h.control._samplers.settle(sampler_id)
+        for receipt in waiting:
+            await h.result(receipt)
+
+
 async def test_samples_do_not_wait_for_training(h: Harness) -> None:
     session_id = await h.session()
     model_id = await h.model(session_id)
