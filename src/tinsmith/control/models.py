@@ -94,6 +94,8 @@ class Work:
     """It failed before its turn: its number is consumed, and nothing is done."""
     is_durable: bool = True
     """Whether it is in the ledger; its turn does not come before."""
+    is_paid: bool = False
+    """It was taken before the engine died: its tokens are not charged again, nor waited for."""
     binding: str | None = None
     """Id of the checkpoint that the path in a `LoadState` stood for when its turn first came."""
 

@@ -86,7 +86,7 @@ class Quotas:
         seconds = max(0.001, (1 - level) * MINUTE_S / limit)
         return Pause(
             seconds,
-            f"{_name(subject)} has used its {limit:,} tokens per minute, and {-level:,.0f} more; "
+            f"{_name(subject)} has used its {limit:,} tokens per minute, and {0 - level:,.0f} more; "
             f"work goes on by itself in {math.ceil(seconds)} s",
         )
 

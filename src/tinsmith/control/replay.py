@@ -377,16 +377,19 @@ class Replay:
             if model.status is ModelStatus.LIVE:
                 model.status = ModelStatus.CREATING
             again = [e for e in recalled.requests[model.model_id] if e.seq is not None and e.seq < taken_before]
-            self._resume(model, again, recalled.bindings)
+            self._resume(model, again, recalled.bindings, is_paid=True)
         self._training.scheduler(slot).wake()
 
     # ---- both ----
 
-    def _resume(self, model: Model, requests: Sequence[Entry], bindings: Mapping[str, str]) -> None:
+    def _resume(
+        self, model: Model, requests: Sequence[Entry], bindings: Mapping[str, str], *, is_paid: bool = False
+    ) -> None:
         """Go on from its snapshot, or make it again, and do what came after."""
         model.residence, model.behind_barrier = Residence.ABSENT, False
         works = self._works(model, requests, bindings)
         for work in works.values():
+            work.is_paid = is_paid
             self._expect_sampler(model, work)
         creation = model.creation
         if model.snapshot is None and creation is not None:

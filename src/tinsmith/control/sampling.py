@@ -191,9 +191,10 @@ class Sampling:
             return request
         return replace(request, params=request.params.model_copy(update={"seed": self._ids.seed()}))
 
-    def _begin_or_fail(self, request_id: str, request: SampleRequest) -> None:
+    def _begin_or_fail(self, request_id: str, request: SampleRequest, *, is_paid: bool = False) -> None:
+        """`is_paid`: it was begun before its engine died, and its prompt was charged."""
         try:
-            self._begin(request_id, request)
+            self._begin(request_id, request, is_paid=is_paid)
         except TinsmithError as error:
             self._open.pop(request_id, None)
             self._futures.fail(request_id, error)
@@ -231,7 +232,7 @@ class Sampling:
         self._count(sampler.session_id, sampler.slot.card.name, len(operation.prompt), response)
         return response
 
-    def _begin(self, request_id: str, request: SampleRequest) -> None:
+    def _begin(self, request_id: str, request: SampleRequest, *, is_paid: bool) -> None:
         if self._samplers.is_expected(request.sampling_session_id):
             self._held.setdefault(request.sampling_session_id, []).append(request_id)
             self._requests_held[request_id] = request
@@ -243,7 +244,8 @@ class Sampling:
         is_loaded = self._is_loaded(sampler)
         opened = _Open(sampler.slot, request, sampler.session_id, len(operation.prompt), is_loading=not is_loaded)
         self._open[request_id] = opened
-        self._quotas.spend(sampler.session_id, len(operation.prompt))
+        if not is_paid:
+            self._quotas.spend(sampler.session_id, len(operation.prompt))
         if is_loaded:
             self._send(request_id, operation)
             return
@@ -373,7 +375,7 @@ class Sampling:
         """To an engine that was started again."""
         sample = self._open.pop(request_id, None)
         if sample is not None:
-            self._begin_or_fail(request_id, sample.request)
+            self._begin_or_fail(request_id, sample.request, is_paid=sample.prompt_tokens > 0)
 
     def fail(self, request_id: str, error: TinsmithError) -> None:
         self._finish(request_id, error)

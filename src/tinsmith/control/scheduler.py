@@ -200,7 +200,8 @@ class Scheduler:
             for _ in range(count):
                 work = model.queue.pop(self._clock.monotonic())
                 model.pending_tokens -= work.num_tokens
-                self._quotas.spend(model.session_id, work.num_tokens)
+                if not work.is_paid:
+                    self._quotas.spend(model.session_id, work.num_tokens)
                 model.running.add(work.request_id)
                 model.behind_barrier = work.is_barrier
                 turn.append((model, work))
@@ -223,7 +224,7 @@ class Scheduler:
         return Candidate(model.model_id, tokens, head.is_step, payer.project, payer.weight)
 
     def _is_over_quota(self, model: Model, head: Work) -> bool:
-        pause = self._quotas.pause(model.session_id) if head.is_training else None
+        pause = self._quotas.pause(model.session_id) if head.is_training and not head.is_paid else None
         model.over_quota = None if pause is None else pause.reason
         if pause is None:
             return False
@@ -261,10 +262,12 @@ def _skip_void(model: Model, now: float) -> None:
 def _train_tokens(model: Model, max_tokens: int, room: float) -> tuple[int, ...]:
     """Sizes of the training requests at the head, about as many as could fit; the last may go beyond the quota."""
     sizes: list[int] = []
-    total = 0
+    total = unpaid = 0
     for work in model.queue.run():
-        if not (work.is_ready and work.is_training) or work.is_void or total > max_tokens or total >= room:
+        is_over = total > max_tokens or (unpaid >= room and not work.is_paid)
+        if not (work.is_ready and work.is_training) or work.is_void or is_over:
             break
         sizes.append(work.num_tokens)
         total += work.num_tokens
+        unpaid += 0 if work.is_paid else work.num_tokens
     return tuple(sizes)

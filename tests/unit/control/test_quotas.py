@@ -76,6 +76,30 @@ async def test_training_over_quota_waits_says_why_and_goes_on(h: Harness) -> Non
     assert h.asked(TrainItem)[-1].data[0].model_input.length == 30
 
 
+async def test_what_is_done_again_after_a_death_of_the_engine_is_not_charged_again(open_control: OpenControl) -> None:
+    async with open_control(ledger=True) as h:
+        session_id = await session(h, "p")
+        model_id = await h.model(session_id)
+        sampler_id = await h.control.create_sampling_session(session_id, 0, "tinsmith/fake", None)
+        limit(h, p=Quota(tokens_per_minute=60))
+        quotas = h.control._training._quotas
+        for seq, length in ((1, 40), (2, 50)):
+            await h.result(h.submit(forward_backward(model_id, seq, length=length)))
+        assert quotas.room(session_id) == -30
+        h.clock.advance(40)
+        h.engine.pause()
+        sample = h.sample(draw(sampler_id))
+        await h.control.durable(sample)
+        assert quotas.room(session_id) == 10 - 3
+        h.engine.die()
+        h.control._check_engines()
+        h.engine.resume()
+        await h.result(h.submit(optim(model_id, 3)))
+        drawn = len((await h.result(sample)).sequences[0].tokens)
+        assert quotas.room(session_id) == 10 - 3 - drawn
+        assert [item.data[0].model_input.length for item in h.asked(TrainItem)] == [40, 50, 40, 50]
+
+
 async def test_the_scheduler_wakes_by_itself_when_there_are_tokens_again(open_control: OpenControl) -> None:
     async with open_control() as h:
         model_id = await h.model()
