@@ -106,6 +106,20 @@ def test_an_architecture_that_we_would_compute_wrongly_is_refused_at_load(
         Driver(folder)
 
 
+def test_with_longrope_a_sequence_depends_on_no_longer_one_in_its_pass(tmp_path: Path) -> None:
+    """A sequence beyond the original length would take all of the pass to its other angles."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, **factors}
+    folder = save_tiny(tmp_path, "phi3", original_max_position_embeddings=40, rope_parameters=rope)
+    driver = Driver(folder)
+    driver.create("m")
+    rng = np.random.default_rng(0)
+    data = [random_datum(rng, length) for length in (driver.engine.card.max_context, 12, 30)]
+    (together,) = driver.train(item("m", *data, forward_only=True))
+    for datum, logprobs in zip(data, together.logprobs, strict=True):
+        assert np.abs(logprobs.to_numpy() - reference_logprobs(plain_model(folder), datum)).max() <= 1e-4
+
+
 def test_target_modules_are_full_paths_where_a_last_part_would_match_more(folder_of: FolderOf, tmp_path: Path) -> None:
     driver = Driver(folder_of("qwen3"))
     driver.create("m", train_mlp=False, train_unembed=False)

@@ -292,7 +292,7 @@ class BaseModel:
             source=source.load_from,
             architecture=type(self._model).__name__,
             vocab_size=self.head.vocab_size,
-            max_context=int(config.max_position_embeddings),
+            max_context=_max_context(config),
             num_parameters=self._model.num_parameters(),
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
@@ -351,6 +351,19 @@ def _shape(config: PretrainedConfig, num_parameters: int) -> ModelShape:
         return ModelShape.of(text, num_parameters)
     except (AttributeError, TypeError, RuntimeError) as error:  # RuntimeError: layers of different shapes
         raise Unsupported(f"the size of model type {text.model_type!r} cannot be told: {error}") from error
+
+
+def _max_context(config: PretrainedConfig) -> int:
+    """LongRoPE rotates all of a sequence by other angles once it outgrows the length of the first training; the rows of
+    a pass share their angles, and cached keys keep theirs, so sequences end at that length.
+    """
+    most = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return most
+    first = min(most, int(rope["original_max_position_embeddings"]))
+    _logger.warning("the context is %d tokens of %d: beyond, LongRoPE would change the tokens before", first, most)
+    return first
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
