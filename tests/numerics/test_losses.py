@@ -73,6 +73,30 @@ def test_policy_losses_equal_their_formula_in_fp64(
     assert np.abs(grad.numpy() - expected_grad).max() <= 1e-5 * np.abs(expected_grad).max()
 
 
+@pytest.mark.parametrize(
+    ("name", "advantage"),
+    [("importance_sampling", 0.0), ("ppo", 0.0), ("ppo", 1.0), ("cispo", 0.0), ("cispo", 1.0), ("cispo", -1.0)],
+)
+def test_a_ratio_beyond_fp32_is_as_harmless_as_in_the_formula(name: str, advantage: float) -> None:
+    """Prompt rows are often filled with a number of no meaning; their advantage is 0."""
+    lp, q, a = np.array([-1.0, -2.0]), np.array([-500.0, -2.1]), np.array([advantage, 1.0])
+    reference, settings = next((ref, settings) for other, ref, _, settings in CASES if other == name)
+    inputs = LossInputs({"logprobs": as_float(q), "advantages": as_float(a)}, [2])
+    value, grad, _ = evaluate(LOSSES[name], as_float(lp), inputs, {})
+    losses, expected_grad = reference(lp, q, a, **settings)
+    assert value.item() == pytest.approx(losses.sum(), rel=1e-5)
+    assert grad.numpy() == pytest.approx(expected_grad, rel=1e-5)
+
+
+@pytest.mark.parametrize("advantage", [0.0, 1.0])
+def test_a_sequence_ratio_beyond_fp32_is_as_harmless_as_in_the_formula(advantage: float) -> None:
+    given = {"logprobs": [-500.0, -500.0], "advantages": [advantage, 0.0], "sequence_ratio_mask": [1.0, 1.0]}
+    inputs = LossInputs({name: as_float(np.array(values)) for name, values in given.items()}, [2])
+    value, grad, _ = evaluate(LOSSES["gspo"], torch.tensor([-1.0, -2.0]), inputs, {})
+    assert value.item() == pytest.approx(-1.2 * advantage)
+    assert not grad.any()
+
+
 def test_cross_entropy_equals_its_formula_in_fp64() -> None:
     rng = np.random.default_rng(0)
     lp, w = rng.normal(-2, 1, 400), rng.normal(0, 2, 400)

@@ -30,6 +30,9 @@ from torch import Tensor
 
 Config: TypeAlias = Mapping[str, float]
 
+_LOG_RATIO_MAX = 80.0
+"""A ratio of exp(80) is finite in fp32, and beyond every bound."""
+
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
@@ -75,12 +78,12 @@ def cross_entropy(lp_M: Tensor, inputs: LossInputs, config: Config) -> tuple[Ten
 
 
 def importance_sampling(lp_M: Tensor, inputs: LossInputs, config: Config) -> tuple[Tensor, dict[str, float]]:
-    ratio_M = torch.exp(lp_M - inputs["logprobs"])
+    ratio_M = torch.exp(_where_advantage(lp_M - inputs["logprobs"], inputs))
     return -(ratio_M * inputs["advantages"]).sum(), _ratio_metrics(lp_M, ratio_M, inputs)
 
 
 def ppo(lp_M: Tensor, inputs: LossInputs, config: Config) -> tuple[Tensor, dict[str, float]]:
-    return _clipped_surrogate(lp_M, torch.exp(lp_M - inputs["logprobs"]), inputs, config)
+    return _clipped_surrogate(lp_M, lp_M - inputs["logprobs"], inputs, config)
 
 
 def cispo(lp_M: Tensor, inputs: LossInputs, config: Config) -> tuple[Tensor, dict[str, float]]:
@@ -97,16 +100,24 @@ def dro(lp_M: Tensor, inputs: LossInputs, config: Config) -> tuple[Tensor, dict[
 
 def gspo(lp_M: Tensor, inputs: LossInputs, config: Config) -> tuple[Tensor, dict[str, float]]:
     own_M = lp_M.detach()
-    ratio_M = torch.exp(_sequence_log_ratio(own_M, inputs) + (lp_M - own_M))
-    return _clipped_surrogate(lp_M, ratio_M, inputs, config)
+    return _clipped_surrogate(lp_M, _sequence_log_ratio(own_M, inputs) + (lp_M - own_M), inputs, config)
 
 
 def _clipped_surrogate(
-    lp_M: Tensor, ratio_M: Tensor, inputs: LossInputs, config: Config
+    lp_M: Tensor, log_ratio_M: Tensor, inputs: LossInputs, config: Config
 ) -> tuple[Tensor, dict[str, float]]:
+    advantages_M = inputs["advantages"]
+    # beyond its bound an advantage above 0 has no slope, but 0 * inf would be NaN
+    bounded_M = torch.where(advantages_M > 0, log_ratio_M.clamp(max=_LOG_RATIO_MAX), log_ratio_M)
+    ratio_M = torch.exp(_where_advantage(bounded_M, inputs))
     clipped_M = _clip(ratio_M, inputs, config)
-    surrogate_M = torch.minimum(ratio_M * inputs["advantages"], clipped_M * inputs["advantages"])
+    surrogate_M = torch.minimum(ratio_M * advantages_M, clipped_M * advantages_M)
     return -surrogate_M.sum(), _ratio_metrics(lp_M, ratio_M, inputs, clipped_M)
+
+
+def _where_advantage(log_ratio_M: Tensor, inputs: LossInputs) -> Tensor:
+    """0 elsewhere: a token without advantage counts for nothing, whatever its `logprobs` are filled with."""
+    return torch.where(inputs["advantages"] != 0, log_ratio_M, 0.0)
 
 
 def _sequence_log_ratio(lp_M: Tensor, inputs: LossInputs) -> Tensor:
