@@ -71,6 +71,20 @@ def test_log_probs_are_those_of_the_scaled_full_distribution(trained: Driver, qw
         assert np.abs(response.sequences[0].logprobs_np - expected.numpy()).max() <= 1e-4
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-38, 1e-300])
+def test_almost_no_temperature_takes_the_most_likely_token_for_certain(trained: Driver, temperature: float) -> None:
+    (greedy,) = trained.sample([3, 1, 4], temperature=0.0).sequences
+    (cold,) = trained.sample([3, 1, 4], temperature=temperature, topk_sample_logprobs=2).sequences
+    assert cold.tokens == greedy.tokens
+    assert not cold.logprobs_np.any()
+    assert np.isfinite(cold.topk_logprobs_np.logprobs).all()
+
+
+def test_endless_temperature_makes_all_tokens_equally_likely(trained: Driver) -> None:
+    (hot,) = trained.sample([3, 1, 4], temperature=1e300).sequences
+    assert hot.logprobs_np == pytest.approx(-np.log(VOCAB), rel=1e-6)
+
+
 def test_the_same_seed_draws_the_same_tokens_in_any_company(trained: Driver) -> None:
     prompt = list(range(2, 20))
     alone = trained.sample(prompt, seed=11, num_samples=4, max_tokens=25, snapshot_id="s")

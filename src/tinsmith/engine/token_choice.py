@@ -16,6 +16,8 @@ from torch import Tensor
 
 _STRETCH = 128
 """Drawing adds up stretches of this many weights first, then looks inside one."""
+_TEMPERATURES = (1e-30, 1e30)
+"""Beyond these nothing changes any more, but fp32 would overflow."""
 _CANDIDATES = 1024
 """Truncated drawing sorts this many likely tokens; only rows whose top-p needs more sort the whole vocabulary."""
 
@@ -85,7 +87,7 @@ class Distribution:
 
     def __init__(self, logits_BV: Tensor, temperature_B: np.ndarray) -> None:
         scaled_BV = logits_BV.float()
-        scale_B = np.where(temperature_B == 0, 1.0, temperature_B)
+        scale_B = np.where(temperature_B == 0, 1.0, temperature_B.clip(*_TEMPERATURES))
         if (scale_B != 1).any():
             scaled_BV = scaled_BV / torch.from_numpy(scale_B.astype(np.float32)).to(logits_BV.device)[:, None]
         low_B, high_B = scaled_BV.amin(dim=-1), scaled_BV.amax(dim=-1)  # aminmax does both, six times slower
