@@ -28,6 +28,7 @@ from tinsmith.kitchen.launch import ConnectTo, TrainingResult, run_recipe
 from tinsmith.kitchen.ports import MetricRow, MetricsStore
 from tinsmith.kitchen.recipe import Recipe
 from tinsmith.kitchen.run_folder import RunFolder
+from tinsmith.kitchen.run_log import check_same_config
 from tinsmith.kitchen.running import find
 from tinsmith.kitchen.training_config import TrainingConfig
 from tinsmith.observe import JsonlSink, read_jsonl
@@ -144,14 +145,19 @@ def run_experiment(
 ) -> ExperimentResult:
     """Run what has not been run. `connect` is by default that of the command line: a server, or an engine in here.
 
-    Raises `ConfigError` for a condition whose config is wrong, before anything runs.
+    Before anything runs, raises `ConfigError` for a condition whose config is wrong, and `RunFolderError` for one that
+    was run with another config.
     """
     from tinsmith.kitchen.adapters.files import JsonlMetrics
 
     recipe, told = _recipe(spec), hooks or NoHooks()
     kept = store or JsonlMetrics(folder / "metrics.jsonl")
     for condition in spec.conditions:
-        _config(spec, recipe, condition, repeat=0, output=folder)
+        for repeat in range(spec.repeats):
+            own = RunFolder(folder / condition.name / str(repeat))
+            config = _config(spec, recipe, condition, repeat=repeat, output=own.path)
+            if own.is_run(own.path):
+                check_same_config(config, own)
     values: dict[str, list[Values]] = {condition.name: [] for condition in spec.conditions}
     dead: list[DeadTrial] = []
     for condition in spec.conditions:

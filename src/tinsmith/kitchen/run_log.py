@@ -155,6 +155,13 @@ def last_checkpoint(config: TrainingConfig, folder: RunFolder) -> CheckpointReco
 
     Raises `RunFolderError` if the folder holds no run, or one of another config.
     """
+    check_same_config(config, folder)
+    checkpoints = folder.checkpoints()
+    return checkpoints[-1] if checkpoints else None
+
+
+def check_same_config(config: TrainingConfig, folder: RunFolder) -> None:
+    """Raises `RunFolderError` if the folder holds no run, or one that another config would not have made."""
     then, now = folder.read_config(), config.model_dump(mode="json")
     for key in sorted(now.keys() - (FREE_TO_CHANGE - config.bound_keys())):
         if then.get(key) != now[key]:
@@ -162,8 +169,6 @@ def last_checkpoint(config: TrainingConfig, folder: RunFolder) -> CheckpointReco
                 f"the run in {str(folder.path)!r} was made with {key}={then.get(key)!r}, not {now[key]!r}; "
                 "a resumed run keeps its config"
             )
-    checkpoints = folder.checkpoints()
-    return checkpoints[-1] if checkpoints else None
 
 
 def check_same_data(folder: RunFolder, *, sha256: str, name: str) -> None:

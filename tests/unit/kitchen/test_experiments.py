@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tinsmith.data import ChatTokenizer
-from tinsmith.kitchen import ConfigError, RunFolder
+from tinsmith.kitchen import ConfigError, RunFolder, RunFolderError
 from tinsmith.kitchen.adapters.files import JsonlMetrics
 from tinsmith.kitchen.adapters.noop_training import NoopBackend
 from tinsmith.kitchen.experiments import Condition, ExperimentSpec, read_dead, read_spec, run_experiment
@@ -55,6 +55,19 @@ def test_ck_57_conditions_are_repeated_under_the_same_seeds_and_compared(
     again = run_experiment(spec, tmp_path, bench)
     assert bench.made == 4, "all of it was finished"
     assert again.table() == result.table()
+
+
+def test_ck_57_figures_of_another_config_are_not_shown_as_those_of_this_one(
+    tiny_tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    def spec(rate: float) -> ExperimentSpec:
+        conditions = (Condition(name="low", config={"learning_rate": rate}),)
+        return ExperimentSpec(name="rates", recipe="sl_basic", config=SMALL, conditions=conditions)
+
+    bench = Bench(tiny_tokenizer)
+    run_experiment(spec(1e-4), tmp_path, bench)
+    with pytest.raises(RunFolderError, match=r"low/0' was made with learning_rate=0.0001, not 0.0005"):
+        run_experiment(spec(5e-4), tmp_path, bench)
 
 
 def test_ck_57_what_fails_is_tried_again_and_then_put_on_the_list_of_the_dead(
