@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final
@@ -48,14 +48,24 @@ class Sum(Environment):
 class Sums(EnvironmentSource):
     seed: int
     num_tasks: int = 48
-    """Sums to train on, again and again in the same order; those of negative numbers are others."""
+    """Sums to train on, again and again in the same order; those of negative numbers are none of them."""
     tries: int = 1
     penalty: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.num_tasks < (LARGEST_TERM + 1) ** 2:
+            raise ValueError(f"num_tasks={self.num_tasks} leaves no sums to hold out, or none to train on")
+
     def terms(self, index: int) -> tuple[int, int]:
-        index = index % self.num_tasks if index >= 0 else index
+        if index >= 0:
+            return next(self._draws(index % self.num_tasks))
+        trained = {self.terms(number) for number in range(self.num_tasks)}
+        return next(terms for terms in self._draws(index) if terms not in trained)
+
+    def _draws(self, index: int) -> Iterator[tuple[int, int]]:
         rng = Random(f"tinsmith/sums/{self.seed}/{index}")
-        return rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
+        while True:
+            yield rng.randint(0, LARGEST_TERM), rng.randint(0, LARGEST_TERM)
 
     def group(self, index: int, size: int) -> EnvironmentGroup:
         a, b = self.terms(index)

@@ -18,6 +18,7 @@ from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopPending, No
 from tinsmith.kitchen.environments import Problem, ProgramTasks, PythonTool, QuestionTasks, SameTask, ToolEnvironment
 from tinsmith.kitchen.evaluators import CodeEvaluator, NumericEvaluator
 from tinsmith.kitchen.ports import Environment, EnvironmentGroup, Observation, StepResult
+from tinsmith.kitchen.tasks import Sums
 from tinsmith.types import SampledSequence, SampleResponse, SamplingParams, StopReason
 
 Says = Callable[[str, int], Sequence[tuple[str, StopReason]]]
@@ -227,6 +228,12 @@ def test_ck_42_a_task_set_holds_its_last_tasks_out_for_evaluation(
     assert asked == {f"user: {n} and 1?" for n in range(3)}
     with pytest.raises(Exception, match="eval_size=5: num_held_out=5 leaves nothing of 5 tasks"):
         train(tasks, backend, tmp_path / "none", eval_size=5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ck_42_sums_that_are_held_out_are_none_of_those_that_are_trained_on(seed: int) -> None:
+    sums = Sums(seed=seed)
+    assert not {sums.terms(number) for number in range(96)} & {sums.terms(-number) for number in range(1, 65)}
 
 
 def test_settings_of_gae_without_gae_are_refused() -> None:
