@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.numerics.driver import Driver, item, random_datum
+from tests.numerics.families import FAMILIES, save_tiny
 from tinsmith.engine import checkpoint_io
 from tinsmith.types.errors import AdapterCorrupted, CheckpointDamaged, InvalidInput, NotFound, StorageError
 from tinsmith.types.operations import LoadAdapter, LoadSnapshot, LoraSpec, PublishSnapshot, SaveAdapter
@@ -92,6 +93,16 @@ def test_what_cannot_be_loaded_is_said(driver: Driver, llama_folder: Path, tmp_p
         driver(LoadAdapter(model_id="x", folder=str(tmp_path / "sampler"), optimizer=True))
     with pytest.raises(InvalidInput, match="does not fit this base model"):
         Driver(llama_folder)(LoadAdapter(model_id="x", folder=str(tmp_path / "sampler"), optimizer=False))
+
+
+def test_a_checkpoint_of_a_deeper_model_is_refused(driver: Driver, tmp_path: Path) -> None:
+    """All that the shallower one looks for is there."""
+    qwen3 = FAMILIES["qwen3"]
+    deeper = Driver(save_tiny(tmp_path / "base", qwen3.model_type, **{**qwen3.config, "num_hidden_layers": 3}))
+    deeper.create("m")
+    deeper(SaveAdapter(model_id="m", folder=str(tmp_path / "deep"), optimizer=True))
+    with pytest.raises(InvalidInput, match=r"does not fit this base model.* no place for .*layers\.2\."):
+        driver(LoadAdapter(model_id="x", folder=str(tmp_path / "deep"), optimizer=False))
 
 
 @pytest.mark.parametrize("failing_call", range(1, 8))

@@ -135,7 +135,10 @@ def load_checkpoint(
         raise InvalidInput(f"checkpoint {folder.name!r} holds no optimizer state; it was saved for sampling only")
     weights_P = torch.empty(layout.num_parameters, dtype=torch.float32)
     stored_weights = load_file(folder / WEIGHTS)
-    for name, view in peft_views(layout, weights_P):
+    views = dict(peft_views(layout, weights_P))
+    if more := sorted(stored_weights.keys() - views.keys()):
+        raise InvalidInput(f"checkpoint {folder.name!r} does not fit this base model, which has no place for {more[0]}")
+    for name, view in views.items():
         _copy(stored_weights, name, view, folder)
     state = None
     if optimizer:
