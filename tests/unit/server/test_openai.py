@@ -379,6 +379,17 @@ async def test_a_checkpoint_is_a_model_and_its_newest_version_answers(chat: Clie
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_other_checkpoints_take_no_room_in_the_list_of_models(
+    chat: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinsmith.server.openai.models.MOST_CHECKPOINTS", 1)
+    model_id = await chat.model()
+    for seq_id, route in ((1, "save_weights_for_sampler"), (2, "save_weights")):
+        await chat.result(await chat.post(route, {"model_id": model_id, "seq_id": seq_id, "path": "mine"}))
+    listed = (await chat.http.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in listed] == [FAKE_CARD.name, f"tinker://{model_id}/sampler_weights/mine"]
+
+
 async def test_the_sampler_of_a_training_script_is_a_model_too(chat: Client) -> None:
     sampler = await chat.sampler()
     got = await answer(chat.http, CHAT, {"model": sampler, "messages": HELLO, "max_tokens": 2})

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import orjson
+
 from tinsmith.server.chat.text import held_length
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -76,8 +78,10 @@ class ToolCallText:
 
 def _parse(body: str) -> ToolCall | None:
     try:
+        orjson.loads(body)  # no NaN
         value = json.loads(body)
-    except ValueError:
+        orjson.dumps(value)  # no half of a surrogate pair, no number beyond 64 bits: no answer can hold those
+    except (ValueError, TypeError, RecursionError):
         return None
     match value:
         case {"name": str(name), **rest} if name:

@@ -24,12 +24,8 @@ MOST_CHECKPOINTS = 1000
 async def list_models(service: ServiceDep) -> dict[str, Any]:
     """Base models first, then named sampler checkpoints, the newest first."""
     models = [_entry(card.name, service.chat.started_at, card.max_context) for card in service.control.base_models()]
-    checkpoints, _ = await service.control.library.list_user_checkpoints(MOST_CHECKPOINTS, 0)
-    models += [
-        _entry(checkpoint.tinker_path, checkpoint.time.timestamp(), None)
-        for checkpoint in checkpoints
-        if checkpoint.checkpoint_type == "sampler"
-    ]
+    checkpoints, _ = await service.control.library.list_user_checkpoints(MOST_CHECKPOINTS, 0, ["sampler_weights"])
+    models += [_entry(checkpoint.tinker_path, checkpoint.time.timestamp(), None) for checkpoint in checkpoints]
     return {
         "object": "list",
         "data": models,
