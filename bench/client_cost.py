@@ -1,6 +1,6 @@
 """What a client costs: CPU seconds and memory of the program that trains, per pipelined step, side by side.
 
-    python bench/client_cost.py --official .venv-tinker/bin/python
+    python -m bench.client_cost --official .venv-tinker/bin/python
 
 Both clients send the same 64 datums of 256 tokens to a stub that answers at once, in a process of its own, and submit
 each step before they read the one before. Only the client's own process is measured.
@@ -11,8 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import socket
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +59,9 @@ for step in range(warm_up + steps):
 took, wall = used() - began, time.perf_counter() - wall
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 per_step = {"cpu_ms_per_step": 1000 * took / steps, "wall_ms_per_step": 1000 * wall / steps}
-print(json.dumps({**per_step, "max_rss_mb": memory / 1024}))
+print(json.dumps({**per_step, "max_rss_mb": memory / 1024}), flush=True)
 service.close("success").result()
+os._exit(0)  # threads that the official SDK leaves behind abort some of its exits
 """
 
 
@@ -112,38 +119,58 @@ def measure(python: str, package: str, url: str, environment: dict[str, str] | N
 
 
 def main() -> None:
-    import os
-    import socket
-    import time
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--official", default=".venv-tinker/bin/python", help="Python that has the official package")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve)
         return
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    clients = {"tinsmith": (sys.executable, dict(os.environ)), "tinker": (arguments.official, bare)}
+    found: dict[str, list[dict[str, float]]] = {package: [] for package in clients}
+    with stub_process() as url:
+        for _ in range(arguments.rounds):
+            for package, (python, environment) in clients.items():
+                if Path(python).exists():
+                    found[package].append(measure(python, package, url, environment))
+                    print(package, {name: round(value, 1) for name, value in found[package][-1].items()}, flush=True)
+    if all(found.values()):
+        # not before: a child's peak memory counts what its parent had at the fork
+        from bench.compare import write_record
+
+        write_record("client-cost", "stub", side_by_side(found["tinsmith"], found["tinker"]))
+
+
+@contextmanager
+def stub_process() -> Iterator[str]:
+    """The URL of a server that answers at once, in a process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with subprocess.Popen([sys.executable, __file__, "--serve", str(port)]) as server:
+    with subprocess.Popen([sys.executable, "-m", "bench.client_cost", "--serve", str(port)]) as server:
         try:
             for _ in range(100):
                 with socket.socket() as probe:
                     if probe.connect_ex(("127.0.0.1", port)) == 0:
                         break
                 time.sleep(0.1)
-            url = f"http://127.0.0.1:{port}"
-            bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            clients = {"tinsmith": (sys.executable, dict(os.environ)), "tinker": (arguments.official, bare)}
-            for _ in range(arguments.rounds):
-                for package, (python, environment) in clients.items():
-                    if Path(python).exists():
-                        numbers = measure(python, package, url, environment)
-                        print(package, {name: round(value, 1) for name, value in numbers.items()}, flush=True)
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
+
+
+def side_by_side(ours: list[dict[str, float]], official: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of both, and ours over the official."""
+    medians = {
+        title: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for title, runs in (("tinsmith", ours), ("tinker", official))
+    }
+    return {
+        **{f"{name}_ratio": value / medians["tinker"][name] for name, value in medians["tinsmith"].items()},
+        **{f"{title}: {name}": value for title, values in medians.items() for name, value in values.items()},
+    }
 
 
 if __name__ == "__main__":
