@@ -145,6 +145,16 @@ def test_a_resumed_run_keeps_its_data(train: Train, data: Path) -> None:
         train(resume=True)
 
 
+def test_a_folder_of_splits_is_not_trained_on_as_a_whole(train: Train, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(data.read_bytes())
+    assert train(data=folder, epochs=1).steps == 3
+    (folder / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"talks' has the splits 'test', 'train'; name the one to train on"):
+        train(data=folder, output=tmp_path / "other")
+
+
 def test_there_must_be_a_run_to_resume(train: Train, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"none' holds no run to resume: it has no config.json"):
         train(resume=True, output=tmp_path / "none")

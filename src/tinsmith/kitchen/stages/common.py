@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from tinsmith.data import Message, choose_renderer
+from tinsmith.data import DataError, Message, choose_renderer
 from tinsmith.kitchen.context import Context
 from tinsmith.kitchen.errors import ConfigError, GateFailed
 from tinsmith.kitchen.manifest import make_manifest
@@ -28,13 +28,20 @@ GATE_TOKENS: Final = 16
 
 
 class LoadDataset(Stage):
-    """Read the records that the config names. Raises `RunFolderError` if a resumed run was made with others."""
+    """Read the records that the config names.
+
+    Raises `DataError` for several splits: one that is there to test on must not be trained on. Raises `RunFolderError`
+    if a resumed run was made with other records.
+    """
 
     name = "load_dataset"
     needs = ("dataset_store",)
 
     def execute(self, ctx: Context) -> Context:
         dataset: Dataset = ctx.get_adapter("dataset_store").load_dataset(str(ctx.config.data))
+        if len(dataset.splits) > 1:
+            splits = ", ".join(map(repr, dataset.splits))
+            raise DataError(f"{dataset.name!r} has the splits {splits}; name the one to train on")
         if ctx.config.resume:
             check_same_data(folder_of(ctx), sha256=dataset.sha256, name=str(ctx.config.data))
         ctx.emit("dataset.load", {"records": len(dataset)}, name=dataset.name, sha256=dataset.sha256)
