@@ -174,7 +174,7 @@ def chosen_weights(conversation: Conversation, train_on: TrainOn) -> Mapping[int
         case "all_messages":
             chosen = dict.fromkeys(range(len(messages)), 1.0)
         case "all_user_and_system_messages":
-            chosen = {index: 1.0 for index in range(len(messages)) if index not in assistants}
+            chosen = {index: 1.0 for index, message in enumerate(messages) if message.role not in ("assistant", "tool")}
         case "customized":
             chosen = _own_weights(conversation)
         case _:

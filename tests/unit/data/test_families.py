@@ -463,6 +463,29 @@ def test_pictures_are_not_left_out_where_tokens_alone_are_wanted() -> None:
         renderer.generation_prompt([picture])
 
 
+def test_what_a_tool_said_is_no_message_of_a_user() -> None:
+    call = ToolCall(name="look", arguments={}, id="functions.look:0")
+    talk = Conversation(
+        messages=(
+            Message(role="user", content="q"),
+            Message(role="assistant", content="", tool_calls=(call,)),
+            Message(role="tool", content="blue", tool_call_id=call.id),
+            Message(role="assistant", content="a"),
+        )
+    )
+    renderer = renderer_of("qwen3_instruct")
+    rendered = renderer.render(talk, "all_user_and_system_messages")
+    trained = [token for token, weight in zip(rendered.tokens, rendered.weights, strict=True) if weight]
+    assert renderer._encoder.decode(trained) == "q<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k2", "llama3", "qwen3_instruct"])
+def test_a_thought_that_is_to_be_learned_is_not_dropped_where_a_format_has_no_place_for_it(name: str) -> None:
+    talk = (Message(role="user", content="q"), Message(role="assistant", content="a", thinking="t"))
+    with pytest.raises(RenderError, match="message 2: a thought has no place"):
+        renderer_of(name).render(Conversation(messages=talk), "last_assistant_message")
+
+
 def test_the_last_thought_of_deepseek_and_kimi_is_learned() -> None:
     talk = Conversation(
         messages=(Message(role="user", content="q"), Message(role="assistant", content="a", thinking="t"))

@@ -104,8 +104,10 @@ class DeepSeekRenderer(FamilyRenderer):
         content, thinking = message.content, None
         if not message.tool_calls and before != "tool" and "</think>" in content:
             content = content.split("</think>", 1)[1]
-        if is_last_assistant(conversation.messages, index) and self._thinking:
-            thinking = message.thinking or ""
+        if is_last_assistant(conversation.messages, index):
+            if message.thinking and not self._thinking:
+                raise self.refuse(conversation, index, "a thought has no place; deepseek_v3_thinking has one")
+            thinking = message.thinking or "" if self._thinking else None
         if before == "user":
             pieces.frame(_ASSISTANT, index)
             if thinking is None:
