@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from tinsmith.kitchen.context import Context, MetricLog, Place, Settings
@@ -73,7 +74,7 @@ class Runner:
                 workflow=workflow.name,
                 error=f"{type(error).__name__}: {error}",
             )
-            await self._roll_back()
+            await self._roll_back(error)
             raise
         ctx.emit("workflow.run.stop", {"duration_s": self.clock() - began}, workflow=workflow.name)
         return ctx
@@ -102,10 +103,10 @@ class Runner:
             failure.add_note(f"then cleaning up failed: {first}")
         return ctx
 
-    async def _roll_back(self) -> None:
+    async def _roll_back(self, failure: BaseException) -> None:
         while self._completed:
             stage, ctx = self._completed.pop()
-            await _settle(stage.rollback(ctx))
+            await _despite(failure, f"rolling back {ctx.where}", partial(stage.rollback, ctx))
 
     # -- sequences ----------------------------------------------------------------------------------------------------
 
@@ -259,8 +260,15 @@ class Runner:
         place, began, stage = begun.where, self.clock(), node.make()
         begun.emit("stage.run.start", stage=place)
         try:
-            async with asyncio.timeout(node.timeout_s):
-                done = await self._execute(stage, begun, way)
+            try:
+                async with asyncio.timeout(node.timeout_s):
+                    done = await self._execute(stage, begun, way)
+            except BaseException as error:
+                if isinstance(error, Exception):
+                    await _despite(error, f"on_error of {place}", partial(stage.on_error, begun, error))
+                await _despite(error, f"cleaning up {place}", partial(stage.cleanup, begun))
+                raise
+            await _settle(stage.cleanup(begun))
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -271,8 +279,6 @@ class Runner:
                 error=f"{type(error).__name__}: {error}",
             )
             raise StageError(place, begun.indices, error) from error
-        finally:
-            await _settle(stage.cleanup(begun))
         begun.emit("stage.run.stop", {"duration_s": self.clock() - began}, stage=place)
         if has_rollback(stage):
             self._completed.append((stage, done))
@@ -283,11 +289,7 @@ class Runner:
 
     async def _execute(self, stage: Stage, ctx: Context, way: _Way) -> Context:
         ctx = _result(await _call(stage.before, ctx, way), ctx)
-        try:
-            ctx = _result(await _call(stage.execute, ctx, way), ctx)
-        except Exception as error:
-            await _settle(stage.on_error(ctx, error))
-            raise
+        ctx = _result(await _call(stage.execute, ctx, way), ctx)
         return _result(await _call(stage.after, ctx, way), ctx)
 
 
@@ -310,6 +312,14 @@ def _ask(function: Callable[[Context], T], ctx: Context, name: str) -> T:
         return function(ctx)
     except Exception as error:
         raise StageError(replace(ctx, current_stage=name).where, ctx.indices, error) from error
+
+
+async def _despite(failure: BaseException, what: str, hook: Callable[[], Any]) -> None:
+    """Call a hook because of a failure, which goes on whatever becomes of the hook."""
+    try:
+        await _settle(hook())
+    except Exception as worse:  # noqa: BLE001 - noted; the failure itself must go on
+        failure.add_note(f"then {what} failed: {worse}")
 
 
 async def _settle(value: Any) -> Any:

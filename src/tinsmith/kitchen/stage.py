@@ -46,7 +46,7 @@ class Stage:
         """Given the context that `execute` made; may return another."""
 
     def on_error(self, ctx: Context, error: Exception) -> Any:
-        """Told before the error goes on."""
+        """Told before the error of any hook, or of a timeout, goes on; given the context that `before` was given."""
 
     def rollback(self, ctx: Context) -> Any:
         """Undo, given the context this stage returned, because a later stage failed."""

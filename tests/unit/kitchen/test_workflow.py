@@ -19,6 +19,7 @@ from tinsmith.kitchen.running import RunResult, run
 from tinsmith.kitchen.stage import Stage
 from tinsmith.kitchen.telemetry import Event, attach_telemetry, detach_telemetry
 from tinsmith.kitchen.workflow import (
+    StageNode,
     Workflow,
     async_loop,
     conditional,
@@ -241,6 +242,59 @@ def test_ck_08_11_hooks_cleanup_and_rollback_come_in_order() -> None:
         "rollback two", "rollback one",
     ]  # fmt: skip
     assert any("cleaning up failed: stage bad_close: oh" in text for text in caught.value.__notes__)
+
+
+class RecordedLate(Recorded):
+    async def execute(self, ctx: Context) -> Context:
+        await asyncio.sleep(5)
+        return ctx
+
+
+class RecordedUnready(Recorded):
+    def before(self, ctx: Context) -> None:
+        raise ZeroDivisionError("oh")
+
+
+@pytest.mark.parametrize(
+    ("node", "hooks"),
+    [
+        (stage("late", RecordedLate, timeout_s=0.01), ["before late", "on_error late ", "cleanup late"]),
+        (stage("unready", RecordedUnready), ["on_error unready oh", "cleanup unready"]),
+    ],
+)
+def test_ck_08_a_stage_is_told_its_error_wherever_it_came_from(node: StageNode, hooks: list[str]) -> None:
+    Recorded.calls = calls = []
+    with pytest.raises(StageError):
+        run(workflow("e", node))
+    assert calls == hooks
+
+
+class Clumsy(Recorded):
+    def rollback(self, ctx: Context) -> None:
+        raise OSError("rollback broke")
+
+    def cleanup(self, ctx: Context) -> None:
+        raise OSError("cleanup broke")
+
+
+def test_ck_11_hooks_that_fail_neither_hide_the_error_nor_stop_the_other_hooks() -> None:
+    Recorded.calls = calls = []
+
+    class ClumsyRollback(Clumsy):
+        def cleanup(self, ctx: Context) -> None:
+            """Well."""
+
+    class ClumsyFailing(Clumsy, RecordedFailing):
+        pass
+
+    flow = workflow("c", stage("one", Recorded), stage("two", ClumsyRollback), stage("bad", ClumsyFailing))
+    with pytest.raises(StageError, match="stage bad: oh") as caught:
+        run(flow)
+    assert calls[-1] == "rollback one"
+    assert caught.value.__notes__ == ["then rolling back two failed: rollback broke"]
+    assert caught.value.cause.__notes__ == ["then cleaning up bad failed: cleanup broke"]
+    with pytest.raises(StageError, match="stage one: cleanup broke"):
+        run(workflow("d", stage("one", Clumsy)))
 
 
 def test_ck_11_an_error_knows_its_place() -> None:
