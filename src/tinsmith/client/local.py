@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import importlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx2
@@ -24,20 +25,26 @@ _EMBEDDED = "tinsmith.embedded"
 
 _lock = threading.Lock()
 _stacks: dict[str, LocalStack] = {}
+_closing: list[concurrent.futures.Future[None]] = []
+"""Servers that still hold their data folders: whoever opens one waits for these, which may have held the same."""
 
 
 class LocalStack:
     """An embedded server and the thread it runs on."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, after: Sequence[concurrent.futures.Future[None]]) -> None:
         self.url = url
         self.users = 0
+        self._after = after
         self._loop = LoopThread(f"tinsmith-embedded-{url}")
         self._close: Callable[[], Awaitable[None]] | None = None
         self._opened: concurrent.futures.Future[httpx2.AsyncBaseTransport] = self._loop.run(self._open())
 
     async def _open(self) -> httpx2.AsyncBaseTransport:
         """Raises `ConfigurationError`, saying why the server could not start."""
+        for closing in self._after:
+            with contextlib.suppress(Exception):  # whoever closed it hears of that
+                await wait_for_outcome(closing)
         try:
             module = await asyncio.to_thread(importlib.import_module, _EMBEDDED)
             transport, self._close = await module.open_local(self.url)
@@ -102,7 +109,8 @@ class LocalTransport(httpx2.AsyncBaseTransport):
         with _lock:
             stack = _stacks.get(url)
             if stack is None or stack.has_failed:
-                stack = _stacks[url] = LocalStack(url)
+                _closing[:] = [one for one in _closing if not one.done()]
+                stack = _stacks[url] = LocalStack(url, after=tuple(_closing))
             stack.users += 1
         self._stack: LocalStack | None = stack
 
@@ -128,4 +136,6 @@ class LocalTransport(httpx2.AsyncBaseTransport):
                 return
             if _stacks.get(stack.url) is stack:
                 del _stacks[stack.url]
-        await wait_for_outcome(stack.close())
+            closed = stack.close()
+            _closing.append(closed)
+        await wait_for_outcome(closed)

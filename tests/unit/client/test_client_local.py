@@ -1,0 +1,66 @@
+"""Which embedded server a client gets, without the server: one that only says when it is open."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import types
+from collections.abc import Awaitable, Callable
+
+import httpx2
+import pytest
+
+from tinsmith.client.local import LocalTransport
+
+
+class Embedded(types.ModuleType):
+    """Stands for `tinsmith.embedded`; notes what opens and closes, and takes its time to close."""
+
+    def __init__(self) -> None:
+        super().__init__("embedded")
+        self.noted: list[str] = []
+
+    async def open_local(self, url: str) -> tuple[httpx2.AsyncBaseTransport, Callable[[], Awaitable[None]]]:
+        self.noted.append(f"open {url}")
+
+        async def close() -> None:
+            self.noted.append(f"closing {url}")
+            for _ in range(20):
+                await asyncio.sleep(0.002)
+            self.noted.append(f"closed {url}")
+
+        return httpx2.MockTransport(lambda _: httpx2.Response(200)), close
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> Embedded:
+    module = Embedded()
+    monkeypatch.setitem(sys.modules, "tests.embedded", module)
+    monkeypatch.setattr("tinsmith.client.local._EMBEDDED", "tests.embedded")
+    return module
+
+
+@pytest.mark.parametrize("second", ["local:", "local:?dtype=float32"])
+@pytest.mark.anyio
+async def test_a_server_opens_once_one_that_may_hold_its_folder_has_closed(embedded: Embedded, second: str) -> None:
+    first = LocalTransport("local:")
+    await first.ready()
+    closing = asyncio.create_task(first.aclose())
+    while "closing local:" not in embedded.noted:  # noqa: ASYNC110  noted on another thread
+        await asyncio.sleep(0.001)
+    other = LocalTransport(second)
+    await other.ready()
+    await closing
+    assert embedded.noted == ["open local:", "closing local:", "closed local:", f"open {second}"]
+    await other.aclose()
+
+
+@pytest.mark.anyio
+async def test_clients_of_one_address_share_a_server(embedded: Embedded) -> None:
+    first, second = LocalTransport("local:"), LocalTransport("local:")
+    await first.ready()
+    await second.ready()
+    await first.aclose()
+    assert (await second.handle_async_request(httpx2.Request("GET", "http://x/"))).status_code == 200
+    await second.aclose()
+    assert embedded.noted == ["open local:", "closing local:", "closed local:"]
