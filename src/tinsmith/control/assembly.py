@@ -235,6 +235,7 @@ def _retention(ground: Ground, checkpoints: CheckpointStore, samplers: SamplerBo
         keep=ground.settings.keep_checkpoints,
         in_use=in_use,
     )
+    checkpoints.in_use = in_use
     checkpoints.on_saved = retention.saved
     checkpoints.make_room = Budget(
         max_bytes=ground.settings.checkpoint_bytes_max, quotas=ground.accounts, in_use=in_use

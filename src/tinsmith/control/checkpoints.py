@@ -8,7 +8,7 @@ makes a new version; versions it supersedes stay for a while (`ControlSettings.s
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,6 +67,8 @@ class CheckpointStore:
         self._superseded_versions_kept = superseded_versions_kept
         self.make_room: MakeRoom = lambda connection, row, at: []
         """Asked in the transaction that has registered a checkpoint: what was marked deleted for it."""
+        self.in_use: Callable[[], Set[str]] = frozenset
+        """Ids of checkpoints that live models and samplers may read again."""
         self.on_saved: Callable[[str], None] = lambda run_id: None
         """Told of every run that has a checkpoint more."""
 
@@ -192,12 +194,12 @@ class CheckpointStore:
         )
 
     async def _register(self, row: CheckpointRow, *, overwrite: bool) -> None:
-        keep = self._superseded_versions_kept
+        keep, in_use = self._superseded_versions_kept, self.in_use()
 
         def work(connection: sa.Connection) -> list[str]:
             records.register_checkpoint(connection, row, overwrite=overwrite)
             audit.note_checkpoint(connection, "checkpoint_create", row, row.created_at, size_bytes=row.size_bytes)
-            doomed = records.delete_superseded(connection, row, row.created_at, keep=keep)
+            doomed = records.delete_superseded(connection, row, row.created_at, keep=keep, in_use=in_use)
             return doomed + [old.folder for old in self.make_room(connection, row, row.created_at)]
 
         try:
@@ -213,12 +215,15 @@ class CheckpointStore:
     async def delete(
         self, row: CheckpointRow, event: AuditEvent = "checkpoint_delete", *, reason: str = "asked for"
     ) -> None:
-        """All versions of the name. Raises `StorageError` if the registry refuses; then nothing changed."""
+        """All versions of the name, but unless it is asked for not those older ones that are published or pinned.
+
+        Raises `StorageError` if the registry refuses; then nothing changed.
+        """
         at = self._clock.time()
 
         def work(connection: sa.Connection) -> list[str]:
             audit.note_checkpoint(connection, event, row, at, reason=reason)
-            return records.delete_versions(connection, row, at)
+            return records.delete_versions(connection, row, at, by_rule=event != "checkpoint_delete")
 
         await self._remove_folders(await self._registry.write(work))
         logger.info("checkpoint %s was removed: %s", row.path, reason)

@@ -347,27 +347,36 @@ def update_checkpoint(connection: sa.Connection, checkpoint_id: str, **values: A
     connection.execute(sa.update(CHECKPOINTS).where(CHECKPOINTS.c.checkpoint_id == checkpoint_id).values(**values))
 
 
-def delete_versions(connection: sa.Connection, row: CheckpointRow, at: float) -> list[str]:
-    """Mark all versions of the name deleted; their folders."""
-    doomed = _under(row.run_id, row.kind, row.name) & CHECKPOINTS.c.deleted_at.is_(None)
-    folders = [r.folder for r in connection.execute(sa.select(CHECKPOINTS.c.folder).where(doomed))]
-    connection.execute(sa.update(CHECKPOINTS).where(doomed).values(deleted_at=at))
-    return folders
+def stored_versions(connection: sa.Connection, row: CheckpointRow) -> list[CheckpointRow]:
+    """Of its name, newest first; those that are not deleted."""
+    return [version for version in versions(connection, row.run_id, row.kind, row.name) if version.deleted_at is None]
 
 
-def delete_superseded(connection: sa.Connection, row: CheckpointRow, at: float, *, keep: int) -> list[str]:
-    """Mark all but the newest `keep` superseded versions of the name deleted, but for those that are published or
-    pinned; their folders."""
-    old = sa.select(CHECKPOINTS).where(
-        _under(row.run_id, row.kind, row.name),
-        CHECKPOINTS.c.superseded_at.is_not(None),
-        CHECKPOINTS.c.deleted_at.is_(None),
-    )
-    rows = _fetch(connection, old.order_by(CHECKPOINTS.c.version.desc()), CheckpointRow)
-    doomed = [version for version in rows if not (version.public or version.is_pinned)][keep:]
+def delete_versions(connection: sa.Connection, row: CheckpointRow, at: float, *, by_rule: bool = False) -> list[str]:
+    """Mark all versions of the name deleted, but by a rule not those older ones that are published or pinned; their
+    folders."""
+    doomed = [
+        version
+        for version in stored_versions(connection, row)
+        if not by_rule or version.version == row.version or not (version.public or version.is_pinned)
+    ]
+    return _delete_all(connection, doomed, at)
+
+
+def _delete_all(connection: sa.Connection, doomed: Sequence[CheckpointRow], at: float) -> list[str]:
     for version in doomed:
         update_checkpoint(connection, version.checkpoint_id, deleted_at=at)
     return [version.folder for version in doomed]
+
+
+def delete_superseded(
+    connection: sa.Connection, row: CheckpointRow, at: float, *, keep: int, in_use: Collection[str] = ()
+) -> list[str]:
+    """Mark all but the newest `keep` superseded versions of the name deleted, but for those that are published, pinned
+    or in use; their folders."""
+    old = [version for version in stored_versions(connection, row) if version.superseded_at is not None]
+    surplus = [version for version in old if not (version.public or version.is_pinned)][keep:]
+    return _delete_all(connection, [version for version in surplus if version.checkpoint_id not in in_use], at)
 
 
 def stored_checkpoints(

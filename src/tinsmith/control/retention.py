@@ -90,15 +90,17 @@ class Retention:
     async def _tidy_run(self, run_id: str) -> int:
         in_use, now = self._in_use(), self._clock.time()
         surplus, keep = await self._registry.read(lambda c: self._surplus(c, run_id, now))
-        held = [row for row in surplus if row.checkpoint_id in in_use]
-        for row in surplus:
-            if row not in held:
-                await self._checkpoints.delete(row, "checkpoint_retire", reason=f"its run keeps the newest {keep}")
-        if not held and self._due is not None:
+        free = [row for row, version_ids in surplus if in_use.isdisjoint(version_ids)]
+        for row in free:
+            await self._checkpoints.delete(row, "checkpoint_retire", reason=f"its run keeps the newest {keep}")
+        if len(free) == len(surplus) and self._due is not None:
             self._due.discard(run_id)
-        return len(surplus) - len(held)
+        return len(free)
 
-    def _surplus(self, connection: sa.Connection, run_id: str, now: float) -> tuple[list[CheckpointRow], int | None]:
+    def _surplus(
+        self, connection: sa.Connection, run_id: str, now: float
+    ) -> tuple[list[tuple[CheckpointRow, list[str]]], int | None]:
+        """Each with the ids of all versions of its name."""
         run = records.run(connection, run_id)
         keep = None if run is None else _said(run.user_metadata, self._keep)
         if keep is None:
@@ -107,7 +109,8 @@ class Retention:
         for kind in KEPT_KINDS:
             rows = records.checkpoints(connection, now, run_id=run_id, kinds=[kind])[0]
             surplus += [row for row in rows if not (row.public or row.is_pinned)][keep:]
-        return surplus, keep
+        ids = [[version.checkpoint_id for version in records.stored_versions(connection, row)] for row in surplus]
+        return list(zip(surplus, ids, strict=True)), keep
 
 
 def _said(metadata: Mapping[str, str], default: int | None) -> int | None:

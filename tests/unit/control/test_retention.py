@@ -15,7 +15,7 @@ from tinsmith.control.copies import CopyOrder
 from tinsmith.control.errors import DiskBudgetExceeded
 from tinsmith.control.identities import Quota
 from tinsmith.control.requests import NewSession, SaveForSampler, SaveState
-from tinsmith.types.errors import InvalidInput
+from tinsmith.types.errors import InvalidInput, NotFound
 
 pytestmark = pytest.mark.anyio
 
@@ -103,6 +103,52 @@ async def test_what_a_live_sampler_samples_stays_until_it_ends(open_control: Ope
         assert await names(h, model_id) == ["weights/s2", "weights/s1"]
         await h.control.finish_session(reader, "success", None)
         assert await names(h, model_id) == ["weights/s2"]
+
+
+@pytest.mark.parametrize("rule", ["keep", "ttl"])
+async def test_a_rule_removes_a_name_without_its_pinned_and_published_versions(
+    open_control: OpenControl, rule: str
+) -> None:
+    async with open_control(keep_checkpoints=1 if rule == "keep" else None, superseded_versions_kept=9) as h:
+        model_id = await h.model()
+        ttl = 3600 if rule == "ttl" else None
+        for seq in range(1, 5):
+            await save(h, model_id, seq, "a", overwrite=True, ttl_seconds=ttl if seq == 4 else None)
+        await h.control.library.set_pinned(model_id, "weights/a~1", True)
+        await h.control.library.set_published(model_id, "weights/a~2", True)
+        await save(h, model_id, 5, "b")
+        h.clock.advance(3600)
+        assert await names(h, model_id) == ["weights/b"]
+        for version in (1, 2):
+            row = await h.control.library.find_checkpoint(f"tinker://{model_id}/weights/a~{version}")
+            assert (await h.control.library.checkpoint_files(model_id, f"weights/a~{row.version}"))[1]
+        for version in (3, 4):
+            with pytest.raises(NotFound):
+                await h.control.library.find_checkpoint(f"tinker://{model_id}/weights/a~{version}")
+        await h.control.library.delete_checkpoint(model_id, "weights/a~1")
+
+
+@pytest.mark.parametrize("rule", ["keep", "superseded"])
+async def test_an_older_version_that_a_live_sampler_samples_stays_until_it_ends(
+    open_control: OpenControl, rule: str
+) -> None:
+    async with open_control(keep_checkpoints=1 if rule == "keep" else None, max_loaded_checkpoints=1) as h:
+        model_id, reader = await h.model(), await h.session()
+        path = await save(h, model_id, 1, "a")
+        sampler_id = await h.control.create_sampling_session(reader, 0, None, path)
+        last = 4 if rule == "superseded" else 2
+        for seq in range(2, last + 1):
+            await save(h, model_id, seq, "a", overwrite=True)
+        other = await save(h, model_id, last + 1, "b")
+        await h.control.sweep()
+        await h.control.create_sampling_session(reader, 1, None, other)  # and the first has to be loaded again
+        await h.result(h.sample(draw(sampler_id)))
+        await h.control.finish_session(reader, "success", None)
+        await save(h, model_id, last + 2, "a", overwrite=True)
+        await save(h, model_id, last + 3, "c")
+        await h.control.sweep()
+        with pytest.raises(NotFound):
+            await h.control.library.find_checkpoint(f"{path}~1")
 
 
 @pytest.mark.parametrize(
