@@ -56,9 +56,10 @@ def _changed(connection: sa.Connection) -> None:
 
 
 def read_all(connection: sa.Connection) -> AccountRows:
+    as_of = version(connection)  # first: PostgreSQL shows later statements what is committed meanwhile
     keys = connection.execute(sa.select(KEYS).order_by(KEYS.c.key_id)).mappings()
     return AccountRows(
-        version=version(connection),
+        version=as_of,
         users=users(connection),
         projects=projects(connection),
         keys=[(row["digest"], _key(row)) for row in keys],

@@ -211,3 +211,28 @@ def test_names_roles_and_scopes_are_checked() -> None:
     for call in (lambda: check_scopes([]), lambda: check_scopes(["write"]), lambda: check_role("root")):
         with pytest.raises(InvalidInput):
             call()
+
+
+async def test_a_key_that_is_revoked_while_accounts_are_read_is_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await house.accounts.close()
+    await house.change(rows.create_user, "anna", role="member", email=None, at=1000.0)
+    secret, key = await house.new_key()
+    await house.registry.write(lambda c: rows.create_project(c, "p", weight=1.0, at=1000.0))
+    read_version = rows.version
+    num_looks = 0
+
+    def version(connection: sa.Connection) -> int:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 2:  # the first saw that there is something to read
+            house.registry._enqueue(lambda c: rows.revoke_key(c, key.key_id, 1000.0)).result(timeout=5)
+        return read_version(connection)
+
+    monkeypatch.setattr(rows, "version", version)
+    await house.accounts.refresh()
+    await house.accounts.refresh()
+    assert num_looks > 2
+    with pytest.raises(Unauthorized, match="revoked"):
+        house.accounts.authenticate(secret)
