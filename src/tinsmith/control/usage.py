@@ -135,7 +135,8 @@ async def _nothing() -> set[str]:
 def _write(connection: sa.Connection, counted: Mapping[_Bucket, int], marked: set[str], spent: set[str]) -> None:
     _add(connection, counted)
     if marked:
-        connection.execute(sa.insert(COUNTED_REQUESTS), [{"request_id": request_id} for request_id in marked])
+        mark = insert_into(connection, COUNTED_REQUESTS).on_conflict_do_nothing()  # an unsettled write may have done it
+        connection.execute(mark, [{"request_id": request_id} for request_id in marked])
     if spent:
         one = sa.delete(COUNTED_REQUESTS).where(COUNTED_REQUESTS.c.request_id == sa.bindparam("spent"))
         connection.execute(one, [{"spent": request_id} for request_id in spent])

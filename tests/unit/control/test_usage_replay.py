@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from tests.unit.control.harness import Harness, draw
 from tests.unit.control.restarts import Server, results, running, train
+from tinsmith.control.errors import Unsettled
 from tinsmith.control.registry import COUNTED_REQUESTS
 
 pytestmark = pytest.mark.anyio
@@ -75,3 +77,24 @@ async def test_what_a_dead_engine_had_done_is_counted_once(server: Server) -> No
         h.control._check_engines()
         await results(h, await train(h, model_id, 5, 2))
         assert await used(h) == before | {"training": before["training"] * 2}
+
+
+async def test_a_write_of_which_nobody_knows_whether_it_was_done_does_not_keep_later_ones_from_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(server) as h:
+        await worked(h)
+        registry, write = h.control._registry, h.control._registry.write
+
+        async def write_and_lose_the_connection(work: Any) -> Any:
+            monkeypatch.setattr(registry, "write", write)
+            await write(work)
+            raise Unsettled("the connection was lost")
+
+        monkeypatch.setattr(registry, "write", write_and_lose_the_connection)
+        with pytest.raises(Unsettled):
+            await used(h)
+        marks = num_marks(h)
+        assert marks > 0
+        await used(h)
+        assert num_marks(h) == marks
