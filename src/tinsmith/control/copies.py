@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from dataclasses import dataclass, replace
 
@@ -44,21 +45,27 @@ class Copies:
         self._ids = ids
         self._clock = clock
         self._once = Once[str]("copy")
+        self._making: set[str] = set()
+        """Runs that copies under way will make."""
 
     async def copy(self, order: CopyOrder, idempotency_key: str | None) -> str:
-        """The path of the copy. The same order under the same key again is the same copy; a failure is not kept.
+        """The path of the copy. The same order under the same key again is the same copy, after a crash too; a failure
+        is not kept.
 
         Raises `NotFound`, `InvalidInput`, `AlreadyExists` (the run's number is taken), `PayloadConflict` or
         `StorageError`.
         """
-        return await self._once.do(order.owner, idempotency_key, order, lambda: self._copy(order))
+        return await self._once.do(order.owner, idempotency_key, order, lambda: self._copy(order, idempotency_key))
 
-    async def _copy(self, order: CopyOrder) -> str:
+    async def _copy(self, order: CopyOrder, key: str | None) -> str:
         check_ttl(order.ttl_seconds)
+        checkpoint_id = self._ids.checkpoint_id() if key is None else _checkpoint_id(order, key)
+        if (done := await self._checkpoints.find_version(checkpoint_id)) is not None:
+            return done.path
         source = await self._checkpoints.find(order.source_path, reader=None if order.is_for_all else order.owner)
         now = self._clock.time()
         session_id = order.session_id or self._ids.session_id()
-        row = self._row(source, f"{session_id}:train:{order.model_seq_id or 0}", order, now)
+        row = self._row(source, checkpoint_id, f"{session_id}:train:{order.model_seq_id or 0}", order, now)
         run = RunRow(
             run_id=row.run_id,
             session_id=session_id,
@@ -72,6 +79,17 @@ class Copies:
         )
         if await self._registry.read(lambda c: records.run(c, row.run_id)) is not None:
             raise AlreadyExists(f"training run {row.run_id!r} exists; take the next model_seq_id")
+        if row.run_id in self._making:
+            raise AlreadyExists(f"training run {row.run_id!r} is being made; take the next model_seq_id")
+        self._making.add(row.run_id)
+        try:
+            await self._make(source, row, run, order)
+        finally:
+            self._making.discard(row.run_id)
+        return row.path
+
+    async def _make(self, source: CheckpointRow, row: CheckpointRow, run: RunRow, order: CopyOrder) -> None:
+        session_id, now = run.session_id, row.created_at
         await self._copy_folder(source, row)
 
         def register(connection: sa.Connection, row: CheckpointRow) -> None:
@@ -82,7 +100,6 @@ class Copies:
             audit.note_checkpoint(connection, "checkpoint_copy", row, now, source_path=source.present_path)
 
         await self._checkpoints.register_new(row, register)
-        return row.path
 
     async def _copy_folder(self, source: CheckpointRow, row: CheckpointRow) -> None:
         """All but the record is the same. Raises `StorageError`; nothing is left behind then."""
@@ -94,10 +111,12 @@ class Copies:
         except (StorageError, NotFound, OSError, ValueError) as error:
             raise StorageError(f"checkpoint {source.path!r} could not be copied: {error}") from error
 
-    def _row(self, source: CheckpointRow, run_id: str, order: CopyOrder, now: float) -> CheckpointRow:
+    def _row(
+        self, source: CheckpointRow, checkpoint_id: str, run_id: str, order: CopyOrder, now: float
+    ) -> CheckpointRow:
         return replace(
             source,
-            checkpoint_id=self._ids.checkpoint_id(),
+            checkpoint_id=checkpoint_id,
             run_id=run_id,
             owner=order.owner,
             version=1,
@@ -116,6 +135,11 @@ def check_destination(order: CopyOrder) -> None:
         raise InvalidInput("session_id and model_seq_id of a copy belong together; give both or neither")
     if order.session_id is not None and order.project_id is not None:
         raise InvalidInput("give either destination_project_id or session_id and model_seq_id, not both")
+
+
+def _checkpoint_id(order: CopyOrder, key: str) -> str:
+    """So that a copy that is asked for again after a crash is found."""
+    return f"ckpt-{hashlib.blake2b(repr((order, key)).encode(), digest_size=8).hexdigest()}"
 
 
 def _session_for_copy(session_id: str, order: CopyOrder, now: float) -> SessionRow:
