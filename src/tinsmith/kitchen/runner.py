@@ -179,7 +179,7 @@ class Runner:
         return self.cursor[path] + (0 if deeper else 1), deeper
 
     async def _async_loop(self, node: AsyncLoopNode, ctx: Context, way: _Way) -> Context:
-        first, _ = self._first_iteration(node.name, ctx, way)
+        first, going_on = self._first_iteration(node.name, ctx, way)
         outer, newest = ctx, _Newest(ctx)
         buffer: asyncio.Queue[Any] = asyncio.Queue(node.buffer_size)
 
@@ -194,8 +194,8 @@ class Runner:
             index = first
             while not _ask(node.stop_when, ctx, f"{node.name}.stop_when"):
                 item = await _next_of(buffer, producer)
-                inner = _entered(ctx, node.name, index, item)
-                ctx = await self._sequence(node.body, inner, replace(way, in_loop=True, going_on=False))
+                inner = replace(way, in_loop=True, going_on=going_on and index == first)
+                ctx = await self._sequence(node.body, _entered(ctx, node.name, index, item), inner)
                 ctx = newest.ctx = replace(ctx, path=outer.path)
                 index += 1
         finally:

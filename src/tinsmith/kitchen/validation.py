@@ -62,23 +62,27 @@ def _adapter_problems(workflow: Workflow, ctx: Context, required: Sequence[str])
             yield f"adapter {port!r} ({kind}) lacks {', '.join(lacking)}, which its port promises"
 
 
-def _structure_problems(workflow: Workflow, where: str) -> Iterator[str]:
+def _structure_problems(workflow: Workflow, where: str, *, in_loop: bool = False) -> Iterator[str]:
     if not workflow.nodes:
         yield f"workflow {workflow.name!r} has no stages"
-    yield from _scope_problems((*workflow.nodes, *workflow.cleanup), where)
+    yield from _scope_problems(workflow.nodes, where, in_loop=in_loop, cleanup=workflow.cleanup)
     for node in workflow.cleanup:
         if not isinstance(node, StageNode):
             yield f"{where}: cleanup may hold stages only, not {type(node).__name__}"
 
 
-def _scope_problems(nodes: Sequence[Node], where: str, *, in_loop: bool = False) -> Iterator[str]:
-    for name, count in Counter(node.name for node in nodes if not isinstance(node, ConditionalNode)).items():
+def _scope_problems(
+    nodes: Sequence[Node], where: str, *, in_loop: bool = False, cleanup: Sequence[Node] = ()
+) -> Iterator[str]:
+    """`in_loop`: whether the end of these nodes is that of a loop's iteration."""
+    every = (*nodes, *cleanup)
+    for name, count in Counter(node.name for node in every if not isinstance(node, ConditionalNode)).items():
         if count > 1:
             yield f"{where}: {count} nodes are named {name!r}; names must be unique in their scope"
-    for number, node in enumerate(nodes):
+    for number, node in enumerate(every):
         place = f"{where}/{node.name}"
-        yield from _node_problems(node, place)
         is_last = number == len(nodes) - 1
+        yield from _node_problems(node, place, in_loop=in_loop and is_last)
         if in_loop and not is_last and any(_commits(inner) for inner in _here(node)):
             yield f"{place} stores a checkpoint, so it must be the last of its loop's body"
         inner_in_loop = isinstance(node, LoopNode | AsyncLoopNode) or (in_loop and isinstance(node, ConditionalNode))
@@ -93,13 +97,16 @@ def _here(node: Node) -> Iterator[StageNode]:
     elif isinstance(node, ConditionalNode):
         for inner in (*node.body, *node.other):
             yield from _here(inner)
+    elif isinstance(node, SubWorkflowNode):
+        for inner in node.workflow.nodes:
+            yield from _here(inner)
 
 
 def _commits(node: StageNode) -> bool:
     return is_stage_class(node.stage) and bool(node.stage.commits)
 
 
-def _node_problems(node: Node, place: str) -> Iterator[str]:
+def _node_problems(node: Node, place: str, *, in_loop: bool) -> Iterator[str]:
     match node:
         case StageNode():
             yield from _stage_problems(node, place)
@@ -118,10 +125,12 @@ def _node_problems(node: Node, place: str) -> Iterator[str]:
         case ParallelNode():
             if not node.branches:
                 yield f"{place}: no branches"
+            if any(_commits(inner) for inner in stages([node])):
+                yield f"{place} stores a checkpoint in a branch, which would not tell how far the others are"
             if node.max_concurrency is not None and node.max_concurrency < 1:
                 yield f"{place}: max_concurrency must be at least 1, not {node.max_concurrency}"
         case SubWorkflowNode():
-            yield from _structure_problems(node.workflow, place)
+            yield from _structure_problems(node.workflow, place, in_loop=in_loop)
         case _:
             yield f"{place}: {node!r} is no node of a workflow"
 

@@ -458,10 +458,51 @@ def test_ck_13_a_checkpoint_of_another_workflow_is_refused() -> None:
         run(flow, resume_from=record)
 
 
-def test_a_checkpoint_in_the_middle_of_an_iteration_is_refused() -> None:
-    flow = workflow("m", loop("steps", over=lambda _: [1])(stage("save", Save), stage("n", note("n"))))
-    with pytest.raises(ValidationError, match="m/steps/save stores a checkpoint, so it must be the last of its loop"):
-        run(flow)
+def test_ck_13_a_run_goes_on_inside_an_async_loop() -> None:
+    flow = workflow(
+        "a",
+        stage("setup", lambda ctx: {"log": tuple((ctx.metadata.resumed or {}).get("log", ()))}),
+        async_loop("rounds", producer=lambda ctx, index: index, stop_when=lambda ctx: len(ctx.state.log) >= 9)(
+            loop("steps", over=lambda _: iter("abc"))(stage("train", _random_note), stage("save", Save)),
+        ),
+    )
+    saved: list[Any] = []
+    whole = log_of(flow, {"saved": saved})
+    for record in list(saved):
+        assert log_of(flow, {"saved": []}, resume_from=record) == whole
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ([stage("save", Save), stage("n", note("n"))], "m/steps/save stores a checkpoint, so it must be the last"),
+        (
+            [sub_workflow("s", workflow("i", stage("save", Save))), stage("n", note("n"))],
+            "m/steps/s stores a checkpoint, so it must be the last",
+        ),
+        (
+            [sub_workflow("s", workflow("i", stage("save", Save), stage("n", note("n"))))],
+            "m/steps/s/save stores a checkpoint, so it must be the last",
+        ),
+        (
+            [parallel("both", loop("inner", over=lambda _: [1])(stage("save", Save)), stage("n", note("n")))],
+            "m/steps/both stores a checkpoint in a branch, which would not tell how far the others are",
+        ),
+    ],
+)
+def test_a_checkpoint_in_the_middle_of_an_iteration_is_refused(body: list[Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        run(workflow("m", loop("steps", over=lambda _: [1])(*body)))
+
+
+def test_a_checkpoint_at_the_end_of_an_iteration_may_be_a_sub_workflow_s() -> None:
+    inner = workflow("i", stage("save", Save), cleanup=[stage("n", note("n"))])
+    saved: list[Any] = []
+    flow = workflow(
+        "m", stage("setup", lambda _: {"log": ()}), loop("steps", over=lambda _: [1])(sub_workflow("s", inner))
+    )
+    run(flow, {"saved": saved})
+    assert [record["cursor"] for record in saved] == [{"steps": 0}]
 
 
 def test_ck_14_15_events_are_emitted_and_can_be_listened_to_and_silenced(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ class _Episode:
                 Turn(prompt=tuple(prompt), draw=draw, answer=answer, reward=_finite(result.reward, "the reward"))
             )
             for name, value in result.metrics.items():
-                self._metrics[name] = self._metrics.get(name, 0.0) + value
+                self._metrics[name] = self._metrics.get(name, 0.0) + _finite(value, f"the metric {name!r}")
             if result.done:
                 self.ending = "done"
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -270,6 +271,18 @@ def test_an_endless_reward_is_a_failure(renderer: ChatTemplateRenderer) -> None:
     rollout = asyncio.run(roll_out(environment, Script(renderer, ["1"]), renderer))
     assert rollout.ending == "failed"
     assert rollout.error == "ValueError: the reward is nan, not a finite number"
+
+
+class UnmeasuredEnvironment(QuestionEnvironment):
+    async def step(self, answer: ParsedAnswer) -> StepResult:
+        return StepResult(reward=1.0, metrics={"speed": float("inf")})
+
+
+def test_an_endless_metric_is_a_failure_and_its_record_is_json(renderer: ChatTemplateRenderer) -> None:
+    environment = UnmeasuredEnvironment(question="?", target="1", score=lambda answer, target: 1.0)
+    rollout = asyncio.run(roll_out(environment, Script(renderer, ["1"]), renderer))
+    assert rollout.error == "ValueError: the metric 'speed' is inf, not a finite number"
+    json.dumps(rollout.record(), allow_nan=False)
 
 
 def test_an_episode_that_goes_on_needs_something_to_answer() -> None:
