@@ -27,6 +27,9 @@ FORMAT_VARIABLE: Final = "TINSMITH_LOG_FORMAT"
 LEVEL_VARIABLE: Final = "TINSMITH_ENGINE_LOG_LEVEL"
 """From which level on engines write; `info` unless it is set."""
 
+_CONTROL: Final = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
+"""Paths and ids are a caller's words: none of them begins another line, or speaks to the terminal."""
+
 _context: ContextVar[dict[str, str] | None] = ContextVar("tinsmith_log_context", default=None)
 
 
@@ -69,7 +72,7 @@ class TextLines(logging.Formatter):
         line = f"{clock}.{record.msecs:03.0f} {record.levelname:<7} {name}: {record.getMessage()}"
         if context := getattr(record, "context", None):
             line += "  " + " ".join(f"{key}={value}" for key, value in context.items())
-        return line + _traceback(self, record)
+        return line.translate(_CONTROL) + _traceback(self, record)
 
 
 class JsonLines(logging.Formatter):

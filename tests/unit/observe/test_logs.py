@@ -56,6 +56,19 @@ def test_a_line_of_json_has_ids_and_fields_as_keys(log_to: io.StringIO) -> None:
     assert "request_id" not in second
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_callers_words_begin_no_line_and_move_no_cursor(log_to: io.StringIO, log_format: LogFormat) -> None:
+    configure_logging(log_format, "info", stream=log_to)
+    with noting():
+        note(request_id="r-1\n12:00:00.000 ERROR   server: forged")
+        logging.getLogger("tinsmith.server.requests").info("GET %s", "/x\r\n\x1b[2J")
+    line = log_to.getvalue()
+    assert line.count("\n") == 1
+    assert line.endswith("\n")
+    assert not {"\r", "\x1b"} & set(line)
+    assert "forged" in line
+
+
 def test_an_error_in_json_is_one_line_with_its_traceback(log_to: io.StringIO) -> None:
     configure_logging("json", stream=log_to)
     try:
