@@ -34,7 +34,9 @@ def run(
     track: Annotated[
         list[str] | None, typer.Option(help="KIND[:TARGET] of a tracker: tensorboard, wandb, mlflow, trackio.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check settings and data file, show the plan, train nothing.")
+    ] = False,
     show_help: Annotated[bool, typer.Option("--help", "-h", help="Explain a recipe and its keys.")] = False,
 ) -> None:
     """Carry out a recipe: `tinsmith run supervised data=talk.jsonl epochs=3`."""
@@ -92,8 +94,20 @@ def _dry_run(console: Console, recipe: type[Recipe], config: Any) -> None:
     from tinsmith.kitchen import run as run_workflow
     from tinsmith.kitchen.adapters import noop
 
-    planned = run_workflow(recipe, config, adapters=noop(), dry_run=True)
+    adapters = noop()
+    del adapters["environment"]  # the one that the config names is meant
+    planned = run_workflow(recipe, config, adapters=adapters, dry_run=True)
+    _read_data(config)
     console.print(planned.plan, markup=False, highlight=False, soft_wrap=True)
+
+
+def _read_data(config: Any) -> None:
+    """Raises `DataError` for a data file that is missing or cannot be read; the one of feedback may be missing."""
+    from tinsmith.kitchen.adapters.datasets import FileDatasets
+    from tinsmith.kitchen.recipes import FeedbackConfig
+
+    if hasattr(config, "data") and (config.data.exists() or not isinstance(config, FeedbackConfig)):
+        FileDatasets().load_dataset(str(config.data))
 
 
 def _run(console: Console, recipe: type[Recipe], config: TrainingConfig) -> None:

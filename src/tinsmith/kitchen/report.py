@@ -92,7 +92,8 @@ def curve(xs: Sequence[float], ys: Sequence[float]) -> str:
     """An SVG of the values and, where they are many, of their running mean."""
     low, high = min(ys), max(ys)
     if high - low < 1e-12:
-        low, high = low - 0.5, high + 0.5
+        room = abs(high) / 2 if abs(high) > 1e-9 else 0.5
+        low, high = low - room, high + room
     window = max(1, len(ys) // 15)
 
     def points(values: Sequence[float]) -> str:

@@ -136,6 +136,12 @@ def test_keys_may_come_from_a_file(cli: Run, opened: list[dict[str, Any]], data:
         (("run", "supervised", "data=x", "epoch=3"), 2, "error: unknown key 'epoch'; the keys are model, output, "),
         (("run", "supervised", "data=x", "epochs=many"), 2, "error: epochs='many': Input should be a valid integer"),
         (("run", "supervised", "data=none.jsonl"), 1, "error: cannot read the data file 'none.jsonl': No such file"),
+        (("run", "supervised", "data=none.jsonl", "--dry-run"), 1, "error: cannot read the data file 'none.jsonl'"),
+        (
+            ("run", "math_rl", "environment=additon", "--dry-run"),
+            1,
+            "error: stage 'plan_rollouts': environment='additon' is none of addition, ",
+        ),
         (("run", "supervised", "--config", "none.toml"), 2, "error: cannot read the config file 'none.toml'"),
         (("sample", "hi", "--raw", "--system", "x"), 2, "--system belongs to the chat template"),
         (("sample", "hi", "--base-url", "ftp://x"), 1, "must start with http://, https:// or local:"),

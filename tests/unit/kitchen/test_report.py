@@ -8,7 +8,7 @@ import pytest
 
 from tinsmith.kitchen import RunFolderError, SupervisedResult
 from tinsmith.kitchen.comparison import compare
-from tinsmith.kitchen.report import render
+from tinsmith.kitchen.report import curve, render
 from tinsmith.observe import StepRow
 
 Train = Callable[..., SupervisedResult]
@@ -20,6 +20,12 @@ def test_a_report_shows_curves_and_loads_nothing(train: Train) -> None:
     assert "supervised on tinsmith/tiny" in page
     assert "test loss" in page
     assert not re.search(r"(src|href)=|url\(", page)
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.002, "0.001", "0.003"), (0.0, "-0.5", "0.5")])
+def test_a_value_that_stays_is_drawn_on_an_axis_of_its_size(value: float, low: str, high: str) -> None:
+    labels = re.findall(r">([^<]+)</text>", curve([1.0, 2.0], [value, value]))
+    assert labels[:2] == [high, low]
 
 
 def test_what_a_model_wrote_stays_text() -> None:
