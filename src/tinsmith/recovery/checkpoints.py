@@ -42,7 +42,7 @@ class CheckpointPolicy:
     save_every: int = 100
     steps_per_epoch: int | None = None
     keep_last: int = 5
-    """Older ones are deleted; the best one, and the one a run came from, stay."""
+    """Older ones are deleted; the best one stays."""
     save_best: bool = False
     """Beside the strategy, save whenever the metric improves."""
     best_metric: str = "loss"

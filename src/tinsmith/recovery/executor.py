@@ -16,6 +16,7 @@ from tinsmith.recovery.checkpoints import RecordedCheckpoint, select_checkpoint
 from tinsmith.recovery.diagnosis import Trigger
 from tinsmith.recovery.errors import FailureReason, RecoveryFailed
 from tinsmith.recovery.policy import RecoveryPolicy
+from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
 
 if TYPE_CHECKING:
     from tinsmith.client.service import ServiceClient
@@ -116,7 +117,7 @@ class RecoveryExecutor:
 
     async def _attempt(self, run: WatchedRun, service: ServiceClient, trigger: Trigger, attempt: int) -> Recovered:
         strategy = self._policy.checkpoint_strategy
-        known = [] if isinstance(strategy, tuple) else await self._checkpoints(run, service)
+        known = await self._checkpoints(run, service)
         checkpoint, how = select_checkpoint(known, strategy)
         if checkpoint is None:
             raise RecoveryFailed(run.run_id, "no_checkpoint")
@@ -141,13 +142,16 @@ class RecoveryExecutor:
         )
 
     async def _checkpoints(self, run: WatchedRun, service: ServiceClient) -> list[RecordedCheckpoint]:
-        """Those of the run that can be continued from, and those it came from."""
+        """What can be continued from: checkpoints of the run and those it came from; or of the run the policy names."""
+        strategy = self._policy.checkpoint_strategy
+        named = ParsedCheckpointTinkerPath.from_tinker_path(strategy[1]) if isinstance(strategy, tuple) else None
+        run_id = run.run_id if named is None else named.training_run_id
         try:
-            listed = (await RestClient(service.holder).list_checkpoints(run.run_id)).checkpoints
+            listed = (await RestClient(service.holder).list_checkpoints(run_id)).checkpoints
         except NotFoundError:
             listed = []
         own = [RecordedCheckpoint.of(one) for one in listed if one.checkpoint_type == "training"]
-        return [*run.ancestors, *own]
+        return own if named is not None else [*run.ancestors, *own]
 
     async def _completed(self, run: WatchedRun, recovered: Recovered) -> Recovered:
         self._emit(

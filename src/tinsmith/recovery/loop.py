@@ -177,13 +177,17 @@ class Recovery:
     ) -> Recovery:
         """Go on with the run of this name, in another process say, from the checkpoint the policy's strategy takes.
 
-        A run that has no checkpoint yet is started with `model`.
+        A run that has no checkpoint yet is started with `model`. Raises `RecoveryFailed` if the policy names a
+        checkpoint that does not say how many steps are in it.
         """
         policy = policy or RecoveryPolicy()
-        mine = [one for one in recorded_checkpoints(RestClient(service.holder)) if one.run_name == name]
-        taken, _ = select_checkpoint(mine, policy.checkpoint_strategy)
+        known = recorded_checkpoints(RestClient(service.holder))
+        if not isinstance(policy.checkpoint_strategy, tuple):
+            known = [one for one in known if one.run_name == name]
+        taken, _ = select_checkpoint(known, policy.checkpoint_strategy)
         if taken is None:
             return cls.start(service, name=name, policy=policy, checkpoints=checkpoints, **model)
+        _step_of(taken, name)
         metadata = {**(model.get("user_metadata") or {}), _RUN_KEY: name}
         if policy.restore_optimizer:
             making = service.create_training_client_from_state_with_optimizer(taken.path, user_metadata=metadata)
@@ -287,7 +291,12 @@ class Recovery:
         return self._recovers_from(error)
 
     def _recovers_from(self, error: BaseException | None) -> bool:
-        """Recover from an error, or from what was noticed beside the loop. False if the error is not of that kind."""
+        """Recover from an error, or from what was noticed beside the loop. False if the error is not of that kind.
+
+        What is to end the program or the task, such as Ctrl-C, ends the loop whatever was noticed.
+        """
+        if error is not None and not isinstance(error, Exception):
+            return False
         found, self._noticed = self._noticed, None
         if found is None and error is not None:
             found = self._diagnose(error)
@@ -348,21 +357,11 @@ class Recovery:
                 self._owned.remove(old)
                 old.close("errored", f"recovered from {recovered.trigger}")
             self._owned.append(recovered.run.service)
-        self.done = self._step_of(recovered.checkpoint)
+        self.done = _step_of(recovered.checkpoint, recovered.old_run_id)
         self._metrics = recovered.checkpoint.metrics
         self._keeper.rewound_to(recovered.checkpoint)
         self._noticed = None
         self._loop.call(lambda: self._monitor.monitor_run(recovered.run))
-
-    def _step_of(self, checkpoint: RecordedCheckpoint) -> int:
-        """Raises `RecoveryFailed` for a checkpoint that does not say how many steps are in it."""
-        if checkpoint.step is None:
-            raise RecoveryFailed(
-                self.run_id,
-                "user_error",
-                f"checkpoint {checkpoint.path!r} does not say after which step it was saved, so the loop cannot go on",
-            )
-        return checkpoint.step
 
     # ---- checkpoints ----
 
@@ -414,3 +413,14 @@ class Recovery:
             self._noticed = Diagnosis(trigger=Trigger.STALLED, reason=reason)
             self._tell_detected(self._noticed)
             self._run_watched.service.close("errored", reason)
+
+
+def _step_of(checkpoint: RecordedCheckpoint, run_id: str) -> int:
+    """Raises `RecoveryFailed` for a checkpoint that does not say how many steps are in it."""
+    if checkpoint.step is None:
+        raise RecoveryFailed(
+            run_id,
+            "user_error",
+            f"checkpoint {checkpoint.path!r} does not say after which step it was saved, so the loop cannot go on",
+        )
+    return checkpoint.step

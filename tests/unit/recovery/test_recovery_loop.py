@@ -245,6 +245,54 @@ def wait_for_detection(kept: Kept) -> None:
     threading.Event().wait(0.05)
 
 
+def test_what_is_to_end_the_program_ends_the_loop_whatever_was_noticed(
+    service: ServiceClient, server: RecoverableTinker, kept: Kept
+) -> None:
+    policy = RecoveryPolicy(enabled=True, backoff_ms=10, poll_interval_ms=20)
+    with start(service, policy) as recovery:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_once_noticed(recovery, server, kept)
+        assert recovery.lineage == []
+
+
+def interrupt_once_noticed(recovery: Recovery, server: RecoverableTinker, kept: Kept) -> None:
+    for step in recovery.steps(4, data):
+        with step:
+            server.corrupted.add(recovery.run_id)
+            wait_for_detection(kept)
+            raise KeyboardInterrupt
+
+
+def specific(path: str) -> RecoveryPolicy:
+    return RecoveryPolicy(
+        enabled=True, checkpoint_strategy=("specific", path), backoff_ms=10, jitter=0.0, poll_interval_ms=60_000
+    )
+
+
+def test_a_named_checkpoint_is_resumed_and_recovered_from_after_its_own_step(
+    service: ServiceClient, server: RecoverableTinker
+) -> None:
+    with start(service) as first:
+        run_all(first, 7)
+        path = first.checkpoints[1].path
+    with Recovery.resume(service, name="another", policy=specific(path), base_model="m") as recovery:
+        assert recovery.done == 3
+        for step in recovery.steps(5, data):
+            with step:
+                if step.number == 5 and not recovery.lineage:
+                    server.corrupted.add(recovery.run_id)
+                train(step)
+        assert [change.checkpoint.step for change in recovery.lineage] == [3]
+        assert server.state[recovery.run_id] == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_without_a_step_is_not_resumed_from(service: ServiceClient) -> None:
+    training = service.create_lora_training_client("m").result(5)
+    path = training.save_state("by-hand").result(5).path
+    with pytest.raises(RecoveryFailed, match="does not say after which step"):
+        Recovery.resume(service, name="mine", policy=specific(path), base_model="m")
+
+
 def test_a_finished_run_can_be_resumed_and_extended(service: ServiceClient, server: RecoverableTinker) -> None:
     for target in (4, 4, 6):
         with Recovery.resume(service, name="mine", policy=ON, base_model="m") as recovery:
