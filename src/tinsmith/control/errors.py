@@ -23,7 +23,10 @@ from tinsmith.types.errors import Overloaded, StorageError, TinsmithError, UserE
 
 
 class SessionEnded(UserError):
-    pass
+    @classmethod
+    def because(cls, session_id: str, reason: str | None, detail: str | None) -> SessionEnded:
+        why = reason if detail is None else f"{reason}: {detail}"
+        return cls(f"session {session_id!r} has ended ({why}); create a new one")
 
 
 class ModelEnded(UserError):

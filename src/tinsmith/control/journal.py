@@ -167,6 +167,10 @@ class JobRecord:
     context: Any = None
 
 
+OUTLIVE_FINISHED_SESSIONS = ("model", "request", "binding", "snapshot", "strike")
+"""Kinds of entries that stay until the models of a session that its client finished have done what waits."""
+
+
 class Journal:
     """The way to the ledger, or around it if there is none."""
 
@@ -207,13 +211,13 @@ class Journal:
 
     def end_session(self, session_id: str, *, drop: bool) -> None:
         """`drop`: its models go with it; else each goes once it has done what waits."""
-        kept = "" if drop else " AND kind NOT IN ('model', 'request', 'binding', 'snapshot', 'strike')"
+        kept = "" if drop else f" AND kind NOT IN {OUTLIVE_FINISHED_SESSIONS}"
         self.note([remove(f"session_id = ?{kept}", session_id)])
 
     def end_model(self, model_id: str, results: Sequence[Entry]) -> None:
         """`results` stay fetchable."""
         self.lone.update(entry.name for entry in results)
-        kinds = "('model', 'request', 'binding', 'snapshot', 'strike')"
+        kinds = OUTLIVE_FINISHED_SESSIONS
         self.note([*map(put, results), remove(f"model_id = ? AND kind IN {kinds}", model_id)])
 
     def trim(self, futures: FutureStore) -> None:

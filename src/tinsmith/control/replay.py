@@ -19,12 +19,13 @@ from tinsmith.control.admission import num_train_tokens
 from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.custom_losses import CustomLosses
 from tinsmith.control.engines import EngineBook, EngineSlot
-from tinsmith.control.errors import ModelEnded, creation_failed
+from tinsmith.control.errors import ModelEnded, SessionEnded, creation_failed
 from tinsmith.control.execution import sampler_name
 from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
 from tinsmith.control.jobs import Jobs
 from tinsmith.control.journal import (
+    OUTLIVE_FINISHED_SESSIONS,
     Journal,
     ModelRecord,
     RequestRecord,
@@ -38,13 +39,13 @@ from tinsmith.control.memos import KIND, Memos
 from tinsmith.control.models import Creation, Model, ModelStatus, Residence, Work
 from tinsmith.control.paging import Paging
 from tinsmith.control.queues import ModelQueue
-from tinsmith.control.records import CheckpointRow
+from tinsmith.control.records import CheckpointRow, SessionRow
 from tinsmith.control.registry import Registry
 from tinsmith.control.requests import Deferred, Rejected, SaveForSampler
 from tinsmith.control.samplers import Sampler, SamplerBook, checkpoint_snapshot_id
 from tinsmith.control.sampling import Sampling
 from tinsmith.control.sampling_sessions import SamplingSessions
-from tinsmith.control.sessions import Session, SessionBook
+from tinsmith.control.sessions import FINISH_REASONS, Session, SessionBook
 from tinsmith.control.settings import ControlSettings
 from tinsmith.control.strikes import Strikes
 from tinsmith.control.training import Training
@@ -170,7 +171,14 @@ class Replay:
         }
         at = self._clock.time()
         await self._registry.write(lambda c: records.end_everything(c, at, "the server was restarted", but=kept))
-        recalled = _Recalled.of(e for e in entries if e.session_id is None or e.session_id in kept)
+        finished = await self._finished(e for e in entries if e.session_id not in kept)
+        recalled = _Recalled.of(
+            e
+            for e in entries
+            if e.session_id is None
+            or e.session_id in kept
+            or (e.session_id in finished and e.kind in OUTLIVE_FINISHED_SESSIONS)
+        )
         rows = await self._rows(recalled)
         self._strikes.recall(recalled.strikes)
         recalled.fail(self._strikes.convict(self._settings.max_strikes))
@@ -178,6 +186,8 @@ class Replay:
         projects = await self._registry.read(records.projects_of_live_sessions)
         for entry in recalled.sessions:
             self._restore_session(entry, projects.get(entry.name))
+        for row in finished.values():
+            self._restore_finished(row)
         for entry in recalled.losses:
             self._custom_losses.restore(self._session(entry), entry.name, entry.value)
         for entry in recalled.results:
@@ -192,8 +202,14 @@ class Replay:
             self._memos.restore(entry)
         for entry in recalled.jobs:
             self._jobs.restore(entry)
-        ended = {e.session_id for e in entries if e.session_id is not None} - kept
-        self._journal.note([remove("session_id = ?", session_id) for session_id in ended])
+        for session_id in {e.session_id for e in entries if e.session_id is not None} - kept:
+            self._journal.end_session(session_id, drop=session_id not in finished)
+
+    async def _finished(self, entries: Iterable[Entry]) -> dict[str, SessionRow]:
+        """Sessions that their clients finished while something still waited in them, which is done nevertheless."""
+        session_ids = {e.session_id for e in entries if e.kind == "model" and e.session_id is not None}
+        rows = await self._registry.read(lambda c: [records.session(c, session_id) for session_id in session_ids])
+        return {row.session_id: row for row in rows if row is not None and row.end_reason in FINISH_REASONS}
 
     async def _rows(self, recalled: _Recalled) -> dict[str, CheckpointRow]:
         """The checkpoints that models and samplers were made from."""
@@ -217,6 +233,12 @@ class Replay:
             timeout_s=request.timeout_s,
             orders_by_arrival=request.orders_by_arrival,
         )
+
+    def _restore_finished(self, row: SessionRow) -> None:
+        session = self._sessions.add(
+            row.session_id, self._clock.monotonic(), owner=row.owner, project_id=row.project_id
+        )
+        self._sessions.end(session, SessionEnded.because(row.session_id, row.end_reason, row.end_detail))
 
     def _restore_result(self, entry: Entry, at: float) -> None:
         record: ResultRecord = entry.value
@@ -318,6 +340,8 @@ class Replay:
             self._open_request(model, request)
         if model.end is None:
             self._resume(model, recalled.requests[model.model_id], recalled.bindings)
+            if session.ended is not None:
+                model.status = ModelStatus.CLOSING
 
     def _open_creation(self, model: Model, record: ModelRecord) -> None:
         if self._futures.knows(record.request_id):

@@ -109,8 +109,7 @@ class SessionLife:
 
     def _end(self, session: Session, reason: EndReason, detail: str | None, *, drop: bool) -> None:
         """`drop`: fail what waits instead of doing it."""
-        because = reason if detail is None else f"{reason}: {detail}"
-        ended = SessionEnded(f"session {session.session_id!r} has ended ({because}); create a new one")
+        ended = SessionEnded.because(session.session_id, reason, detail)
         forgotten = self._sessions.end(session, ended)
         if drop:
             self._training.drop_models(session, ended)

@@ -11,12 +11,12 @@ import pytest
 
 from tests.unit.control.harness import Harness, draw, forward_backward, optim
 from tests.unit.control.restarts import Server, results, running, train
-from tinsmith.control.errors import FutureExpired
+from tinsmith.control.errors import FutureExpired, SessionEnded
 from tinsmith.control.futures import Outcome, Pending
 from tinsmith.control.requests import LoadState, NewSession, SaveForSampler, SaveState, UnloadModel
 from tinsmith.types import SamplingParams
-from tinsmith.types.errors import AlreadyExists, EngineDied, PayloadConflict, ServerError, StorageError
-from tinsmith.types.operations import LoadAdapter, OptimStep, Sample, TrainItem
+from tinsmith.types.errors import AlreadyExists, EngineDied, PayloadConflict, ServerError, StorageError, UserError
+from tinsmith.types.operations import DropAdapter, LoadAdapter, OptimStep, Sample, TrainItem
 
 pytestmark = pytest.mark.anyio
 
@@ -284,6 +284,39 @@ async def test_what_ended_stays_ended(server: Server) -> None:
         assert await h.result(unloaded) == model_id
         assert "has ended" in str(await h.error(h.submit(optim(model_id, 2))))
         assert not [e for e in h.control._ledger.read() if e.kind == "model"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_what_waits_in_a_finished_session_is_still_done_by_the_next_server(
+    server: Server, is_killed: bool
+) -> None:
+    h = await server.start()
+    session_id = await h.session()
+    model_id = await h.model(session_id)
+    await results(h, await train(h, model_id, 1, 1))
+    h.engine.pause()
+    receipts = await train(h, model_id, 3, 2)
+    receipts.append(h.submit(SaveState(model_id=model_id, seq_id=7, name="final")))
+    await h.control.durable(receipts[-1])
+    await h.control.finish_session(session_id, "success", None)
+    await h.control.sweep()
+    if is_killed:
+        await server.kill(h)
+    else:
+        h.engine.resume()
+        h.control._hold()
+        await h.control.close()
+    h = await server.start()
+    assert isinstance(await h.error(h.submit(optim(model_id, 8))), UserError)
+    assert (await results(h, receipts))[-1] == f"tinker://{model_id}/weights/final"
+    with pytest.raises(SessionEnded, match="success"):
+        h.control.heartbeat(session_id)
+    await h.control.sweep()
+    assert h.asked(DropAdapter)
+    await server.kill(h)
+    async with running(server) as h:
+        assert not [e for e in h.control._ledger.read() if e.kind == "model"]  # type: ignore[union-attr]
+        assert (await h.control.library.find_checkpoint(f"tinker://{model_id}/weights/final")).step == 3
 
 
 async def test_a_stopped_server_goes_on_too(server: Server) -> None:
