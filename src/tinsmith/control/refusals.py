@@ -10,7 +10,7 @@ from tinsmith.control.futures import FutureStore
 from tinsmith.control.identity import Clock
 from tinsmith.control.journal import Journal
 from tinsmith.control.ledger import mark_failed
-from tinsmith.control.models import Model, ModelStatus
+from tinsmith.control.models import Model, ModelStatus, slot_of
 from tinsmith.control.registry import Registry
 from tinsmith.control.samplers import SamplerBook
 from tinsmith.control.training import Training
@@ -37,6 +37,7 @@ class Refusals:
             model.queue.pop(self.clock.monotonic())
             model.pending_tokens -= work.num_tokens
             self.futures.fail(work.request_id, error)
+            self.training.scheduler(slot_of(model)).acquit(work.request_id)
             failed.append(mark_failed("request", work.request_id, error))
         self.samplers.settle_all_of(model.model_id)
         self.journal.note(failed)  # a replay shall not do them either

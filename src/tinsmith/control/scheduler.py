@@ -208,7 +208,7 @@ class Scheduler:
         return turn
 
     def _candidate(self, model: Model) -> Candidate | None:
-        _skip_void(model, self._clock.monotonic())
+        self._skip_void(model)
         head = model.queue.head()
         if head is None or not head.is_ready or model.behind_barrier or model.status is ModelStatus.ENDED:
             return None
@@ -222,6 +222,16 @@ class Scheduler:
         room = self._quotas.room(model.session_id)
         tokens = _train_tokens(model, self._max_batch_tokens, room) if head.is_training else ()
         return Candidate(model.model_id, tokens, head.is_step, payer.project, payer.weight)
+
+    def _skip_void(self, model: Model) -> None:
+        while (head := model.queue.head()) is not None and head.is_void and head.is_durable:
+            model.queue.pop(self._clock.monotonic())
+            model.pending_tokens -= head.num_tokens
+            self.acquit(head.request_id)
+
+    def acquit(self, request_id: str) -> None:
+        """It failed without the engine: it is no suspect any more."""
+        self.suspects.discard(request_id)
 
     def _is_over_quota(self, model: Model, head: Work) -> bool:
         pause = self._quotas.pause(model.session_id) if head.is_training and not head.is_paid else None
@@ -251,12 +261,6 @@ class Scheduler:
         if work.is_barrier:
             model.behind_barrier = False
         self.wake()
-
-
-def _skip_void(model: Model, now: float) -> None:
-    while (head := model.queue.head()) is not None and head.is_void and head.is_durable:
-        model.queue.pop(now)
-        model.pending_tokens -= head.num_tokens
 
 
 def _train_tokens(model: Model, max_tokens: int, room: float) -> tuple[int, ...]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.unit.control.harness import draw, forward_backward
+from tests.unit.control.harness import draw, forward_backward, optim
 from tests.unit.control.restarts import Server, results, running, train
 from tinsmith.runtime.fake import FakeEngine
 from tinsmith.types import LoraConfig, ModelInput
-from tinsmith.types.errors import EngineDied, NotFound
-from tinsmith.types.operations import CreateAdapter, Sample, TrainItem
+from tinsmith.types.errors import EngineDied, NotFound, ServerError
+from tinsmith.types.operations import CreateAdapter, LoadAdapter, Sample, TrainItem
 
 pytestmark = pytest.mark.anyio
 
@@ -140,3 +140,27 @@ async def test_a_model_whose_creation_kills_the_engine_is_given_up(server: Serve
         assert "died 3 times" in str(await h.error(poison))
         with pytest.raises(NotFound):
             h.control.model_info(str(poison.model_id))
+
+
+async def test_a_suspect_whose_adapter_cannot_be_read_holds_nobody_up(server: Server) -> None:
+    h = await server.start()
+    session_id = await h.session()
+    model_id = await h.model(session_id)
+    sampler_id = await h.control.create_sampling_session(session_id, 0, "tinsmith/fake", None)
+    await results(h, await train(h, model_id, 1, 1))
+    h.clock.advance(61)
+    await h.control.sweep()
+    await h.control._snapshots.drain()
+    h.engine.pause()
+    request, sample = h.submit(forward_backward(model_id, 3)), h.sample(draw(sampler_id))
+    await h.control.durable(request)
+    await h.control.durable(sample)
+    await h.settle()
+    h.engine.fail_next(LoadAdapter, ServerError("out of memory"))
+    h.engine.die("killed by SIGKILL")
+    h.control._check_engines()
+    h.engine.resume()
+    assert "out of memory" in str(await h.error(request))
+    await h.result(sample)
+    await h.result(h.submit(optim(model_id, 4)))
+    await h.control.close()
