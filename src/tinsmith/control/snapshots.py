@@ -75,7 +75,8 @@ class Snapshots:
         self._interval_s = interval_s
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], EngineSlot] = {}
+        """Each with the engine that writes."""
         self._saves: dict[str, asyncio.Task[TinsmithError | None]] = {}
         """Of models, by id."""
         self._weight_saves: dict[str, asyncio.Task[None]] = {}
@@ -129,7 +130,7 @@ class Snapshots:
             aside = self._put_aside(samplers[-1].slot, samplers)
             task = asyncio.create_task(self._complete_weights(aside))
             self._weight_saves[name] = task
-            self._track(task)
+            self._track(task, aside.samplers[-1].slot)
             task.add_done_callback(lambda _: self._weight_saves.pop(name, None))
         await asyncio.shield(self._weight_saves[name])
 
@@ -142,13 +143,13 @@ class Snapshots:
         finally:
             aside.settle(is_kept=is_kept)
 
-    def _track(self, task: asyncio.Task[Any]) -> None:
+    def _track(self, task: asyncio.Task[Any], slot: EngineSlot) -> None:
         def ended(task: asyncio.Task[Any]) -> None:
-            self._tasks.discard(task)
+            del self._tasks[task]
             if not task.cancelled():
                 task.exception()  # whoever waits gets it
 
-        self._tasks.add(task)
+        self._tasks[task] = slot
         task.add_done_callback(ended)
 
     def _take(self, model: Model, *, is_idle: bool = False) -> None:
@@ -188,7 +189,7 @@ class Snapshots:
         model.is_saving = True
         task = asyncio.create_task(self._complete(model, record, saved, aside))
         self._saves[model.model_id] = task
-        self._track(task)
+        self._track(task, model.slot)
 
     def _unkept_samplers(self, model: Model) -> list[list[Sampler]]:
         """That only requests before the snapshot would publish again, by the weights they share."""
@@ -300,10 +301,10 @@ class Snapshots:
             sampler.weights_folder == folder for sampler in self._samplers
         )
 
-    async def drain(self) -> None:
-        """Wait for those that are being written."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+    async def drain(self, slot: EngineSlot | None = None) -> None:
+        """Wait for those that are being written, by one engine or by all."""
+        while tasks := [task for task, writer in self._tasks.items() if slot in (None, writer)]:
+            await asyncio.wait(tasks)
 
 
 def _weights_entries(aside: _Aside) -> list[Entry]:

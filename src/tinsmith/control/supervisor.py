@@ -132,7 +132,7 @@ class Supervisor:
         try:
             await self._start(slot, num_deaths)
             await self._training.scheduler(slot).drain()
-            await self._snapshots.drain()
+            await self._snapshots.drain(slot)
             recalled = await self._replay.read_models()
             if not slot.handle.is_alive:
                 raise EngineDied(f"the engine of {slot.card.name!r} died again at once")

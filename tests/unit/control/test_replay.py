@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.control.conftest import OpenControl
 from tests.unit.control.harness import Harness, draw, forward_backward, optim
 from tests.unit.control.restarts import Server, results, running, train
 from tinsmith.control.errors import FutureExpired, SessionEnded
 from tinsmith.control.futures import Outcome, Pending
 from tinsmith.control.requests import LoadState, NewSession, SaveForSampler, SaveState, UnloadModel
+from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
 from tinsmith.types import SamplingParams
 from tinsmith.types.errors import AlreadyExists, EngineDied, PayloadConflict, ServerError, StorageError, UserError
-from tinsmith.types.operations import DropAdapter, LoadAdapter, OptimStep, Sample, TrainItem
+from tinsmith.types.operations import DropAdapter, LoadAdapter, OptimStep, Sample, SaveAdapter, TrainItem
 
 pytestmark = pytest.mark.anyio
 
@@ -348,6 +351,22 @@ async def test_a_dead_engine_is_started_again_and_goes_on(server: Server, tmp_pa
     assert h.engine.num_starts == 2
     assert h.control.is_ready
     await h.control.close()
+
+
+async def test_an_engine_is_started_again_whatever_another_is_writing(open_control: OpenControl) -> None:
+    dying, slow = FakeEngine(), FakeEngine(replace(FAKE_CARD, name="tinsmith/slow"))
+    async with open_control([dying, slow], ledger=True, snapshot_requests=1) as h:
+        session_id = await h.session()
+        model_id, other = await h.model(session_id, 0), await h.model(session_id, 1, base_model="tinsmith/slow")
+        await h.result(h.submit(forward_backward(other, 1)))
+        slow.pause()
+        await h.control.sweep()
+        await h.settle()
+        assert any(isinstance(operation, SaveAdapter) for operation in slow.operations)
+        dying.die("killed by SIGKILL")
+        h.control._check_engines()
+        await h.result(h.submit(forward_backward(model_id, 1)))
+        slow.resume()
 
 
 async def test_readiness_and_polls_say_that_an_engine_is_started_again(server: Server) -> None:
