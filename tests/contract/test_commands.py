@@ -96,6 +96,20 @@ def test_a_checkpoint_is_published_given_a_time_to_live_and_deleted(
     assert tinsmith(address, "checkpoint", "info", doomed).exit_code == 1
 
 
+def test_what_was_deleted_is_told_beside_what_was_not(address: str, service: tinker.ServiceClient) -> None:
+    client = service.create_lora_training_client("tinsmith/tiny", rank=2).result(60)
+    client.save_state("x").result(60)
+    delete = ("checkpoint", "delete", path(client, "nosuch"), path(client, "x"), "--yes")
+    malformed = tinsmith(address, *delete, "weights/y")
+    assert malformed.exit_code == 1
+    assert "deleted" not in malformed.output
+    result = tinsmith(address, *delete)
+    assert result.exit_code == 1
+    assert f"deleted {path(client, 'x')}" in result.output
+    assert "nosuch" in result.output
+    assert told(address, "checkpoint", "list", "--run-id", client.model_id) == []
+
+
 def test_deleting_by_run_obeys_its_filters(address: str, service: tinker.ServiceClient) -> None:
     client = service.create_lora_training_client("tinsmith/tiny", rank=2).result(60)
     client.save_state("x").result(60)

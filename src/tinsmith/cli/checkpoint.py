@@ -11,7 +11,8 @@ import typer
 from tinsmith.cli.answers import AsJson, BaseUrl, Limit, Yes, confirm, done, pages, rest_client, show, show_one, size
 
 if TYPE_CHECKING:
-    from tinsmith.client import RestClient
+    from tinsmith.client import APIFuture, RestClient
+    from tinsmith.client.errors import TinkerError
     from tinsmith.types import Checkpoint
 
 app = typer.Typer(
@@ -124,6 +125,8 @@ def delete(
     base_url: BaseUrl = None,
 ) -> None:
     """Delete checkpoints, by path or by run."""
+    from tinsmith.types import ParsedCheckpointTinkerPath
+
     if bool(paths) == bool(run_id):
         raise typer.BadParameter("give paths or --run-id, one of the two")
     if paths and (kind or before or after):
@@ -134,11 +137,17 @@ def delete(
         doomed = list(paths or [])
         if run_id:
             doomed = [one.tinker_path for one in _of_run(rest, run_id, 0) if _passes(one, kind, before, after)]
+        for path in doomed:
+            ParsedCheckpointTinkerPath.from_tinker_path(path)
         if doomed:
             confirm(f"Delete {_counted(doomed)}?", yes=yes)
-        for deleting in [rest.delete_checkpoint_from_tinker_path(path) for path in doomed]:
-            deleting.result()
-    done(f"deleted {_counted(doomed)}", as_json=as_json, deleted=doomed)
+        deletions = {path: rest.delete_checkpoint_from_tinker_path(path) for path in doomed}
+        errors = {path: error for path, deletion in deletions.items() if (error := _error_of(deletion)) is not None}
+    deleted = [path for path in doomed if path not in errors]
+    if deleted or not errors:
+        done(f"deleted {_counted(deleted)}", as_json=as_json, deleted=deleted)
+    if errors:
+        raise next(iter(errors.values()))
 
 
 @app.command()
@@ -249,6 +258,16 @@ def _download(path: str, folder: Path, base_url: str | None, *, quiet: bool) -> 
             bars.update(tasks[progress.file], completed=progress.received, total=progress.total)
 
         return download_checkpoint(service, path, folder, on_progress=draw).result()
+
+
+def _error_of(deletion: APIFuture[None]) -> TinkerError | None:
+    from tinsmith.client.errors import TinkerError
+
+    try:
+        deletion.result()
+    except TinkerError as error:
+        return error
+    return None
 
 
 def _of_user(rest: RestClient, limit: int) -> list[Checkpoint]:
