@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tinsmith.data import DataError
 from tinsmith.kitchen import adapters
-from tinsmith.kitchen.adapters.datasets import FileDatasets, MemoryDatasets
+from tinsmith.kitchen.adapters.datasets import FileDatasets, HubDatasets, MemoryDatasets
 from tinsmith.kitchen.adapters.evaluators import ExactMatch
 from tinsmith.kitchen.adapters.files import FolderBlobs, FolderRegistry, JsonlFeedback, JsonlMetrics
 from tinsmith.kitchen.adapters.noop_services import (
@@ -233,6 +234,18 @@ def test_ck_21_a_folders_files_are_its_splits_and_texts_are_records(tmp_path: Pa
     assert FileDatasets().load_dataset(str(texts)).to_list() == [{"text": "tin", "path": "a.txt"}]
     with pytest.raises(DataError, match=r"neither .jsonl, .parquet nor .txt"):
         FileDatasets().load_dataset(str(Path(str(tmp_path / "empty")).mkdir() or tmp_path / "empty"))
+
+
+def test_ck_34_a_data_set_of_the_hub_may_have_columns_without_values(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    answer = {"role": "assistant", "content": "b", "name": None}
+    rows = [{"messages": [{"role": "user", "content": "a", "name": "Al"}, answer], "system": None}]
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    store = HubDatasets({"cache_dir": str(tmp_path / "cache")})
+    dataset = store.load_dataset(str(tmp_path / "data"))
+    messages = [rows[0]["messages"][0], {"role": "assistant", "content": "b"}]
+    assert dataset.to_list() == dataset.get_split("train").to_list() == [{"messages": messages}]
 
 
 # -- blobs, metrics, registry, feedback, hub, evaluator ---------------------------------------------------------------

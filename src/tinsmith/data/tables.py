@@ -29,13 +29,13 @@ def parquet_records(content: bytes, path: Path) -> list[tuple[dict[str, Any], st
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no Parquet file: {error}") from error
     rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-    return [(_present(row), f"{path}:row {number}") for number, row in enumerate(rows, start=1)]
+    return [(present_values(row), f"{path}:row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def table_conversations(rows: Iterable[Mapping[str, Any]], *, name: str) -> list[Conversation]:
     """Every row of a table that is already open, such as a `datasets.Dataset`. Raises `DataError` naming the row."""
     return [
-        conversation_from_record(_present(row), source=f"{name}:row {number}")
+        conversation_from_record(present_values(row), source=f"{name}:row {number}")
         for number, row in enumerate(rows, start=1)
     ]
 
@@ -65,7 +65,7 @@ def load_hub_conversations(
     return table_conversations(table, name=f"{dataset}[{split}]")
 
 
-def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+def present_values(row: Mapping[str, Any]) -> dict[str, Any]:
     """Without the keys that have no value, in the row, its messages and their calls; arguments stay as they are."""
     kept = {key: value for key, value in row.items() if value is not None}
     messages = kept.get("messages")

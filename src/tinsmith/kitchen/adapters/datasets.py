@@ -10,6 +10,7 @@ from typing import Any
 
 from tinsmith.data import DataError
 from tinsmith.data.jsonl import read_records
+from tinsmith.data.tables import present_values
 from tinsmith.kitchen.ports import Dataset, DatasetStore, Record, dataset_of
 
 
@@ -58,8 +59,8 @@ class HubDatasets(DatasetStore):
         except (OSError, ValueError) as error:
             raise DataError(f"cannot load the dataset {name!r}: {error}") from error
         if not isinstance(found, dict):
-            return dataset_of(name, found.to_list())
-        parts = [dataset_of(f"{name}[{split}]", rows.to_list()) for split, rows in found.items()]
+            return dataset_of(name, [present_values(row) for row in found])
+        parts = [dataset_of(f"{name}[{split}]", [present_values(row) for row in rows]) for split, rows in found.items()]
         return _joined(name, parts, names=list(found))
 
 
