@@ -53,7 +53,7 @@ class StageError(WorkflowError):
         self.indices = indices
         """Loop names to the indices (from 0) they stood at."""
         self.cause = cause
-        super().__init__(f"stage {stage_path}: {cause or type(cause).__name__}")
+        super().__init__(f"stage {stage_path}: {str(cause) or type(cause).__name__}")
 
 
 class RunFolderError(KitchenError):

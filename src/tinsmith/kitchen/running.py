@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from tinsmith.kitchen.config import RecipeConfig
 from tinsmith.kitchen.context import Context, Metric, RunInfo, Settings, as_settings
-from tinsmith.kitchen.errors import ConfigError, KitchenError, StageError, nearest
+from tinsmith.kitchen.errors import ConfigError, KitchenError, WorkflowError, nearest
 from tinsmith.kitchen.plan import describe
 from tinsmith.kitchen.recipe import Recipe
 from tinsmith.kitchen.run_folder import RunFolder, checkpoint_row, free_folder
@@ -81,7 +81,7 @@ def run(
     `dry_run` checks, and returns the plan, without calling an adapter. With `raises=False` a failure is returned as
     `status="failed"` with its `error`. Inside a running event loop the work is done in a thread of its own.
 
-    Raises `ConfigError`, `ValidationError`, `StageError`.
+    Raises `ConfigError`, `ValidationError`, `WorkflowError` (as a `StageError` where a stage failed).
     """
     began = time.monotonic()
     try:
@@ -101,7 +101,7 @@ def run(
         return RunResult(run_id=run_id, status="planned", context=ctx, duration_ms=_ms(began), plan=plan)
     try:
         done = blocking(lambda: carry_out(prepared))
-    except StageError as error:
+    except WorkflowError as error:
         if raises:
             raise
         return RunResult(run_id=run_id, status="failed", context=ctx, duration_ms=_ms(began), error=error)

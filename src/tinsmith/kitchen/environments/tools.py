@@ -33,7 +33,8 @@ class PythonTool:
         properties: dict[str, Any] = {}
         required = []
         for name, parameter in inspect.signature(run).parameters.items():
-            kind = parameter.annotation if isinstance(parameter.annotation, str) else parameter.annotation.__name__
+            annotation = parameter.annotation
+            kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
             if kind not in _JSON_TYPES:
                 raise ValueError(f"parameter {name!r} of tool {run.__name__!r} must be str, int, float or bool")
             properties[name] = {"type": _JSON_TYPES[kind]}

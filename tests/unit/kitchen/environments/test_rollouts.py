@@ -236,6 +236,9 @@ def test_a_function_describes_itself_as_a_tool() -> None:
 
     with pytest.raises(ValueError, match="parameter 'values' of tool 'bad' must be"):
         PythonTool.of(bad)
+    bad.__annotations__["values"] = int | None
+    with pytest.raises(ValueError, match="parameter 'values' of tool 'bad' must be"):
+        PythonTool.of(bad)
 
 
 def test_tools_answer_and_faults_go_back_to_the_model() -> None:
