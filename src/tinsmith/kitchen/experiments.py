@@ -67,10 +67,18 @@ class ExperimentSpec:
             if not name or name in (".", "..") or "/" in name:
                 raise ConfigError(f"condition {name!r} cannot be the name of a folder")
         for key, least in (("repeats", 1), ("retries", 0)):
-            if getattr(self, key) < least:
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < least:
                 raise ConfigError(f"{key} must be at least {least}, not {getattr(self, key)!r}")
-        if "output" in self.config or any("output" in condition.config for condition in self.conditions):
-            raise ConfigError("output is given by the experiment: FOLDER/CONDITION/REPEAT")
+        _check_keys("config", self.config)
+        for condition in self.conditions:
+            _check_keys(f"condition {condition.name!r}", condition.config)
+
+
+def _check_keys(what: str, config: object) -> None:
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{what} must hold keys and values, not {config!r}")
+    for key in config.keys() & {"output", "resume"}:
+        raise ConfigError(f"{key} is given by the experiment: FOLDER/CONDITION/REPEAT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,14 +202,13 @@ def _config(
     spec: ExperimentSpec, recipe: type[Recipe], condition: Condition, *, repeat: int, output: Path
 ) -> TrainingConfig:
     values = {**spec.config, **condition.config}
-    seed = int(values.get("seed", recipe.all_defaults().get("seed", 0))) + repeat
     try:
-        made = recipe.make({**values, "seed": seed, "output": output})
+        made = recipe.make({**values, "output": output})
     except ConfigError as error:
         raise ConfigError(f"condition {condition.name!r}: {error}") from error
     if not isinstance(made, TrainingConfig):
         raise ConfigError(f"recipe {recipe.name!r} has no training config")
-    return made
+    return made.model_copy(update={"seed": made.seed + repeat})
 
 
 def _attempts(

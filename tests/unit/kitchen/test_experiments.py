@@ -103,7 +103,11 @@ def test_ck_57_what_fails_is_tried_again_and_then_put_on_the_list_of_the_dead(
         ({"conditions": (*RATES, RATES[0])}, "two conditions of experiment 'x' are named 'low'"),
         ({"conditions": (Condition(name="a/b"),)}, "condition 'a/b' cannot be the name of a folder"),
         ({"repeats": 0}, "repeats must be at least 1, not 0"),
+        ({"repeats": "3"}, "repeats must be at least 1, not '3'"),
         ({"config": {"output": "here"}}, "output is given by the experiment"),
+        ({"config": {"resume": True}}, "resume is given by the experiment"),
+        ({"config": 3}, "config must hold keys and values, not 3"),
+        ({"conditions": (Condition(name="low", config=5),)}, "condition 'low' must hold keys and values, not 5"),
     ],
 )
 def test_a_wrong_experiment_is_named(settings: dict[str, Any], complaint: str) -> None:
@@ -114,6 +118,9 @@ def test_a_wrong_experiment_is_named(settings: dict[str, Any], complaint: str) -
 def test_a_wrong_condition_is_found_before_anything_runs(tiny_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     bad = (*RATES, Condition(name="bad", config={"lora.rnk": 3}))
     with pytest.raises(ConfigError, match=r"condition 'bad': unknown key 'lora.rnk'.*did you mean 'lora_rank'"):
+        run_experiment(ExperimentSpec(name="x", recipe="sl_basic", conditions=bad), tmp_path, Bench(tiny_tokenizer))
+    bad = (*RATES, Condition(name="bad", config={"seed": "x"}))
+    with pytest.raises(ConfigError, match="condition 'bad': seed='x': Input should be a valid integer"):
         run_experiment(ExperimentSpec(name="x", recipe="sl_basic", conditions=bad), tmp_path, Bench(tiny_tokenizer))
     assert not list(tmp_path.iterdir())
 
