@@ -123,7 +123,12 @@ class RunFolder:
         return self.store.is_dir() and (not any(self.store.iterdir()) or (self.store / STORE_MARK).exists())
 
     def create(self, *, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Raises `RunFolderError` if another run has begun here since `check_fresh`: two must not share their rows."""
         self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.manifest_file.touch(exist_ok=False)
+        except FileExistsError:
+            raise RunFolderError(f"another run has begun in {str(self.path)!r}; give another output") from None
         _write_json(self.manifest_file, manifest)
         _write_json(self.config_file, config)
 

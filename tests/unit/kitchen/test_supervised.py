@@ -20,6 +20,7 @@ from tinsmith.kitchen import (
 )
 from tinsmith.kitchen.adapters.files import FolderRegistry
 from tinsmith.kitchen.adapters.noop_training import NoopBackend, NoopFailure
+from tinsmith.kitchen.ports import SessionSpec, TrainingSession
 from tinsmith.observe import read_jsonl
 from tinsmith.types.errors import UserError
 
@@ -164,6 +165,20 @@ def test_a_run_is_never_overwritten(train: Train) -> None:
     train()
     with pytest.raises(RunFolderError, match=r"already holds a run; give another output, or go on with it by resume"):
         train()
+
+
+def test_of_two_runs_that_find_the_same_folder_free_one_gets_it(
+    train: Train, new_backend: NewBackend, tmp_path: Path
+) -> None:
+    class Slow(NoopBackend):
+        def start_session(self, spec: SessionSpec) -> TrainingSession:
+            train(new_backend(), learning_rate=1e-3)
+            return super().start_session(spec)
+
+    with pytest.raises(RunFolderError, match=r"another run has begun in .*run'; give another output"):
+        train(Slow(chat_tokenizer=new_backend().chat_tokenizer))
+    assert RunFolder(tmp_path / "run").read_config()["learning_rate"] == 1e-3
+    assert len(RunFolder(tmp_path / "run").rows()) == 6
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(train: Train, tmp_path: Path) -> None:
