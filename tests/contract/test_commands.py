@@ -239,3 +239,21 @@ def test_recorded_events_are_shown_and_exported(tmp_path: Path) -> None:
     result = run.invoke(app, ["events", "export", str(file), str(tmp_path / "e.csv"), "--json"])
     assert json.loads(result.stdout)["rows"] == 1
     assert (tmp_path / "e.csv").read_text().startswith("event,time,run_id,loss")
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "said"),
+    [
+        ("{}\nno json\n", ("show", "e.jsonl"), "e.jsonl:2"),
+        ("{}\n", ("show", "e.txt"), "no file of events"),
+        ("{}\n", ("export", "e.jsonl", "e.xlsx"), ".csv or .parquet"),
+    ],
+)
+def test_a_file_that_holds_no_events_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(words[1]).write_text(content)
+    result = CliRunner().invoke(app, ["events", *words])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.replace("│", " ").split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +28,15 @@ _COLUMNS = {
 Source = Annotated[Path, typer.Argument(metavar="FILE", help="A .jsonl, .db or .sqlite file of events.")]
 
 
+@contextmanager
+def _usage() -> Iterator[None]:
+    """A file that cannot be read or written as its name says, or a package that is missing, is no bug."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command("show")
 def show_events(
     source: Source,
@@ -37,7 +48,8 @@ def show_events(
     """Show the last events of a file."""
     from tinsmith.observe.event_sinks import read_events
 
-    rows = read_events(source, run_id=run_id, name=name)
+    with _usage():
+        rows = read_events(source, run_id=run_id, name=name)
     show(rows[-limit:] if limit else rows, _COLUMNS, as_json=as_json, empty="no such events")
 
 
@@ -51,5 +63,6 @@ def export(
     """Write a file of events as a table, one column per field."""
     from tinsmith.observe.event_sinks import export_events
 
-    rows = export_events(source, target, run_id=run_id)
+    with _usage():
+        rows = export_events(source, target, run_id=run_id)
     done(f"{target}: {rows} rows", as_json=as_json, file=target, rows=rows)
