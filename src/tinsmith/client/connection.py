@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import logging
 import sys
@@ -43,6 +44,8 @@ class Connection:
         self._farewell = _Farewell(self.loop, self.link)
         weakref.finalize(self, self._farewell.collected).atexit = False
         atexit.register(self._farewell.at_exit)
+        if config.is_local:
+            _leave_before_executors_stop(self._farewell)
 
     def __repr__(self) -> str:
         return f"<Connection to {self.config.base_url}>"
@@ -122,6 +125,7 @@ class _Farewell:
         if self._is_closing:
             self._loop.join(timeout=_EXIT_S)
             return
+        self._is_closing = True
         crashed = getattr(sys, "last_value", None) is not None
         session_open = self._link.is_left_open
         self._start("errored" if crashed else "success")
@@ -144,3 +148,26 @@ class _Farewell:
 async def _leave_quietly(link: Link, status: CloseStatus) -> None:
     await link.finish_quietly(status)
     await link.shut_down()
+
+
+_embedded: weakref.WeakSet[_Farewell] = weakref.WeakSet()
+
+
+def _leave_before_executors_stop(farewell: _Farewell) -> None:
+    """Python ends its executors before it calls what `atexit` knows, and a server needs them to end in good order."""
+    _hook_in()
+    _embedded.add(farewell)
+
+
+@functools.cache
+def _hook_in() -> None:
+    """The hook that executors use is the only one as early: https://github.com/python/cpython/issues/86813"""
+    import concurrent.futures.thread  # noqa: F401  the last one in is called first
+
+    register: Callable[[Callable[[], None]], None] = threading._register_atexit  # type: ignore[attr-defined]
+    register(_leave_embedded)
+
+
+def _leave_embedded() -> None:
+    for farewell in list(_embedded):
+        farewell.at_exit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import types
 from collections.abc import Awaitable, Callable
@@ -64,3 +65,27 @@ async def test_clients_of_one_address_share_a_server(embedded: Embedded) -> None
     assert (await second.handle_async_request(httpx2.Request("GET", "http://x/"))).status_code == 200
     await second.aclose()
     assert embedded.noted == ["open local:", "closing local:", "closed local:"]
+
+
+PROGRAM = """
+import asyncio, sys, types
+import httpx2
+import tinsmith
+
+async def close():
+    await asyncio.to_thread(print, "closed in good order")
+
+async def open_local(url):
+    return httpx2.MockTransport(lambda _: httpx2.Response(200, json={"supported_models": []})), close
+
+module = types.ModuleType("embedded")
+module.open_local = open_local
+sys.modules["tinsmith.embedded"] = module
+client = tinsmith.RestClient(base_url="local:")
+print(client.get_server_capabilities().result(5).supported_models)
+"""
+
+
+def test_a_program_that_just_ends_closes_its_server_while_threads_can_still_be_had() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["[]", "closed in good order"]
