@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from tinsmith.kitchen.errors import ConfigError, nearest
@@ -24,6 +24,16 @@ class RecipeConfig(BaseModel):
     """Base of all recipe configs: immutable, no unknown keys, each field documented by the string under it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_flags_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("Input should be a number, not true or false")
+        return value
 
 
 ConfigT = TypeVar("ConfigT", bound=RecipeConfig)

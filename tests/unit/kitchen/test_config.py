@@ -88,6 +88,8 @@ def test_all_problems_are_told_at_once() -> None:
         ("c.json", "[1]", "must hold keys and values, not list"),
         ("c.yaml", "a: [", "is not valid YAML"),
         ("c.json", "{", "is not valid JSON"),
+        ("c.yaml", "data: x\nlearning_rate: on", "learning_rate=True: Input should be a number, not true or false"),
+        ("c.toml", 'data = "x"\nmax_length = true', "max_length=True: Input should be a number, not true or false"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, text: str, complaint: str) -> None:
