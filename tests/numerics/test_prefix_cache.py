@@ -13,7 +13,7 @@ from tests.numerics.driver import VOCAB, Driver, item, random_datum, sample_oper
 from tests.numerics.families import FAMILIES, save_tiny
 from tinsmith.engine.block_pool import BASE_OWNER, BLOCK_TOKENS, BlockPool, block_keys
 from tinsmith.types import SampleResponse
-from tinsmith.types.errors import InvalidInput
+from tinsmith.types.errors import InvalidInput, ServerError
 from tinsmith.types.operations import CancelSample, DropSnapshot, OptimStep, PublishSnapshot, Sample
 from tinsmith.types.params import AdamParams
 from tinsmith.types.tensor import TensorData
@@ -353,6 +353,24 @@ def test_cancel_frees_blocks_at_any_stage(qwen_folder: Path, slices: int) -> Non
     assert pool(driver).num_free == free
     assert sum(pool(driver)._users) == 0
     assert driver.engine._sampler._computing == {}
+
+
+@pytest.mark.parametrize("passes", range(1, BLOCK_TOKENS + 1))
+def test_a_pass_that_fails_gives_back_the_block_it_was_lent(
+    driver: Driver, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = pool(driver).num_free
+    driver.engine.accept(0, sample_operation(prompt_of(7), max_tokens=60))
+    for _ in range(passes):
+        driver.engine.work()
+    monkeypatch.setattr(driver.engine._base, "hidden", out_of_memory)
+    ((_, outcome),) = driver.engine.work()
+    assert isinstance(outcome, ServerError)
+    assert pool(driver).num_free == free
+
+
+def out_of_memory(*_: Any) -> None:
+    raise RuntimeError("out of memory")
 
 
 # ---- what must not leak ----

@@ -97,6 +97,30 @@ def test_who_makes_room_draws_the_same_tokens_later(qwen_folder: Path) -> None:
     assert not driver.engine._sampler._places._taken
 
 
+def test_a_prompt_that_needs_no_computing_takes_the_place_that_is_made_for_it(qwen_folder: Path) -> None:
+    """In one and the same pass a sequence leaves its slot and another, ready to draw, has it."""
+    driver = crowded(qwen_folder)
+    known = sample_operation([9] * 20, max_tokens=4, num_samples=3, payer=SMALL)
+    expected = [sequence.tokens for sequence in driver(known).sequences]
+    operations = long_samples(10, LARGE)
+    alone = [response.sequences[0].tokens for response in driver.all(operations)]
+    pool = driver.engine._sampler._pool
+    free = pool.num_free
+    run = Run(driver)
+    tickets = run.add(operations)
+    repeated = []
+    for n in range(60):
+        run.passes(1)
+        if n % 3 == 0:
+            repeated += run.add([known])
+    run.finish()
+    assert [run.outcomes[ticket].sequences[0].tokens for ticket in tickets] == alone
+    for ticket in repeated:
+        assert [sequence.tokens for sequence in run.outcomes[ticket].sequences] == expected
+    assert pool.num_free == free
+    assert not driver.engine._sampler._places._taken
+
+
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_tokens_follow_weights(weight: float, qwen_folder: Path) -> None:
     run = Run(crowded(qwen_folder))

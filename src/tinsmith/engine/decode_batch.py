@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tinsmith.engine.block_pool import BLOCK_TOKENS, blocks_for
+from tinsmith.engine.block_pool import BLOCK_TOKENS
 from tinsmith.engine.lora import LoraWeights
 from tinsmith.engine.sampling_request import Sequence
 from tinsmith.engine.shared_prefix import Group, find_groups
@@ -35,6 +35,8 @@ class DecodeBatch:
         """What to add to a token's index for its position."""
         self.topk_S = np.zeros(capacity, np.int64)
         self.table_SM = np.zeros((capacity, 1), np.int64)
+        self._num_blocks_S = np.zeros(capacity, np.int64)
+        """How many blocks each has; for the time of a pass one more than the cached tokens fill."""
         self._drawn_S = np.zeros(capacity, np.int64)
         self._tokens_SW = np.zeros((capacity, _FIRST_WIDTH), np.int32)
         self._logprobs_SW = np.zeros((capacity, _FIRST_WIDTH), np.float32)
@@ -116,6 +118,7 @@ class DecodeBatch:
         self.shift_S[slot] = request.shift
         self.table_SM = _wide_enough(self.table_SM, len(blocks))
         self.table_SM[slot, : len(blocks)] = blocks
+        self._num_blocks_S[slot] = len(blocks)
         self.topk_S[slot] = operation.topk_sample_logprobs
         self._rules.temperature_B[slot] = operation.temperature
         self._rules.top_k_B[slot] = operation.top_k
@@ -143,18 +146,19 @@ class DecodeBatch:
         self.sequences[slot] = None
         self._free.append(slot)
         self._rows = None
-        blocks: list[int] = self.table_SM[slot, : blocks_for(int(self.cached_S[slot]))].tolist()
+        blocks: list[int] = self.table_SM[slot, : self._num_blocks_S[slot]].tolist()
         return blocks
 
     def needing_block(self) -> np.ndarray:
         """Slots whose next token does not fit into their blocks."""
         rows = self.rows()
-        return rows[self.cached_S[rows] % BLOCK_TOKENS == 0]
+        return rows[self.cached_S[rows] == self._num_blocks_S[rows] * BLOCK_TOKENS]
 
     def add_blocks(self, slots: np.ndarray, blocks: Items[int]) -> None:
-        at = self.cached_S[slots] // BLOCK_TOKENS
+        at = self._num_blocks_S[slots]
         self.table_SM = _wide_enough(self.table_SM, int(at.max(initial=0)) + 1)
         self.table_SM[slots, at] = blocks
+        self._num_blocks_S[slots] += 1
 
     def draw_rules(self, slots: np.ndarray) -> tuple[ChoiceRules, np.ndarray]:
         """How each draws its next token, and the random number for it."""

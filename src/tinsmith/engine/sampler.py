@@ -144,7 +144,6 @@ class Sampler:
     def step(self, *, shared: bool = False) -> None:
         """One pass. `shared`: training waits for the device, so let it be short."""
         self._make_room()
-        slots_B = self._batch.rows()
         budget = self._max_prefill_tokens
         if shared or self._batch.num_running:
             budget = min(budget, _PREFILL_BESIDE_TRAINING if shared else _PREFILL_BESIDE_RUNNING)
@@ -152,6 +151,9 @@ class Sampler:
         self._admit(budget)
         chunks = self._next_chunks(budget)
         resumed, self._resumed = self._resumed, []
+        slots_B = self._batch.rows()
+        if resumed:  # their newest token is yet to be drawn
+            slots_B = slots_B[~np.isin(slots_B, [slot for slot, _ in resumed])]
         if not chunks and not len(slots_B) and not resumed:
             return
         self._places.charge_pass()
@@ -545,6 +547,7 @@ class Sampler:
         request = sequence.request
         self._places.give_back(request, 1)
         num_cached = int(self._batch.cached_S[sequence.slot])
+        self._resumed = [(slot, hidden_H) for slot, hidden_H in self._resumed if slot != sequence.slot]
         blocks = self._batch.leave(sequence.slot)
         if not tainted and self._pool.is_open(request.owner):
             tokens = np.concatenate([request.operation.prompt, sequence.tokens])[:num_cached]
