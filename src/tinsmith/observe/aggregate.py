@@ -104,16 +104,19 @@ class MetricsAggregate:
 
     def snapshot(self) -> MetricsSnapshot:
         with self._lock:
-            histograms = {name: histogram.distribution() for name, histogram in self._histograms.items()}
-            return MetricsSnapshot(counters=dict(self._counters), histograms=histograms)
+            return self._snapshot()
 
     def reset(self) -> MetricsSnapshot:
         """Begin anew; what there was until now."""
-        last = self.snapshot()
         with self._lock:
+            last = self._snapshot()
             self._counters.clear()
             self._histograms.clear()
-        return last
+            return last
+
+    def _snapshot(self) -> MetricsSnapshot:
+        histograms = {name: histogram.distribution() for name, histogram in self._histograms.items()}
+        return MetricsSnapshot(counters=dict(self._counters), histograms=histograms)
 
     def write(self, event: Event) -> None:
         """Counts events by name, operations and errors by kind; adds up tokens and bytes; measures times and losses.

@@ -11,13 +11,13 @@ A program that has set up OpenTelemetry itself keeps its provider: our spans bec
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.propagate import inject
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from tinsmith import __version__
@@ -32,12 +32,14 @@ class OpenTelemetryEvents:
     """An `EventSink` that is a `TracingSink` too."""
 
     def __init__(self, endpoint: str | None = None, *, provider: trace.TracerProvider | None = None) -> None:
-        self._own: TracerProvider | None = None
+        self._end: Callable[[], object] = lambda: None
         if provider is None:
             present = trace.get_tracer_provider()
             if endpoint is not None or isinstance(present, trace.ProxyTracerProvider):
-                self._own = open_provider("tinsmith-client", endpoint=endpoint)
-            provider = self._own or present
+                own = open_provider("tinsmith-client", endpoint=endpoint)
+                self._end = weakref.finalize(self, own.shutdown)  # sends what is left, at exit too
+                present = own
+            provider = present
         self._tracer = provider.get_tracer(INSTRUMENT, __version__)
 
     @contextmanager
@@ -69,9 +71,7 @@ class OpenTelemetryEvents:
             self._tracer.start_span(event.name, attributes=attributes, start_time=at).end(end_time=at)
 
     def close(self) -> None:
-        own, self._own = self._own, None
-        if own is not None:
-            own.shutdown()
+        self._end()
 
 
 def _attributes(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import http.server
+import threading
+
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -75,3 +79,33 @@ def test_a_program_with_a_provider_of_its_own_keeps_it(monkeypatch: pytest.Monke
     events.emit("recovery.detected", run_id="r")
     sink.close()
     assert seen.one("recovery.detected").attributes == {"tinsmith.run_id": "r"}
+
+
+class Collector(http.server.BaseHTTPRequestHandler):
+    """Takes spans as OTLP over HTTP; the server notes how many bytes came."""
+
+    def do_POST(self) -> None:
+        self.server.received.append(len(self.rfile.read(int(self.headers["content-length"]))))  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_last_spans_are_sent_by_close_and_by_the_end_of_whoever_held_the_sink(closed: bool) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        collector.received = []  # type: ignore[attr-defined]
+        threading.Thread(target=collector.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        (sink,) = open_sinks(f"otel:http://127.0.0.1:{collector.server_port}")
+        Events([sink]).emit("recovery.detected", run_id="r")
+        if closed:
+            sink.close()
+            assert len(collector.received) == 1  # type: ignore[attr-defined]
+            sink.close()
+        del sink
+        gc.collect()
+        collector.shutdown()
+    assert len(collector.received) == 1  # type: ignore[attr-defined]
