@@ -228,7 +228,7 @@ def revoke_key(
 
 def _seconds(text: str) -> float:
     number, unit = text[:-1], text[-1:]
-    if unit not in _UNITS or not number.isdigit() or int(number) == 0:
+    if unit not in _UNITS or not number.isdecimal() or int(number) == 0:
         raise typer.BadParameter(f"--expires-in {text!r} must be a number and one of s, m, h, d, like 30d")
     return float(int(number) * _UNITS[unit])
 
@@ -340,9 +340,9 @@ def _subject(text: str) -> QuotaSubject:
 def _amount(limit: str, text: str) -> int | None:
     if text == "none":
         return None
-    unit = text[-1:] if not text[-1:].isdigit() else ""
+    unit = text[-1:] if not text[-1:].isdecimal() else ""
     number = text.removesuffix(unit) if unit else text
-    if unit not in _BYTES or not number.isdigit():
+    if unit not in _BYTES or not number.isdecimal():
         raise typer.BadParameter(f"{limit} {text!r} must be a number, with k, M, G or T if you like, or none")
     return int(number) * _BYTES[unit]
 

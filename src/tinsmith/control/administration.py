@@ -29,7 +29,10 @@ from tinsmith.control.identities import (
 from tinsmith.control.identity import Clock
 from tinsmith.control.registry import Registry
 from tinsmith.control.usage import Meter, UsageEvent, usage_report
-from tinsmith.types.errors import NotFound
+from tinsmith.types.errors import InvalidInput, NotFound
+
+MAX_LIFE_S = 10_000_000_000
+"""Of a key; what lies beyond a calendar's end could not be shown."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,6 +110,8 @@ class Deeds:
     ) -> tuple[str, Key]:
         """The key itself, told this once, and what is known of it. Without `scopes` it has all that its user's role
         allows."""
+        if expires_in_s is not None and not 0 < expires_in_s < MAX_LIFE_S:
+            raise InvalidInput(f"a key expires in more than 0 and less than {MAX_LIFE_S:,} s, not {expires_in_s:,g}")
         at = self._clock.time()
         wanted = None if scopes is None else check_scopes(scopes)
 

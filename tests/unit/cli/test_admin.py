@@ -93,6 +93,8 @@ def test_projects_and_quotas(office: Office) -> None:
         (["users", "create", "carl", "--role", "root"], 1, "'root'"),
         (["keys", "create", "anna", "--scope", "write"], 1, "'write'"),
         (["keys", "create", "anna", "--expires-in", "soon"], 2, "'soon'"),
+        (["keys", "create", "anna", "--expires-in", "²d"], 2, "'²d'"),
+        (["keys", "create", "anna", "--expires-in", "999999999d"], 1, "expires in"),
         (["keys", "revoke", "7", "--yes"], 1, "no key 7"),
         (["projects", "create", "x", "--weight", "0"], 1, "weight"),
         (["quotas", "set", "user", "anna"], 2, "at least one"),

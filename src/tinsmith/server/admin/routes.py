@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
+from tinsmith.control.administration import MAX_LIFE_S
 from tinsmith.control.identities import Key, Project, Quota, QuotaSubject, User
 from tinsmith.control.usage import UsageEvent
 from tinsmith.server.service import ServiceDep
@@ -39,7 +40,7 @@ class NewKey(_Body):
     user_id: str
     scopes: list[str] | None = None
     """Without, all that the user's role allows."""
-    expires_in_s: float | None = Field(default=None, gt=0, lt=1e10)
+    expires_in_s: float | None = Field(default=None, gt=0, lt=MAX_LIFE_S)
     project_id: str | None = None
     note: str = Field(default="", max_length=1000)
 
