@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from tinsmith.client.errors import ClientClosedError
 from tinsmith.client.loop import LoopThread, wait_for_outcome
 
 T = TypeVar("T")
@@ -33,22 +34,17 @@ class APIFuture(Generic[T]):
         """The value. Raises `TimeoutError` after `timeout` seconds, and the operation's own error if it failed.
 
         Raises `RuntimeError` on the client's own loop thread (inside a callback of `future()`), where waiting would
-        stop the very loop that brings the result.
+        stop the very loop that brings the result, and `ClientClosedError` in a forked child, where none will come.
         """
-        if not self._outcome.done() and self._loop is not None:
-            if self._loop.is_current:
-                raise RuntimeError("result() would wait for ever on the client's own thread; await the future instead")
-            if not self._loop.is_alive:
-                timeout = 5.0 if timeout is None else min(timeout, 5.0)
-        return self._outcome.result(timeout)
+        return self._outcome.result(self._bounded(timeout))
 
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, without blocking the running event loop."""
         async with asyncio.timeout(timeout):
-            return await wait_for_outcome(self._outcome)
+            return await self.coroutine()
 
     def __await__(self) -> Generator[Any, None, T]:
-        return wait_for_outcome(self._outcome).__await__()
+        return self.coroutine().__await__()
 
     def future(self) -> concurrent.futures.Future[T]:
         """The same result as a `concurrent.futures.Future`. It cannot be cancelled."""
@@ -56,6 +52,7 @@ class APIFuture(Generic[T]):
 
     async def coroutine(self) -> T:
         """The same result as a coroutine."""
+        self._refuse_in_forked_child()
         return await wait_for_outcome(self._outcome)
 
     def cancel(self) -> bool:
@@ -71,11 +68,27 @@ class APIFuture(Generic[T]):
         return self._outcome.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        return self._outcome.exception(timeout)
+        """The error, or `None` if there is a value. Waits, and refuses to wait, as `result` does."""
+        return self._outcome.exception(self._bounded(timeout))
 
     def add_done_callback(self, callback: Callable[[concurrent.futures.Future[T]], object]) -> None:
         """Call `callback` with `future()` once it is done, possibly on the client's own thread: keep it short."""
         self._outcome.add_done_callback(callback)
+
+    def _bounded(self, timeout: float | None) -> float | None:
+        """How long this thread may wait for the outcome."""
+        if self._outcome.done() or self._loop is None:
+            return timeout
+        self._refuse_in_forked_child()
+        if self._loop.is_current:
+            raise RuntimeError("result() would wait for ever on the client's own thread; await the future instead")
+        if not self._loop.is_alive:
+            return 5.0 if timeout is None else min(timeout, 5.0)
+        return timeout
+
+    def _refuse_in_forked_child(self) -> None:
+        if self._loop is not None and self._loop.is_forked and not self._outcome.done():
+            raise ClientClosedError(self._loop.why_not_alive)
 
     def __repr__(self) -> str:
         if not self._outcome.done():

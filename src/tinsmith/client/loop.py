@@ -55,7 +55,12 @@ class LoopThread:
     @property
     def is_alive(self) -> bool:
         """False once stopped, and in a forked child, which inherits the object but not the thread."""
-        return not self._closed and os.getpid() == self._pid
+        return not self._closed and not self.is_forked
+
+    @property
+    def is_forked(self) -> bool:
+        """In a child of the process that has the thread: nothing will ever be settled here."""
+        return os.getpid() != self._pid
 
     def run(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Start `work`; callable from any thread. A stopped loop gives a failed outcome, never an exception here."""
@@ -94,12 +99,12 @@ class LoopThread:
         self.call(self._loop.stop)
 
     def join(self, timeout: float) -> None:
-        if not self.is_current and os.getpid() == self._pid:
+        if not self.is_current and not self.is_forked:
             self._thread.join(timeout)
 
     @property
     def why_not_alive(self) -> str:
-        if os.getpid() != self._pid:
+        if self.is_forked:
             return "this client was made before the process forked; make a new one in the child, or pickle the sampler"
         return "this client is closed"
 

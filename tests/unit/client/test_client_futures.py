@@ -267,6 +267,25 @@ def test_a_forked_child_gets_a_clear_error_instead_of_a_hang(service: ServiceCli
     child.join(10)
 
 
+def test_waiting_in_a_forked_child_for_what_its_parent_began_is_refused(
+    training: TrainingClient, server: FakeTinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    server.script("retrieve_future", until(gate))
+    future = training.optim_step(types.AdamParams())
+
+    async def wait() -> None:
+        await future
+
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: -1)
+        for waits in (future.result, future.exception, lambda: asyncio.run(wait())):
+            with pytest.raises(ClientClosedError, match="before the process forked"):
+                waits()
+    gate.set()
+    assert future.exception(5) is None
+
+
 def test_a_client_future_is_awaited_and_also_used_as_the_client_itself(service: ServiceClient) -> None:
     future = service.create_lora_training_client("m")
     assert isinstance(future, APIFuture)
