@@ -297,7 +297,8 @@ class Ledger:
 
     def _tell(self, writes: list[_Write], error: StorageError | None) -> None:
         for write in writes:  # each by itself: one that fails in being told must not keep it from the others
-            self._call(partial(write.on_written, error))
+            has_failed = bool(write.changes) or self.fatal is not None
+            self._call(partial(write.on_written, error if has_failed else None))
 
     def _call(self, function: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,27 @@ async def test_a_full_disk_refuses_writes_and_passes(tmp_path: Path) -> None:
     ledger.probe()
     await ledger.flush()
     assert ledger.fault is None
+    ledger.close()
+
+
+async def test_whoever_only_waits_for_the_others_does_not_fail_with_them(tmp_path: Path) -> None:
+    ledger = _opened(tmp_path / "ledger.sqlite3")
+    go_on = threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> int:
+        go_on.wait(5)
+        return 0
+
+    def full(connection: sqlite3.Connection) -> int:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorname = "SQLITE_FULL"
+        raise error
+
+    writes = [asyncio.create_task(write) for write in (ledger.write([slow]), ledger.write([full]), ledger.flush())]
+    await asyncio.sleep(0)
+    go_on.set()
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    assert [type(result) for result in results[1:]] == [NotTaken, type(None)]
     ledger.close()
 
 
