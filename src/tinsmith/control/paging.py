@@ -129,6 +129,7 @@ class Pager:
         scheduler = training.scheduler(slot)
         scheduler.admit, scheduler.before_turn = self._admit, self._tick
         self._pool.on_published = self._grown
+        self._pool.on_loaded = self._loaded
 
     @property
     def stats(self) -> PagingStats:
@@ -224,6 +225,10 @@ class Pager:
 
     def _grown(self) -> None:
         asyncio.get_running_loop().call_soon(self._step)
+
+    def _loaded(self) -> None:
+        if self._line:
+            self._look_again(_LEAST_WAIT_S)  # whoever had it read comes first
 
     def _step(self) -> None:
         """Let in whom there is room for, and see to it that there will be room for the next."""
@@ -462,6 +467,7 @@ class Pager:
         await asyncio.gather(*tasks, return_exceptions=True)
         for waiter in self._line:
             waiter.future.cancel()
+        self._line.clear()
 
 
 class Paging:

@@ -47,6 +47,8 @@ class SnapshotPool:
         self.make_room: MakeRoom = _there_is_room
         self.on_published: Callable[[], None] = lambda: None
         """Told when memory was taken that nobody had asked for."""
+        self.on_loaded: Callable[[], None] = lambda: None
+        """Told when what was read may leave again, or could not be read."""
 
     def __iter__(self) -> Iterator[Held]:
         """Those that take up memory."""
@@ -116,6 +118,9 @@ class SnapshotPool:
             if not entry.users:
                 self._entries.pop(entry.snapshot_id, None)
             raise
+        finally:
+            self.on_loaded()
+        entry.used_at = self._clock.monotonic()
         return digest
 
     def engine_revived(self) -> None:

@@ -300,3 +300,30 @@ async def test_whoever_waits_for_room_in_an_engine_that_stays_dead_is_told(open_
         for receipt in (before, after):
             assert isinstance(await h.error(receipt), EngineDied)
         assert stats(h).num_waiting == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_model_comes_in_once_the_weights_that_were_read_before_it_are_read(
+    open_control: OpenControl, fails: bool
+) -> None:
+    async with open_control([engine_for(1)]) as h:
+        session = await h.session()
+        first = await h.model(session, 0)
+        saved = await h.result(h.submit(SaveForSampler(model_id=first, seq_id=1, sampling_session_seq_id=0)))
+        await h.model(session, 1)
+        await h.settle()
+        reads = h.engine._lanes["sample"]
+        reads.open.clear()
+        if fails:
+            h.engine.fail_next(LoadSnapshot, ServerError("out of memory"))
+        sample = h.sample(draw(saved.sampling_session_id))
+        await h.settle()
+        assert h.asked(LoadSnapshot)
+        h.clock.advance(10)
+        receipt = h.submit(forward_backward(first, 2))
+        await h.settle()
+        assert stats(h).num_waiting == 1
+        reads.open.set()
+        assert ((await h.outcome(sample)).error is not None) == fails
+        h.clock.advance(10)
+        await h.result(receipt)
