@@ -44,8 +44,7 @@ class Events:
                 try:
                     sink.write(event)
                 except Exception as error:  # noqa: BLE001  a boundary: telemetry must not stop training
-                    self._sinks.remove(sink)
-                    logger.warning("telemetry to %r ends, it failed: %s: %s", sink, type(error).__name__, error)
+                    self._drop(sink, error)
 
     def watch(
         self,
@@ -60,8 +59,12 @@ class Events:
         self, work: Coroutine[Any, Any, T], span: Span, summary: Callable[[T], Mapping[str, Any]] | None
     ) -> T:
         with ExitStack() as traced:
-            for sink in self._tracers:
-                traced.enter_context(sink.operation(span.operation, span.fields, time.monotonic() - span.called_at))
+            for sink in list(self._tracers):
+                age_s = time.monotonic() - span.called_at
+                try:
+                    traced.enter_context(sink.operation(span.operation, span.fields, age_s))
+                except Exception as error:  # noqa: BLE001  a boundary, as in `emit`
+                    self._drop(sink, error)
             self.emit("operation.started", **span.fields)
             try:
                 result = await work
@@ -75,7 +78,18 @@ class Events:
 
     def headers(self) -> dict[str, str]:
         """What a request of the present operation carries beside its own headers."""
-        return {name: value for sink in self._tracers for name, value in sink.headers().items()}
+        found: dict[str, str] = {}
+        for sink in list(self._tracers):
+            try:
+                found |= sink.headers()
+            except Exception as error:  # noqa: BLE001  a boundary, as in `emit`
+                self._drop(sink, error)
+        return found
+
+    def _drop(self, sink: EventSink, error: Exception) -> None:
+        self._sinks = [one for one in self._sinks if one is not sink]
+        self._tracers = [one for one in self._tracers if one is not sink]
+        logger.warning("telemetry to %r ends, it failed: %s: %s", sink, type(error).__name__, error)
 
 
 class Span:

@@ -66,6 +66,22 @@ def test_an_operation_is_a_span_that_its_requests_carry() -> None:
     assert counted.histograms["optim_step.wall_s"].count == 1
 
 
+@pytest.mark.parametrize("part", ["operation", "headers"])
+def test_a_sink_for_traces_that_fails_stops_nothing(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the sink")
+
+    seen, counted = Seen(), MetricsAggregate()
+    monkeypatch.setattr(seen.sink, part, fail)
+    sinks = [seen.sink, counted]
+    with ServiceClient(
+        base_url="http://fake.test", api_key="tml-k", timing=FAST, transport=FakeTinker(), telemetry=sinks
+    ) as service:
+        training = service.create_lora_training_client("m").result(5)
+        training.optim_step(AdamParams()).result(5)
+    assert counted.snapshot().counters["optim_step.count"] == 1
+
+
 def test_without_a_sink_for_traces_nothing_is_added_to_requests() -> None:
     assert Events().headers() == {}
     assert Events([MetricsAggregate()]).headers() == {}
