@@ -172,6 +172,19 @@ def test_a_download_is_never_made_of_another_checkpoints_files(
     assert download(address, path(other, "a"), folder) == second
 
 
+def test_an_export_that_somebody_keeps_stays(
+    address: str, service: tinker.ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client = service.create_lora_training_client("tinsmith/tiny", rank=2).result(60)
+    client.save_state("x").result(60)
+    with tinker.RestClient(base_url=address) as rest:
+        kept = rest.export_merged(path(client, "x")).result(60).tinker_path
+    assert told(address, "checkpoint", "export", path(client, "x"), "--merged")["folder"] == "x-merged"
+    paths = [one["tinker_path"] for one in told(address, "checkpoint", "list", "--run-id", client.model_id)]
+    assert sorted(paths) == sorted([kept, path(client, "x")])
+
+
 def test_a_samplers_checkpoint_is_not_for_download(address: str, training: tinker.TrainingClient) -> None:
     result = tinsmith(address, "checkpoint", "download", f"tinker://{training.model_id}/sampler_weights/s")
     assert result.exit_code == 1

@@ -183,8 +183,9 @@ def export(
         raise typer.BadParameter("give --merged; the adapter alone is fetched by `tinsmith checkpoint download`")
     with rest_client(base_url) as rest:
         source = _find(rest, path).tinker_path
-        made = rest.export_merged(source, dtype=dtype, ttl_seconds=_EXPORT_TTL_S).result()
-        folder = output or Path(made.tinker_path.rpartition("/")[2])
+        name = f"{source.rpartition('/')[2].partition('~')[0]}-merged"
+        made = rest.export_merged(source, f"{name}-download", dtype=dtype, ttl_seconds=_EXPORT_TTL_S).result()
+        folder = output or Path(name)
         files = _download(made.tinker_path, folder, base_url, quiet=as_json)
         rest.delete_checkpoint_from_tinker_path(made.tinker_path).result()
     done(f"{folder}: {', '.join(file.name for file in files)}", as_json=as_json, folder=folder, files=files)
