@@ -121,6 +121,25 @@ def test_a_prompt_that_needs_no_computing_takes_the_place_that_is_made_for_it(qw
     assert not driver.engine._sampler._places._taken
 
 
+def test_two_who_each_want_every_place_both_get_on(qwen_folder: Path) -> None:
+    """Neither may take the other's places back in the pass that gave them away: that would never end."""
+    operations = [
+        sample_operation([n, 3, 4], num_samples=2 * BATCH, max_tokens=20, seed=n, payer=payer)
+        for n, payer in enumerate((LARGE, SMALL))
+    ]
+    alone = [[s.tokens for s in crowded(qwen_folder)(operation).sequences] for operation in operations]
+    driver = crowded(qwen_folder)
+    rounds = iter(range(1000))
+    counted = driver.engine._sampler._num_that_fit
+
+    def bounded(*args: Any) -> int:
+        next(rounds)
+        return counted(*args)
+
+    driver.engine._sampler._num_that_fit = bounded  # type: ignore[method-assign]
+    assert [[s.tokens for s in response.sequences] for response in driver.all(operations)] == alone
+
+
 @pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_tokens_follow_weights(weight: float, qwen_folder: Path) -> None:
     run = Run(crowded(qwen_folder))

@@ -190,13 +190,13 @@ class Sampler:
     def _make_room(self) -> None:
         """Lend every running sequence the block its next token needs; the younger make room for the older."""
         while len(slots := self._batch.needing_block()) > self._pool.num_free:
-            self._preempt_youngest()
+            self._places.wait(self._preempt_youngest(), first=True)
         if len(slots):
             owners = [self._sequence(slot).request.owner for slot in slots.tolist()]
             self._batch.add_blocks(slots, [self._pool.take(1, owner)[0] for owner in owners])
 
-    def _preempt_youngest(self, payer: Payer | None = None) -> None:
-        """`payer`: only of its sequences, of which there is one."""
+    def _preempt_youngest(self, payer: Payer | None = None) -> Pending:
+        """What is to wait again. `payer`: only of its sequences, of which there is one."""
         prefills = [p for p in self._prefills if payer is None or p.request.operation.payer == payer]
         if prefills:
             self._drop_prefill(prefills[-1])
@@ -204,7 +204,7 @@ class Sampler:
         else:
             sequences = [self._sequence(self._youngest(payer))]
             self._leave(sequences[0])
-        self._places.wait(_pending(sequences), first=True)
+        return _pending(sequences)
 
     def _youngest(self, payer: Payer | None) -> int:
         if payer is None:
@@ -218,6 +218,7 @@ class Sampler:
         For those behind their share room is made, and a prompt is begun even if those of others take all of this pass.
         """
         passed_over: list[Pending] = []
+        yielded: list[Pending] = []  # not before the next pass again, or two would take turns for ever
         queued = sum(prefill.num_left for prefill in self._prefills)
         while self._places.is_wanted and len(passed_over) < _MAX_PASSED_OVER:
             pending = self._places.next()
@@ -233,7 +234,7 @@ class Sampler:
             end = self._known_end(pending, len(reused))
             count = self._num_that_fit(pending, reused, end)
             while count == 0 and (payer := self._places.who_yields(pending.request)) is not None:
-                self._preempt_youngest(payer)
+                yielded.append(self._preempt_youngest(payer))
                 count = self._num_that_fit(pending, reused, end)
             if count == 0:
                 self._places.wait(pending, first=True)
@@ -242,7 +243,7 @@ class Sampler:
                 self._resume(pending, reused, end, count)
             else:
                 queued += self._begin(pending, reused, count).num_left
-        for pending in reversed(passed_over):
+        for pending in [*yielded, *reversed(passed_over)]:
             self._places.wait(pending, first=True)
 
     def _is_on_its_way(self, pending: Pending, num_reused: int) -> bool:
