@@ -1,4 +1,4 @@
-"""Losses that users upload: kept for the life of their session, and found again by the requests that name them."""
+"""Losses that users upload: kept while their session, or a model of it, lives, for the requests that name them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ class CustomLosses:
             raise InvalidInput(
                 f"loss_fn_config['loss_id'] must be the id that create_custom_loss gave, not {loss_id!r}"
             )
-        found = self._sessions.get_live(session_id).custom_losses.get(loss_id)
+        session = self._sessions.find(session_id)  # a finished one too: what waits in it is still done
+        found = None if session is None else session.custom_losses.get(loss_id)
         if found is None:
             raise NotFound(
                 f"session {session_id!r} has no custom loss {loss_id!r}; create it with create_custom_loss. "

@@ -167,8 +167,12 @@ class JobRecord:
     context: Any = None
 
 
-OUTLIVE_FINISHED_SESSIONS = ("model", "request", "binding", "snapshot", "strike")
+OUTLIVE_FINISHED_SESSIONS = ("model", "request", "binding", "snapshot", "strike", "loss")
 """Kinds of entries that stay until the models of a session that its client finished have done what waits."""
+_LOSSES_OF_NOBODY = (
+    "kind = 'loss' AND session_id = ? AND NOT EXISTS (SELECT 1 FROM entries AS other"
+    " WHERE other.session_id = entries.session_id AND other.kind IN ('session', 'model'))"
+)
 
 
 class Journal:
@@ -212,13 +216,14 @@ class Journal:
     def end_session(self, session_id: str, *, drop: bool) -> None:
         """`drop`: its models go with it; else each goes once it has done what waits."""
         kept = "" if drop else f" AND kind NOT IN {OUTLIVE_FINISHED_SESSIONS}"
-        self.note([remove(f"session_id = ?{kept}", session_id)])
+        self.note([remove(f"session_id = ?{kept}", session_id), remove(_LOSSES_OF_NOBODY, session_id)])
 
-    def end_model(self, model_id: str, results: Sequence[Entry]) -> None:
+    def end_model(self, model_id: str, session_id: str, results: Sequence[Entry]) -> None:
         """`results` stay fetchable."""
         self.lone.update(entry.name for entry in results)
         kinds = OUTLIVE_FINISHED_SESSIONS
-        self.note([*map(put, results), remove(f"model_id = ? AND kind IN {kinds}", model_id)])
+        ended = remove(f"model_id = ? AND kind IN {kinds}", model_id)
+        self.note([*map(put, results), ended, remove(_LOSSES_OF_NOBODY, session_id)])
 
     def trim(self, futures: FutureStore) -> None:
         """Do away with samples, jobs and results that were fetched, or have expired."""

@@ -147,7 +147,7 @@ class ModelEntries:
     def retire(self) -> None:
         """Let the ledger forget models that have ended; what they answered stays fetchable."""
         for model in self._ended:
-            self._journal.end_model(model.model_id, self.results_of(model, None))
+            self._journal.end_model(model.model_id, model.session_id, self.results_of(model, None))
         self._ended.clear()
 
     def results_of(self, model: Model, before_seq: int | None) -> list[Entry]:

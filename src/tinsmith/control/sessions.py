@@ -39,7 +39,7 @@ class Session:
     model_ids: list[str] = field(default_factory=list)
     sampler_ids: list[str] = field(default_factory=list)
     custom_losses: dict[str, CustomLoss] = field(default_factory=dict)
-    """By loss id; empty once the session has ended."""
+    """By loss id; empty once the session has ended, and its models with it."""
 
     @property
     def account(self) -> str:
@@ -105,7 +105,6 @@ class SessionBook:
     def end(self, session: Session, error: SessionEnded) -> list[Session]:
         """The sessions that are forgotten for it."""
         session.ended = error
-        session.custom_losses.clear()
         self._live.pop(session.session_id, None)
         self._ended[session.session_id] = session
         forgotten = []

@@ -422,8 +422,14 @@ class Training:
         if model.slot is not None:
             drop_adapter(model)
             self._schedulers[model.slot].remove(model)
+        self._release_losses(self._sessions.find(model.session_id))
         at = self._clock.time()
         self._registry.post(lambda c: records.update_run(c, model.model_id, ended_at=at))
+
+    def _release_losses(self, session: Session | None) -> None:
+        """No request names them any more."""
+        if session is not None and session.ended is not None and all(m.has_ended for m in self._of(session)):
+            session.custom_losses.clear()
 
     def close_models(self, session: Session) -> None:
         """The session was finished: do what waits, then end its models."""
@@ -431,14 +437,18 @@ class Training:
             if model.status is not ModelStatus.ENDED:
                 model.status = ModelStatus.CLOSING
         self.end_drained()
+        self._release_losses(session)
 
     def drop_models(self, session: Session, error: TinsmithError) -> None:
         """The session is dead: nobody waits for what waits."""
         for model in self._of(session):
             self.end_model(model, error)
+        self._release_losses(session)
 
     def end_drained(self) -> None:
         for model in self._models.values():
+            if model.slot is not None and model.slot.is_recovering:
+                continue  # what its engine worked on comes into its queue again
             if model.status is ModelStatus.CLOSING and model.is_drained:
                 session = self._sessions.find(model.session_id)
                 reason = session.ended if session is not None else None
