@@ -69,7 +69,7 @@ class Entry:
     value: Any = None
     """What `ledger_codec` can write."""
     failure: TinsmithError | None = None
-    """Why the request was given up before its turn, if it was: it is not to be done again."""
+    """Why the request was given up before its turn, or failed in it without effect: it is not to be done again."""
 
 
 Change: TypeAlias = Callable[[sqlite3.Connection], int]
