@@ -220,7 +220,7 @@ class Pager:
         await waiter.future
 
     def _tick(self) -> None:
-        if self._line or self._num_leaving:
+        if self._line or self._num_leaving or self._used() > self._budget:  # a load may make a model larger
             self._step()
 
     def _grown(self) -> None:

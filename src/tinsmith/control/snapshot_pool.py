@@ -16,6 +16,9 @@ from tinsmith.types.shares import Payer
 MakeRoom = Callable[[Payer, int, Callable[[], None]], Awaitable[None]]
 """Waits for so many bytes, and calls when it has them, before anybody else can take them."""
 
+_MAX_TRIES = 5
+"""To read weights, where the engine dies meanwhile: more than another's request that kills engines gets."""
+
 
 @dataclass(slots=True, eq=False)
 class Held:
@@ -104,15 +107,7 @@ class SnapshotPool:
 
         operation = LoadSnapshot(snapshot_id=entry.snapshot_id, folder=folder)
         try:
-            await self.make_room(Payer("samplers", entry.snapshot_id), entry.num_bytes, granted)
-            try:
-                digest: str = await self._slot.call(operation)
-            except EngineDied:
-                if not self._slot.is_recovering:
-                    raise
-                await self._slot.settled()
-                digest = await self._slot.call(operation)
-                granted()
+            digest = await self._read(entry, operation, granted)
         except TinsmithError:
             entry.load, entry.is_in = None, False
             if not entry.users:
@@ -122,6 +117,19 @@ class SnapshotPool:
             self.on_loaded()
         entry.used_at = self._clock.monotonic()
         return digest
+
+    async def _read(self, entry: Held, operation: LoadSnapshot, granted: Callable[[], None]) -> str:
+        for num_tries in range(1, _MAX_TRIES + 1):
+            await self.make_room(Payer("samplers", entry.snapshot_id), entry.num_bytes, granted)
+            try:
+                digest: str = await self._slot.call(operation)
+            except EngineDied:
+                if num_tries == _MAX_TRIES or not self._slot.is_recovering:
+                    raise
+                await self._slot.settled()
+            else:
+                return digest
+        raise AssertionError("a try ends with a digest or an error")
 
     def engine_revived(self) -> None:
         """It has none of the snapshots that it had."""

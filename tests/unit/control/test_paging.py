@@ -12,7 +12,7 @@ import pytest
 from tests.unit.control.conftest import OpenControl
 from tests.unit.control.harness import Harness, draw, forward_backward, optim
 from tinsmith.control.paging import PageLost, PagingStats
-from tinsmith.control.requests import SaveForSampler, UnloadModel
+from tinsmith.control.requests import LoadState, SaveForSampler, SaveState, UnloadModel
 from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
 from tinsmith.types import LoraConfig
 from tinsmith.types.errors import EngineDied, InvalidInput, ServerError, StorageError, UserError
@@ -327,3 +327,47 @@ async def test_a_model_comes_in_once_the_weights_that_were_read_before_it_are_re
         assert ((await h.outcome(sample)).error is not None) == fails
         h.clock.advance(10)
         await h.result(receipt)
+
+
+async def test_a_model_that_a_load_makes_larger_sends_others_out(open_control: OpenControl) -> None:
+    async with open_control([engine_for(3)]) as h:
+        session = await h.session()
+        large = await h.model(session, 0, lora_config=LoraConfig(rank=8, seed=7))
+        path = await h.result(h.submit(SaveState(model_id=large, seq_id=1, name="large")))
+        await h.result(h.submit(UnloadModel(model_id=large)))
+        grown, other, third = [await h.model(session, n) for n in (1, 2, 3)]
+        await h.result(h.submit(LoadState(model_id=grown, seq_id=1, path=path, optimizer=True)))
+        for _ in range(3):
+            h.clock.advance(10)
+            await h.settle()
+        assert stats(h).used_bytes <= 3 * ADAPTER_BYTES
+        assert in_engine(h) == 2
+        for model, seq_id in ((grown, 2), (other, 1), (third, 1)):
+            await h.result(h.submit(forward_backward(model, seq_id)))
+
+
+async def test_weights_that_are_read_outlive_as_many_deaths_as_a_request_that_kills_engines(
+    open_control: OpenControl,
+) -> None:
+    async with open_control([engine_for(1)], ledger=True, engine_backoff_s=0.0) as h:
+        session = await h.session()
+        first = await h.model(session, 0)
+        saved = await h.result(h.submit(SaveForSampler(model_id=first, seq_id=1, sampling_session_seq_id=0)))
+        drawn = (await h.result(h.sample(draw(saved.sampling_session_id)))).sequences[0].tokens
+        await h.model(session, 1)
+        await h.settle()
+        load, num_deaths = h.engine._handlers[LoadSnapshot], 0
+
+        def deadly(operation: LoadSnapshot) -> Any:
+            nonlocal num_deaths
+            if num_deaths < 3:
+                num_deaths += 1
+                h.engine.die("killed by SIGKILL")
+                raise EngineDied("killed by SIGKILL")
+            return load(operation)
+
+        h.engine._handlers[LoadSnapshot] = deadly
+        again = await h.result(h.sample(draw(saved.sampling_session_id, 1)))
+        assert num_deaths == 3
+        assert again.sequences[0].tokens == drawn
+        assert stats(h).used_bytes <= ADAPTER_BYTES
