@@ -8,6 +8,7 @@ fields: one that a later version adds takes its default when an older entry is r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import struct
@@ -249,10 +250,15 @@ def _field_names(record: type[Any]) -> list[str]:
 
 
 def _error(tree: dict[str, Any]) -> TinsmithError:
-    """Of the class it had, or of that class's family if this version does not know it."""
+    """Of the class it had, or the nearest above it that words alone make; of its family if this version does not know
+    it."""
     known = {error.__name__: error for error in _family(TinsmithError)}
     family = UserError if tree["c"] == "user" else ServerError
-    return known.get(tree["n"], family)(tree["m"])
+    for ancestor in known.get(tree["n"], family).__mro__:
+        if issubclass(ancestor, TinsmithError):
+            with contextlib.suppress(TypeError):
+                return ancestor(tree["m"])
+    return family(tree["m"])
 
 
 def _family(root: type[TinsmithError]) -> Iterator[type[TinsmithError]]:

@@ -13,12 +13,12 @@ import pytest
 
 from tests.unit.control.harness import draw, forward_backward, optim
 from tinsmith.control import ledger_codec
-from tinsmith.control.errors import NotTaken, SessionEnded
+from tinsmith.control.errors import NotTaken, QuotaExceeded, SessionEnded
 from tinsmith.control.ledger import Entry, Ledger, mark_failed, put, remove
 from tinsmith.control.requests import NewSession, Rejected
 from tinsmith.types import TensorData
 from tinsmith.types.custom_loss import CustomLoss, LossCall, LossInput, Ref
-from tinsmith.types.errors import InvalidInput, StorageError, UserError
+from tinsmith.types.errors import InvalidInput, Overloaded, StorageError, UserError
 from tinsmith.types.results import ForwardBackwardOutput
 
 pytestmark = pytest.mark.anyio
@@ -68,6 +68,8 @@ def test_errors_keep_their_class_and_their_words() -> None:
         again = ledger_codec.decode(ledger_codec.encode(error))
         assert type(again) is type(error)
         assert str(again) == str(error)
+    again = ledger_codec.decode(ledger_codec.encode(QuotaExceeded("too many", retry_after_s=3.0)))
+    assert (type(again), str(again)) == (Overloaded, "too many")  # as much of it as its words alone make
     rejected = ledger_codec.decode(ledger_codec.encode(Rejected(model_id="m", seq_id=1, error=InvalidInput("bad"))))
     assert isinstance(rejected.error, InvalidInput)
 
