@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import importlib
+import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -27,6 +28,18 @@ _lock = threading.Lock()
 _stacks: dict[str, LocalStack] = {}
 _closing: list[concurrent.futures.Future[None]] = []
 """Servers that still hold their data folders: whoever opens one waits for these, which may have held the same."""
+
+
+def _forget_parents() -> None:
+    """A forked child has none of its parent's threads: what they served, opened, closed or locked stays so for ever."""
+    global _lock
+    _lock = threading.Lock()
+    _stacks.clear()
+    _closing.clear()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_forget_parents)
 
 
 class LocalStack:

@@ -44,5 +44,7 @@ class DataLock:
 
     def release(self) -> None:
         if self._descriptor is not None:
+            if fcntl is not None:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a forked child has the file open too
             os.close(self._descriptor)
             self._descriptor = None

@@ -89,3 +89,47 @@ print(client.get_server_capabilities().result(5).supported_models)
 def test_a_program_that_just_ends_closes_its_server_while_threads_can_still_be_had() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines() == ["[]", "closed in good order"]
+
+
+FORKING = """
+import os, sys, types, warnings
+import httpx2
+import tinsmith
+
+warnings.simplefilter("ignore")
+
+async def close():
+    if os.getpid() == parent:
+        os.write(closing, b"!")
+        import asyncio
+        await asyncio.sleep(60)
+
+async def open_local(url):
+    served = "the parent" if os.getpid() == parent else "the child"
+    model = {"model_name": served}
+    return httpx2.MockTransport(lambda _: httpx2.Response(200, json={"supported_models": [model]})), close
+
+def ask(url):
+    client = tinsmith.RestClient(base_url=url)
+    print([one.model_name for one in client.get_server_capabilities().result(5).supported_models], flush=True)
+    return client
+
+parent = os.getpid()
+is_closing, closing = os.pipe()
+module = types.ModuleType("embedded")
+module.open_local = open_local
+sys.modules["tinsmith.embedded"] = module
+first, second = ask("local:"), ask("local:?dtype=float32")
+second.close()
+os.read(is_closing, 1)  # a server under way to its end, and one that runs
+child = os.fork()
+if child == 0:
+    ask("local:")
+    os._exit(0)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_has_a_server_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["['the parent']", "['the parent']", "['the child']"], done.stderr
