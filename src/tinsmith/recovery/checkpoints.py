@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tinsmith.client.errors import NotFoundError, TinkerError
 from tinsmith.client.futures import APIFuture
@@ -136,8 +136,9 @@ def select_checkpoint(
 ) -> tuple[RecordedCheckpoint | None, str]:
     """The checkpoint that a strategy takes, and how it came to it.
 
-    `best_loss` takes the smallest recorded loss, and the latest checkpoint where none is recorded; a specific path need
-    not be among `checkpoints`. `None` if there is nothing to take.
+    `latest` takes the one saved last, of those that tell their step if there are any; `best_loss` the smallest recorded
+    loss, and the latest checkpoint where none is recorded; a specific path need not be among `checkpoints`. `None` if
+    there is nothing to take.
     """
     if isinstance(strategy, tuple):
         path = strategy[1]
@@ -146,7 +147,7 @@ def select_checkpoint(
         return known or RecordedCheckpoint(path=path, step=None, time=0.0), "specific"
     if not checkpoints:
         return None, "none"
-    latest = max(checkpoints, key=_age)
+    latest = max(checkpoints, key=_newness)
     if strategy == "latest":
         return latest, "latest"
     scored = [(one.loss, one) for one in checkpoints if one.loss is not None and math.isfinite(one.loss)]
@@ -260,8 +261,9 @@ class CheckpointKeeper:
         return best
 
 
-def _age(checkpoint: RecordedCheckpoint) -> tuple[Any, ...]:
-    return (-1 if checkpoint.step is None else checkpoint.step, checkpoint.time)
+def _newness(checkpoint: RecordedCheckpoint) -> tuple[bool, float, int]:
+    """By time, not by step: a branch that a recovery went back from may have come further than the one that lives."""
+    return (checkpoint.step is not None, checkpoint.time, checkpoint.step or 0)
 
 
 def _number(text: str) -> float | None:

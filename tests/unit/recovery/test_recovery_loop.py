@@ -300,6 +300,30 @@ def test_a_finished_run_can_be_resumed_and_extended(service: ServiceClient, serv
             assert server.state[recovery.run_id] == [float(n) for n in range(target)]
 
 
+def test_a_branch_that_a_recovery_went_back_from_is_not_resumed(
+    service: ServiceClient, server: RecoverableTinker
+) -> None:
+    best = RecoveryPolicy(enabled=True, backoff_ms=10, checkpoint_strategy="best_loss", poll_interval_ms=60_000)
+    with start(service, best, save_every=1) as recovery:
+        for step in recovery.steps(5, data):
+            with step:
+                if step.number == 5:
+                    server.corrupted.add(recovery.run_id)
+                train_worse_after_the_first(step)
+            if step.number == 2 and recovery.lineage:
+                break
+        assert [change.checkpoint.step for change in recovery.lineage] == [1]
+        alive, name = recovery.run_id, recovery.name
+    with Recovery.resume(service, name=name, policy=ON, base_model="m") as resumed:
+        assert resumed.done == 2
+        assert resumed.checkpoints[0].run_id == alive
+
+
+def train_worse_after_the_first(step: Step[float]) -> None:
+    step.client.optim_step(AdamParams(learning_rate=step.batch)).result(5)
+    step.report(loss=float(step.number))
+
+
 def test_data_may_be_a_sequence_that_starts_again(service: ServiceClient, server: RecoverableTinker) -> None:
     with start(service) as recovery:
         for step in recovery.steps(5, [7.0, 8.0]):

@@ -123,7 +123,7 @@ def test_corrupted_is_always_a_truth_value(extra: dict[str, Any]) -> None:
 # ---- choosing ----
 
 
-def test_latest_goes_by_the_steps_taken() -> None:
+def test_latest_is_what_was_saved_last() -> None:
     assert select_checkpoint([checkpoint(5), checkpoint(20), checkpoint(10)], "latest") == (checkpoint(20), "latest")
 
 
