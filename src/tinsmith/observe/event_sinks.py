@@ -1,6 +1,7 @@
 """Where events go: the terminal, a JSONL file, a SQLite file; and out of those files as tables.
 
 Every sink is an `EventSink`. Files hold one event each line or row, in order, and can be read while they are written.
+Who does not close them need not: they are closed once nothing writes to them any more, at exit at the latest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sqlite3
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,19 +48,18 @@ class JsonlEvents:
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: JsonlSink | None = JsonlSink(self._path)
+        self._file = JsonlSink(self._path)
+        self._end = weakref.finalize(self, self._file.close)
 
     def __repr__(self) -> str:
         return f"JsonlEvents({str(self._path)!r})"
 
     def write(self, event: Event) -> None:
-        if self._file is not None:
+        if self._end.alive:
             self._file.write(event.as_row())
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._end()
 
 
 class SqliteEvents:
@@ -69,9 +70,8 @@ class SqliteEvents:
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._base: sqlite3.Connection | None = sqlite3.connect(
-            self._path, isolation_level=None, check_same_thread=False
-        )
+        self._base = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        self._end = weakref.finalize(self, self._base.close)
         self._base.execute("PRAGMA journal_mode=WAL")
         self._base.execute("PRAGMA synchronous=NORMAL")
         columns = ", ".join(self.COLUMNS)
@@ -81,7 +81,7 @@ class SqliteEvents:
         return f"SqliteEvents({str(self._path)!r})"
 
     def write(self, event: Event) -> None:
-        if self._base is None:
+        if not self._end.alive:
             return
         values = [event.fields.get(column) for column in self.COLUMNS]
         marks = ", ".join("?" * (len(values) + 3))
@@ -89,9 +89,7 @@ class SqliteEvents:
         self._base.execute(f"INSERT INTO events VALUES ({marks})", row)
 
     def close(self) -> None:
-        if self._base is not None:
-            self._base.close()
-            self._base = None
+        self._end()
 
 
 def open_sinks(wanted: str) -> tuple[EventSink, ...]:

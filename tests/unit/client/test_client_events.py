@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import sqlite3
+import warnings
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,18 @@ def test_events_go_to_files_and_out_again_as_tables(tmp_path: Path) -> None:
         read = list(csv.DictReader(file))
     assert {row["run_id"] for row in read} == {"s:train:0"}
     assert "0.25" in {row["learning_rate"] for row in read}
+
+
+def test_files_that_nobody_closes_are_closed_without_a_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        sinks = open_sinks(f"jsonl:{tmp_path / 'a.jsonl'},sqlite:{tmp_path / 'a.db'}")
+        for sink in sinks:
+            sink.write(Event(name="x", time=1.0))
+        del sinks, sink
+        gc.collect()
+    assert [str(one.message) for one in caught if "a.jsonl" in str(one.message)] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.db", "a.jsonl"]
 
 
 def test_parquet_has_numbers_where_there_are_numbers(tmp_path: Path) -> None:
