@@ -7,16 +7,17 @@ import base64
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import sys
 import time
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tinsmith.client.completions import CompletionPoller
-from tinsmith.client.config import ServerFlags, is_local_url, resolve_config
+from tinsmith.client.config import ServerFlags, Timing, is_local_url, resolve_config
 from tinsmith.client.connection import Connection
 from tinsmith.client.errors import (
     APIResponseValidationError,
@@ -63,6 +64,13 @@ CLONE_BLOCK = 1_000_000_000
 _RESUBMISSIONS_MAX = 8
 _BYTES_PER_SAMPLING_TOKEN = 10
 _LARGE_PROMPT_BYTES = 131_072
+_NUMBERS = (
+    "num_samples",
+    "topk_prompt_logprobs",
+    "topk_sample_logprobs",
+    "prompt_alt_tokens_k",
+    "prompt_logprobs_last_n",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +87,7 @@ class SamplerState:
     record_stability_info: bool
     pid: int
     dynamic: Mapping[str, Any] = field(default_factory=dict)
+    timing: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +286,7 @@ class SamplingClient:
             record_stability_info=self._record_stability_info,
             pid=os.getpid(),
             dynamic=self._connection.link.dynamic.model_dump(),
+            timing=asdict(self._connection.config.timing),
         )
 
     # ---- one sample ----
@@ -296,7 +306,8 @@ class SamplingClient:
             raise ValueError(f"prompt must be a ModelInput, not {type(prompt).__name__}")
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
-        if options["num_samples"] < 1:
+        numbers = {name: _whole(name, options[name]) for name in _NUMBERS if options.get(name) is not None}
+        if numbers.get("num_samples", 0) < 1:
             raise ValueError(f"num_samples must be at least 1, not {options['num_samples']!r}")
         if options["prompt_logprobs_last_n"] is not None and not options["prompt_logprobs"]:
             raise ValueError("prompt_logprobs_last_n needs include_prompt_logprobs=True")
@@ -306,7 +317,8 @@ class SamplingClient:
             "sampling_params": params.model_dump(mode="json", exclude_none=True),
             "record_stability_info": self._record_stability_info,
             "type": "sample",
-            **{name: value for name, value in options.items() if value is not None},
+            "prompt_logprobs": options["prompt_logprobs"],
+            **numbers,
         }
         if target_prompt_logprobs is not None:
             body["target_prompt_logprobs"] = _targets(target_prompt_logprobs).model_dump()
@@ -526,7 +538,9 @@ def _rehydrate(state: SamplerState, api_key: str | None, retry: RetryConfig | No
             f"this sampling client belongs to the server embedded in process {state.pid} ({state.base_url}), "
             f"which process {os.getpid()} cannot reach; run `tinsmith serve` to sample from several processes"
         )
-    config = resolve_config(base_url=state.base_url, api_key=api_key, headers=state.headers)
+    config = resolve_config(
+        base_url=state.base_url, api_key=api_key, headers=state.headers, timing=Timing(**state.timing)
+    )
     joined = JoinedSession(
         session_id=state.session_id,
         flags=ServerFlags.model_validate(dict(state.flags)),
@@ -542,6 +556,13 @@ def _rehydrate(state: SamplerState, api_key: str | None, retry: RetryConfig | No
         record_stability_info=state.record_stability_info,
         is_clone=True,
     )
+
+
+def _whole(name: str, value: Any) -> int:
+    """Also of numpy's. Raises `ValueError` naming what is none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    return operator.index(value)
 
 
 def _targets(value: Any) -> TensorData:

@@ -114,11 +114,11 @@ class ServiceClient:
         def prepare() -> Coroutine[Any, Any, TrainingClient]:
             if not (train_mlp or train_attn or train_unembed):
                 raise ValueError("at least one of train_mlp, train_attn and train_unembed must be true")
-            if rank < 1:
-                raise ValueError(f"rank must be at least 1, not {rank!r}")
             lora = LoraConfig(
                 rank=rank, seed=seed, train_mlp=train_mlp, train_attn=train_attn, train_unembed=train_unembed
             )
+            if isinstance(rank, bool) or lora.rank < 1:
+                raise ValueError(f"rank must be at least 1, not {rank!r}")
             body = {
                 "base_model": base_model,
                 "lora_config": lora.model_dump(exclude_none=True),

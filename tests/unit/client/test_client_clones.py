@@ -67,7 +67,7 @@ def test_a_clone_that_only_describes_itself_shows_a_token_too() -> None:
 
 
 @pytest.mark.parametrize("in_a_handle", [True, False])
-def test_a_clone_takes_the_servers_settings_along(in_a_handle: bool, server: FakeTinker) -> None:
+def test_a_clone_takes_the_servers_settings_and_its_own_along(in_a_handle: bool, server: FakeTinker) -> None:
     server.settings = {"sample_cancel_enabled": True}
     with ServiceClient(base_url="http://127.0.0.1:9", timing=FAST, transport=server) as service:
         sampling = service.create_sampling_client(base_model="m").result(5)
@@ -76,6 +76,7 @@ def test_a_clone_takes_the_servers_settings_along(in_a_handle: bool, server: Fak
         else:
             clone = pickle.loads(pickle.dumps(sampling))
         assert clone._connection.link.dynamic.sample_cancel_enabled
+        assert clone._connection.config.timing == FAST
         clone._connection.close("success", None).result(5)
 
 
@@ -83,7 +84,8 @@ def test_a_handle_of_an_older_client_still_works(server: FakeTinker) -> None:
     with ServiceClient(base_url="http://127.0.0.1:9", timing=FAST, transport=server) as service:
         handle = service.create_sampling_client(base_model="m").result(5).get_sampler_handle()
     told = json.loads(base64.urlsafe_b64decode(handle))
-    told.pop("dynamic", None)
+    for newer in ("dynamic", "timing"):
+        told.pop(newer, None)
     clone = SamplingClient.from_sampler_handle(base64.urlsafe_b64encode(json.dumps(told).encode()).decode())
     assert not clone._connection.link.dynamic.sample_cancel_enabled
     clone._connection.close("success", None).result(5)

@@ -90,6 +90,10 @@ def test_target_logprobs_travel_as_an_integer_matrix(sampling: SamplingClient, s
     [
         ({"prompt": [1, 2]}, "prompt must be a ModelInput, not list"),
         ({"num_samples": 0}, "num_samples must be at least 1, not 0"),
+        ({"num_samples": None}, "num_samples must be at least 1, not None"),
+        ({"num_samples": True}, "num_samples must be a whole number, not True"),
+        ({"num_samples": "2"}, "num_samples must be a whole number, not '2'"),
+        ({"topk_sample_logprobs": 1.5}, r"topk_sample_logprobs must be a whole number, not 1\.5"),
         ({"sampling_params": {"max_tokens": 1}}, "sampling_params must be a SamplingParams, not dict"),
         ({"prompt_logprobs_last_n": 1}, "needs include_prompt_logprobs"),
         ({"sampling_params": types.SamplingParams(temperature=float("inf"))}, r"sampling_params\.temperature = inf"),
@@ -102,6 +106,12 @@ def test_bad_arguments_fail_before_anything_is_sent(
     with pytest.raises(ValueError, match=message):
         sampling.sample(**given).result(5)  # type: ignore[arg-type]
     assert server.seen == []
+
+
+def test_whole_numbers_may_be_numpys(sampling: SamplingClient, server: FakeTinker) -> None:
+    sampling.sample(PROMPT, np.int64(2), PARAMS, topk_sample_logprobs=np.int32(3)).result(5)  # type: ignore[arg-type]
+    body = server.of("asample")[0].body
+    assert (body["num_samples"], body["topk_sample_logprobs"]) == (2, 3)
 
 
 def test_a_full_server_is_offered_the_same_number_again(sampling: SamplingClient, server: FakeTinker) -> None:

@@ -276,8 +276,11 @@ def test_creation_failures_name_what_the_server_said(service: ServiceClient, ser
     server.script("create_model", status(404, {"detail": "no base model 'x'"}))
     with pytest.raises(NotFoundError, match="no base model 'x'"):
         service.create_lora_training_client("x").result(5)
-    with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
-        service.create_lora_training_client("x", rank=0).result(5)
+    for rank in (0, True):
+        with pytest.raises(ValueError, match=f"rank must be at least 1, not {rank}"):
+            service.create_lora_training_client("x", rank=rank).result(5)
+    with pytest.raises(ValueError, match=r"(?s)rank.*valid integer.*eight"):
+        service.create_lora_training_client("x", rank="eight").result(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one of"):
         service.create_lora_training_client("x", train_mlp=False, train_attn=False, train_unembed=False).result(5)
 
