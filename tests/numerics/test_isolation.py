@@ -14,6 +14,7 @@ from tinsmith.engine import trainer as trainer_module
 from tinsmith.types.errors import AdapterCorrupted, NotFound, ServerError, TinsmithError
 from tinsmith.types.operations import CancelSample, OptimStep, PublishSnapshot, TrainItem
 from tinsmith.types.params import AdamParams
+from tinsmith.types.results import ForwardBackwardOutput
 
 TENANTS = {
     "a": (4, "cross_entropy", {}),
@@ -57,7 +58,7 @@ def test_a_tenants_nan_stays_with_the_tenant(qwen_folder: Path) -> None:
     for driver in (alone, beside):
         driver.create("a")
     beside.create("b")
-    beside.engine._adapters["b"].weights.flat_P.fill_(float("nan"))
+    beside.engine._adapters["b"].weights.flat_P.fill_(1e30)  # finite; all that comes of it is NaN
     alone.train(item("a", datum))
     beside.train(item("b", random_datum(rng, 30)), item("a", datum), item("b", random_datum(rng, 3)))
     assert np.abs(alone.grads("a") - beside.grads("a")).max() <= 1e-5 * np.abs(alone.grads("a")).max()
@@ -69,6 +70,22 @@ def test_a_tenants_nan_stays_with_the_tenant(qwen_folder: Path) -> None:
     assert isinstance(outcomes[0], AdapterCorrupted)
     assert not isinstance(outcomes[1], TinsmithError)
     assert beside.step("a")["step_applied"] == 1
+
+
+@pytest.mark.parametrize("forward_only", [True, False])
+def test_weights_that_a_step_overflowed_are_told_by_the_first_read(driver: Driver, forward_only: bool) -> None:
+    datum = random_datum(np.random.default_rng(2), 20)
+    driver.create("m")
+    driver.create("other")
+    driver.train(item("m", datum))
+    driver.step("m", learning_rate=1e38)
+    driver.train(item("other", datum))
+    for _ in range(2):
+        guilty, fine = driver.all([item("m", datum, forward_only=forward_only), item("other", datum)])
+        assert isinstance(guilty, AdapterCorrupted)
+        assert isinstance(fine, ForwardBackwardOutput)
+    with pytest.raises(AdapterCorrupted, match="its weights are no longer finite after step 1"):
+        driver.step("m")
 
 
 def test_a_pass_that_fails_fails_only_the_guilty_and_loses_no_gradient(

@@ -122,7 +122,7 @@ def test_bfloat16_groups_are_as_exact_as_bfloat16_segments(qwen_folder: Path, mo
 
 def test_nan_in_one_member_of_a_padded_group_stays_there(qwen_folder: Path) -> None:
     clean, beside = opened(qwen_folder), opened(qwen_folder)
-    beside.engine._adapters["b"].weights.flat_P.fill_(float("nan"))
+    beside.engine._adapters["b"].weights.flat_P.fill_(1e30)  # finite; all that comes of it is NaN
     beside.engine._adapters["b"].weights.changed()
     for driver in (clean, beside):
         driver.train(*work(0))

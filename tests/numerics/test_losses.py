@@ -277,6 +277,22 @@ def test_ratio_metrics_are_those_of_the_tokens_with_an_advantage(driver: Driver)
         assert output.metrics[key] == pytest.approx(value, rel=1e-3), key
 
 
+def test_metrics_of_a_request_do_not_depend_on_how_many_passes_it_takes(qwen_folder: Path) -> None:
+    rng = np.random.default_rng(17)
+    data = []
+    for length, num_trained in ((60, 50), (40, 3), (30, 0)):
+        datum = rl_datum(rng, length)
+        datum.loss_fn_inputs["advantages"].to_numpy()[num_trained:] = 0
+        data.append(datum)
+    found = []
+    for limit in (1000, 64):
+        driver = Driver(qwen_folder, max_micro_batch_tokens=limit)
+        driver.create("m")
+        (output,) = driver.train(item("m", *data, loss_fn="ppo"))
+        found.append(output.metrics)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 # ---- laws of all losses ----
 
 

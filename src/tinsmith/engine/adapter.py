@@ -45,9 +45,14 @@ class Adapter:
         return self.layout.spec
 
     def check_trainable(self) -> None:
-        """Raises `AdapterCorrupted` once a gradient was not finite, or a step stopped half way."""
+        """Raises `AdapterCorrupted` once a gradient or a weight was not finite, or a step stopped half way."""
         if self.corrupted:
             raise self.corrupt(self.corrupted)
+
+    def check_weights(self) -> None:
+        """Raises `AdapterCorrupted`, now and from now on, if a weight is not finite."""
+        if not self.weights.flat_P.isfinite().all():
+            raise self.corrupt(f"its weights are no longer finite after step {self.step}")
 
     def corrupt(self, reason: str) -> AdapterCorrupted:
         """Refuse further training, with the error returned."""

@@ -33,6 +33,16 @@ Finished: TypeAlias = tuple[int, ForwardBackwardOutput | TinsmithError]
 """Index of a request in its batch, and how it ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Of one piece."""
+
+    outputs: list[LossFnOutput]
+    metrics: dict[str, float]
+    num_meant: int
+    """How many values its means are of."""
+
+
 @dataclass(slots=True, eq=False)
 class _Request:
     """A training request on its way through the passes."""
@@ -42,8 +52,8 @@ class _Request:
     tokens: tuple[PlacedTokens, ...]
     """Of each datum's input."""
     passed: list[Piece] = field(default_factory=list)
-    outputs: list[LossFnOutput] = field(default_factory=list)
-    metrics: list[dict[str, float]] = field(default_factory=list)
+    computed: list[_Computed] = field(default_factory=list)
+    """Of the pieces that passed."""
     grads_before: Tensor | None = None
     """The adapter's gradients before the first pass with a piece of it; `None` stands for all zero."""
 
@@ -52,7 +62,7 @@ class _Request:
         return sum(len(piece.data) for piece in self.passed) == len(self.item.data)
 
     def restart(self) -> None:
-        self.passed, self.outputs, self.metrics = [], [], []
+        self.passed, self.computed = [], []
         self.grads_before = self.adapter.backup_grads()
 
     def undo(self) -> None:
@@ -61,8 +71,9 @@ class _Request:
 
     def finish(self) -> ForwardBackwardOutput:
         self.adapter.num_pending += 0 if self.item.forward_only else 1
-        datums = [len(piece.data) for piece in self.passed]
-        return ForwardBackwardOutput("ArrayRecord", self.outputs, merge_metrics(self.metrics, datums))
+        outputs = [output for computed in self.computed for output in computed.outputs]
+        metrics = merge_metrics([c.metrics for c in self.computed], [c.num_meant for c in self.computed])
+        return ForwardBackwardOutput("ArrayRecord", outputs, metrics)
 
 
 class Trainer:
@@ -157,17 +168,14 @@ class Trainer:
             return error
         except (RuntimeError, MemoryError) as error:  # what torch raises for out-of-memory and device faults
             return ServerError(f"the pass failed on the device: {error}")
-        for piece, (outputs, metrics) in zip(pieces, computed, strict=True):
+        for piece, of_piece in zip(pieces, computed, strict=True):
             request = requests[piece.item]
             request.passed.append(piece)
-            request.outputs.extend(outputs)
-            request.metrics.append(metrics)
+            request.computed.append(of_piece)
         return None
 
-    def _compute(
-        self, pieces: Sequence[Piece], requests: Mapping[int, _Request]
-    ) -> list[tuple[list[LossFnOutput], dict[str, float]]]:
-        """Forward, losses, backward. Returns the outputs of every piece's datums, and its metrics."""
+    def _compute(self, pieces: Sequence[Piece], requests: Mapping[int, _Request]) -> list[_Computed]:
+        """Forward, losses, backward."""
         figures = self._figures
         with figures.phase("pack"):
             rows = pack(pieces, self._base.device)
@@ -189,16 +197,22 @@ class Trainer:
 
     def _evaluate(
         self, pieces: Sequence[Piece], requests: Mapping[int, _Request], logprobs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[tuple[list[LossFnOutput], dict[str, float]]]]:
-        """dL/dlogprob `[M]` of every piece, and its outputs and metrics."""
+    ) -> tuple[list[Tensor], list[_Computed]]:
+        """dL/dlogprob `[M]` of every piece, and what its requests are told.
+
+        Raises `AdapterCorrupted` for log-probabilities of weights that are not finite.
+        """
         grads: list[Tensor] = []
-        computed: list[tuple[list[LossFnOutput], dict[str, float]]] = []
+        computed: list[_Computed] = []
         for piece, piece_logprobs in zip(pieces, logprobs, strict=True):
-            item = requests[piece.item].item
-            value, grad, metrics = self._losses.evaluate(item, piece, piece_logprobs)
-            grads.append(torch.zeros_like(grad) if item.forward_only else grad)
+            request = requests[piece.item]
+            logprobs_M = piece_logprobs.cpu().numpy()
+            if not np.isfinite(logprobs_M).all():
+                request.adapter.check_weights()
+            value, grad, metrics, num_meant = self._losses.evaluate(request.item, piece, piece_logprobs)
+            grads.append(torch.zeros_like(grad) if request.item.forward_only else grad)
             figures = {"loss:sum": float(value), "tokens:sum": float(piece.num_tokens), **metrics}
-            computed.append((_outputs(piece, piece_logprobs.cpu().numpy()), figures))
+            computed.append(_Computed(_outputs(piece, logprobs_M), figures, num_meant))
         return grads, computed
 
 
