@@ -11,6 +11,7 @@ from tinsmith.control.checkpoints import CheckpointStore
 from tinsmith.control.identity import Clock
 from tinsmith.control.records import RunRow
 from tinsmith.control.registry import Registry
+from tinsmith.control.session_search import shown_metadata
 from tinsmith.control.training import Training
 from tinsmith.types.checkpoint import PATH_KINDS, Checkpoint
 from tinsmith.types.errors import InvalidInput, NotFound
@@ -39,7 +40,7 @@ class Catalogue:
                 training_run_ids=run_ids,
                 corrupted_training_run_ids=[i for i in run_ids if i in corrupted or self._training.is_corrupted(i)],
                 sampler_ids=records.sampler_ids_of_session(connection, session_id),
-                user_metadata={key: str(value) for key, value in row.user_metadata.items()},
+                user_metadata=shown_metadata(row.user_metadata),
                 display_name=row.display_name,
             )
 

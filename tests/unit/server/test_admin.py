@@ -100,6 +100,11 @@ async def test_a_copy_that_cannot_be_says_why(client: Client, fields: dict[str, 
 # ---- projects and search ----
 
 
+async def labelled(client: Client, **labels: Any) -> str:
+    session_id: str = (await client.post("create_session", labels)).json()["session_id"]
+    return session_id
+
+
 async def test_sessions_are_found_by_what_they_are_called_and_labelled(client: Client) -> None:
     def new(**fields: Any) -> dict[str, Any]:
         return {"tags": [], "user_metadata": {}, **fields}
@@ -143,6 +148,52 @@ async def test_a_session_that_fell_silent_was_not_finished_by_its_client(open_se
         await client.app.state.service.control._registry.flush()
         found = (await client.post("sessions/search", {})).json()["sessions"]
         assert "status" not in found[0]
+
+
+async def test_sessions_are_found_by_what_summaries_show_of_their_labels(client: Client) -> None:
+    labels = {'"': "x", 'a"b': "x", "a\\": "x", "n": 3, "rate": 1.5, "flag": True, "deep": {"a": [1]}}
+    session_id = await labelled(client, user_metadata=labels, display_name="Größe 100%")
+    await labelled(client, user_metadata={"n": 4})
+    (shown,) = (await client.post("sessions/search", {"session_id": session_id})).json()["sessions"]
+    for key, value in shown["user_metadata"].items():
+        assert await search(client, user_metadata={key: value}) == [session_id], key
+    assert await search(client, display_name="GRÖSSE 0%") == [session_id]
+    assert await search(client, display_name="0_%") == []
+    assert await search(client, user_metadata={"n": "3"}, display_name="chat") == []
+
+
+async def test_a_search_for_much_is_no_fault_of_the_server(client: Client) -> None:
+    session_id = await labelled(client, display_name="a" * 60_000)
+    many = [str(number) for number in range(2000)]
+    assert await search(client, display_name="A" * 60_000) == [session_id]
+    assert await search(client, display_name="a " * 2000) == [session_id]
+    assert await search(client, user_metadata=dict.fromkeys(many, "a")) == []
+    assert await search(client, statuses=[{"type": "active"}] * 2000) == [session_id]
+    answer = await client.post("sessions/search", {"project_ids": many})
+    assert answer.status_code == 400
+    assert "project_ids" in answer.json()["detail"]
+
+
+async def test_whose_sessions_to_search_is_said_in_full(client: Client) -> None:
+    for owner in (
+        {"type": "user"},
+        {"type": "user", "owner_urns": []},
+        {"type": "user", "owner_urns": ["tinsmith:user:local"] * 11},
+        {"type": "own", "owner_urns": ["tinsmith:user:local"]},
+    ):
+        answer = await client.post("sessions/search", {"owner": owner})
+        assert answer.status_code == 400, owner
+        assert "owner_urns" in answer.json()["detail"]
+
+
+async def test_labels_that_are_no_json_are_refused(client: Client) -> None:
+    deep = "[" * 300 + "]" * 300
+    for value in ("NaN", "-Infinity", "1e400", "[NaN]", '{"a": Infinity}', deep):
+        body = f'{{"user_metadata": {{"a": {value}}}}}'
+        headers = {"content-type": "application/json"}
+        answer = await client.http.post("/api/v1/create_session", content=body, headers=headers)
+        assert answer.status_code == 400, value
+        assert "user_metadata" in answer.json()["detail"]
 
 
 async def test_a_long_search_comes_in_pages(client: Client) -> None:
@@ -259,7 +310,11 @@ async def test_text_that_is_no_unicode_is_refused(client: Client) -> None:
         ("sessions/search", b'{"display_name": "\\ud800"}'),
         ("create_session", b'{"user_metadata": {"a": "\\ud800"}}'),
         ("create_session", b'{"display_name": "\\ud800"}'),
+        ("create_session", b'{"user_metadata": {"a": ["\\ud800"]}}'),
+        ("create_session", b'{"user_metadata": {"a": {"b": {"\\ud800": 1}}}}'),
         ("copy_weights", b'{"source_path": "tinker://\\ud800/weights/x"}'),
+        ("optim_step", b'{"model_id": "\\ud800", "seq_id": 1, "adam_params": {}}'),
+        ("asample", b'{"sampling_session_id": "\\ud800", "seq_id": 1, "prompt": {"chunks": []}}'),
     ):
         headers = {"content-type": "application/json"}
         answer = await client.http.post(f"/api/v1/{path}", content=body, headers=headers)

@@ -12,7 +12,13 @@ from starlette.responses import Response
 from tinsmith.control.audit import AuditEntry, EventType
 from tinsmith.control.identities import Caller
 from tinsmith.control.records import moment
-from tinsmith.control.session_search import DEFAULT_PROJECT, FoundSession, SessionQuery, StatusFilter
+from tinsmith.control.session_search import (
+    DEFAULT_PROJECT,
+    FoundSession,
+    SessionQuery,
+    StatusFilter,
+    shown_metadata,
+)
 from tinsmith.control.sessions import FINISH_REASONS
 from tinsmith.control.signing import user_of_urn, user_urn
 from tinsmith.control.usage import GIGABYTE, HOUR_S, UsageEvent
@@ -110,7 +116,7 @@ def _summary(found: FoundSession) -> SessionSummary:
         checkpoints_count=found.checkpoints_count,
         checkpoint_storage_bytes=found.checkpoint_bytes,
         display_name=row.display_name,
-        user_metadata={key: str(value) for key, value in row.user_metadata.items()},
+        user_metadata=shown_metadata(row.user_metadata),
     )
 
 

@@ -7,7 +7,7 @@ official SDK for good; so a request is refused over HTTP only when it does not e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import zstandard
 
@@ -21,9 +21,14 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 def ids_in_json(payload: Mapping[str, Any]) -> tuple[str, int] | None:
     """`(model_id, seq_id)` if both are there and well formed."""
     model_id, seq_id = payload.get("model_id"), payload.get("seq_id")
-    if isinstance(model_id, str) and model_id and type(seq_id) is int and 0 < seq_id < 2**63:
+    if _is_id(model_id) and type(seq_id) is int and 0 < seq_id < 2**63:
         return model_id, seq_id
     return None
+
+
+def _is_id(value: Any) -> TypeGuard[str]:
+    """Half a character of Unicode can be read as JSON, and neither stored nor looked up."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def ids_in_protobuf(body: bytes) -> tuple[str, int] | None:
@@ -78,6 +83,6 @@ def head_of(body: bytes, content_encoding: str) -> bytes:
 def ids_in_sample(payload: Mapping[str, Any]) -> tuple[str, int, int] | None:
     """`(sampling_session_id, seq_id, num_samples)`; the last is 1 if it makes no sense."""
     session_id, seq_id, num_samples = (payload.get(k) for k in ("sampling_session_id", "seq_id", "num_samples"))
-    if isinstance(session_id, str) and session_id and type(seq_id) is int and 0 <= seq_id < 2**63:
+    if _is_id(session_id) and type(seq_id) is int and 0 <= seq_id < 2**63:
         return session_id, seq_id, num_samples if type(num_samples) is int and 0 < num_samples <= MOST_IDS else 1
     return None

@@ -7,16 +7,19 @@ elsewhere, so that newer SDKs work and nothing is ignored silently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from tinsmith.server.errors import brief
 
 OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
+MOST_LEVELS = 32
+"""Of free-form JSON: what writes and reads it again goes down level by level."""
 
 Int64 = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -60,6 +63,23 @@ class Body(BaseModel):
                 )
 
 
+def _check_storable(value: Any, where: str, depth: int = 0) -> None:
+    """Free-form JSON that every store can hold, and give back as it was."""
+    if depth > MOST_LEVELS:
+        raise PydanticCustomError(
+            "value_error", "{where} is nested deeper than {most} levels", {"where": where, "most": MOST_LEVELS}
+        )
+    if isinstance(value, str):
+        _check_unicode(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError(
+            "value_error", "{where} holds {value}, which is no JSON", {"where": where, "value": value}
+        )
+    elif isinstance(value, (dict, list)):
+        for item in (part for pair in value.items() for part in pair) if isinstance(value, dict) else value:
+            _check_storable(item, where, depth + 1)
+
+
 def _texts(fields: dict[str, Any]) -> Iterator[str]:
     """Those that may be stored: of the body itself, and of what lies directly in it."""
     for key, item in fields.items():
@@ -96,6 +116,12 @@ class CreateSessionBody(Body):
     sdk_version: str = ""
     project_id: str | None = None
     display_name: str | None = None
+
+    @field_validator("user_metadata")
+    @classmethod
+    def _can_be_stored(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        _check_storable(metadata, "user_metadata")
+        return metadata
 
 
 class SessionBody(Body):
@@ -331,7 +357,13 @@ class ProjectBody(Body):
 
 class OwnerBody(Body):
     type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: list[str] | None = None
+    owner_urns: list[str] | None = Field(default=None, min_length=1, max_length=10)
+
+    @model_validator(mode="after")
+    def _urns_are_those_of_users(self) -> OwnerBody:
+        if (self.type == "user") != (self.owner_urns is not None):
+            raise PydanticCustomError("value_error", "owner_urns belong to the type 'user', and it to them")
+        return self
 
 
 class StatusBody(Body):
@@ -346,7 +378,7 @@ class SearchCursorBody(Body):
 
 class SessionSearchBody(Body):
     session_id: str | None = None
-    project_ids: list[str] | None = None
+    project_ids: list[str] | None = Field(default=None, max_length=1000)
     user_metadata: dict[str, str] = {}
     display_name: str | None = Field(default=None, min_length=1)
     owner: OwnerBody = OwnerBody()
