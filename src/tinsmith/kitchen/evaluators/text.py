@@ -15,6 +15,7 @@ from tinsmith.types.errors import InvalidInput
 _NUMBER: Final = re.compile(
     r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?![\d/]|[.,]\d))?|[-+]?\.\d+"
 )
+_FRACTION: Final = re.compile(r"(?<!\d)\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _FINAL: Final = re.compile(r"\\boxed\{([^{}]*)\}|####\s*([^\n]+)|(?i:the (?:final )?answer is):?\s*([^\n]+)")
 """Where an answer says which of its numbers counts."""
 
@@ -58,7 +59,8 @@ class NumericEvaluator(TextEvaluator):
     r"""1 where the answer's number equals the target's within a tolerance.
 
     The answer's number is the last in `\\boxed{…}`, after `####`, or after "the answer is"; else the last of all.
-    Thousands separators, fractions (`3/4`) and percent signs (`50%` is 50) are read; exact decimals, no floats.
+    Thousands separators, fractions (`3/4`, `\\frac{3}{4}`) and percent signs (`50%` is 50) are read; exact decimals,
+    no floats.
     """
 
     metric: ClassVar[str] = "numeric"
@@ -123,6 +125,7 @@ class F1Evaluator(TextEvaluator):
 
 def last_number(text: str) -> Decimal | None:
     """The number that an answer ends in, or says is final; `None` if there is none."""
+    text = _FRACTION.sub(r"\1/\2", text)
     finals = list(_FINAL.finditer(text))
     if finals:
         said = next(group for group in finals[-1].groups() if group is not None)

@@ -48,6 +48,8 @@ def test_exact_match(options: dict[str, Any], prediction: str, target: str, scor
         ("The answer is 42.", "42", 1.0),
         ("3 + 4 = 7, so #### 7", "7.0", 1.0),
         ("First 5, then \\boxed{1,234} and not 9", "1234", 1.0),
+        ("of 12 it is \\boxed{\\frac{3}{4}}, not 1", "0.75", 1.0),
+        ("\\boxed{-\\dfrac{1}{2}}", "\\frac{-1}{2}", 1.0),
         ("the final answer is 3/4 of 12", "0.75", 1.0),
         ("-0.5", "-1/2", 1.0),
         ("It is 1e3", "1000", 1.0),
