@@ -78,6 +78,10 @@ def test_ck_44_feedback_written_by_hand_is_read_to_its_end(tmp_path: Path) -> No
             '{"prompt": "a", "response": "b", "rating": 5}',
             "feedback.jsonl:2: rating must be a number from -1 to 1, not 5",
         ),
+        (
+            '{"prompt": "a", "response": "b", "rating": 0, "correction": ""}',
+            "feedback.jsonl:2: correction is empty; leave it out where there is none",
+        ),
         ('{"prompt": 1, "response": "b", "rating": 0}', "feedback.jsonl:2: prompt must be a text, not 1"),
         (
             '{"prompt": "a", "response": "b", "rating": 0, "corection": "c"}',

@@ -115,6 +115,8 @@ class Feedback:
             value = getattr(self, key)
             if not isinstance(value, str) and not (key == "correction" and value is None):
                 raise InvalidInput(f"{key} must be a text, not {value!r}")
+        if self.correction == "":
+            raise InvalidInput("correction is empty; leave it out where there is none")
         if isinstance(self.rating, bool) or not isinstance(self.rating, (int, float)) or not -1 <= self.rating <= 1:
             raise InvalidInput(f"rating must be a number from -1 to 1, not {self.rating!r}")
 
