@@ -215,7 +215,7 @@ def create_key(
 
 @keys.command("revoke")
 def revoke_key(
-    key_id: Annotated[int, typer.Argument(metavar="ID", help="As `keys list` tells.")],
+    key_id: Annotated[int, typer.Argument(metavar="ID", min=0, max=2**31 - 1, help="As `keys list` tells.")],
     yes: Yes = False,
     data_dir: DataDir = None,
     base_url: ServerUrl = None,

@@ -170,6 +170,7 @@ def serve(
             "keep_checkpoints": keep_checkpoints,
             "checkpoint_bytes_max": checkpoint_budget and parse_size("--checkpoint-budget", checkpoint_budget),
         }
+        tracing = open_tracing(otel_endpoint)
         control = open_control(sources, options, data_dir or default_data_dir(), home="process", **recovery, **stores)
         url = url_of(listener, "http" if tls is None else "https")
         names = ", ".join(source.name for source in sources)
@@ -180,7 +181,7 @@ def serve(
             if is_open and tls is None:
                 say("keys travel in the clear: give --tls-certificate and --tls-key, or let a proxy speak TLS")
 
-        app = create_app(control, settings, open_tracing(otel_endpoint))
+        app = create_app(control, settings, tracing)
         say = print_aside if log_format == "text" else logging.getLogger("tinsmith.server").warning
         run_app(app, listener, on_ready=tell_ready, say=say, tls=tls)
     except TinsmithError as error:

@@ -31,7 +31,12 @@ def open_provider(service: str, *, endpoint: str | None = None, exporter: SpanEx
 
 
 def traces_url(endpoint: str) -> str:
-    """Of a collector that is given as OpenTelemetry's own variable would: without the path of a signal."""
+    """Of a collector that is given as OpenTelemetry's own variable would: without the path of a signal.
+
+    Raises `ValueError` for what is no address: the exporter would only say so in the log, span after span.
+    """
+    if not endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"{endpoint!r} is no address of a collector; it begins with http:// or https://")
     trimmed = endpoint.rstrip("/")
     return trimmed if trimmed.endswith(TRACES_PATH) else trimmed + TRACES_PATH
 

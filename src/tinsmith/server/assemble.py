@@ -58,7 +58,7 @@ def _engine(source: ModelSource, options: EngineOptions, home: EngineHome) -> En
 def open_tracing(endpoint: str | None) -> Tracing | None:
     """Traces to an OTLP/HTTP collector: at `endpoint`, or where OpenTelemetry's own variables say; `None` without.
 
-    Raises `InvalidInput` if they are asked for and OpenTelemetry is not installed.
+    Raises `InvalidInput` if they are asked for and OpenTelemetry is not installed, or `endpoint` is no address.
     """
     if endpoint is None and not any(os.environ.get(name) for name in OTEL_VARIABLES):
         return None
@@ -70,7 +70,10 @@ def open_tracing(endpoint: str | None) -> Tracing | None:
             logger.warning("%s is set, but there is no OpenTelemetry: pip install 'tinsmith[otel]'", OTEL_VARIABLES[0])
             return None
         raise InvalidInput("--otel-endpoint needs OpenTelemetry: pip install 'tinsmith[otel]'") from error
-    return Tracing(open_provider("tinsmith", endpoint=endpoint))
+    try:
+        return Tracing(open_provider("tinsmith", endpoint=endpoint))
+    except ValueError as error:
+        raise InvalidInput(f"--otel-endpoint: {error}") from error
 
 
 def default_data_dir() -> Path:

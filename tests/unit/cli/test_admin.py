@@ -96,6 +96,7 @@ def test_projects_and_quotas(office: Office) -> None:
         (["keys", "create", "anna", "--expires-in", "²d"], 2, "'²d'"),
         (["keys", "create", "anna", "--expires-in", "999999999d"], 1, "expires in"),
         (["keys", "revoke", "7", "--yes"], 1, "no key 7"),
+        (["keys", "revoke", str(2**70), "--yes"], 2, "less than or equal to 2147483647"),
         (["projects", "create", "x", "--weight", "0"], 1, "weight"),
         (["quotas", "set", "user", "anna"], 2, "at least one"),
         (["quotas", "set", "team", "anna", "--live-models", "1"], 2, "'team'"),

@@ -20,6 +20,7 @@ from tinsmith.control.service import Control
 from tinsmith.control.settings import ControlSettings
 from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
 from tinsmith.server import create_app
+from tinsmith.server.assemble import open_tracing
 from tinsmith.server.tracing import Tracing
 from tinsmith.types.errors import InvalidInput
 
@@ -143,3 +144,8 @@ def test_nothing_of_opentelemetry_is_imported_unless_it_is_asked_for() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_collector_without_an_address_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="--otel-endpoint: 'collector:4318' is no address of a collector"):
+        open_tracing("collector:4318")
