@@ -51,8 +51,12 @@ def build_dataset(
     train_on: TrainOn,
     max_length: int | None,
     too_long: TooLong = "error",
+    max_context: int | None = None,
 ) -> ConversationDataset:
-    """Render every conversation. Raises `RenderError`, and `DataError` for one that is too long or if none is left."""
+    """Render every conversation. Raises `RenderError`, and `DataError` for one that is too long or if none is left.
+
+    `max_context` is what the model takes, where that is known: nothing may be longer, whatever `too_long` says.
+    """
     examples, num_truncated, num_skipped = [], 0, 0
     for conversation in conversations:
         example = renderer.render(conversation, train_on).require_text()
@@ -64,6 +68,7 @@ def build_dataset(
                 )
             example = _truncated(example, max_length if too_long == "truncate" else 0)
             num_truncated += 1 if example.num_trained else 0
+        _check_context(example, max_context)
         if example.num_trained:
             examples.append(example)
         else:
@@ -73,6 +78,15 @@ def build_dataset(
             f"no conversation is left to train on: {num_skipped} were skipped under max_length {max_length}"
         )
     return ConversationDataset(examples=tuple(examples), num_truncated=num_truncated, num_skipped=num_skipped)
+
+
+def _check_context(example: RenderedConversation, max_context: int | None) -> None:
+    """The last token is a target only, so one more than the model takes fits."""
+    if max_context is not None and len(example.tokens) > max_context + 1:
+        raise DataError(
+            f"{example.source}: {len(example.tokens)} tokens are more than the model's context of {max_context}; "
+            f"set max_length={max_context}, and too_long to 'truncate' or 'skip'"
+        )
 
 
 def _truncated(example: RenderedConversation, length: int) -> RenderedConversation:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,6 +55,18 @@ def test_a_long_conversation_is_an_error_by_default(chatml: PreTrainedTokenizerF
     renderer = ChatTemplateRenderer(chatml)
     with pytest.raises(DataError, match=r"a conversation: \d+ tokens are more than max_length 9; raise max_length"):
         build_dataset([LONG], renderer, train_on="last_assistant_message", max_length=9)
+
+
+@pytest.mark.parametrize("shorter", [{}, {"max_length": 99, "too_long": "truncate"}])
+def test_a_conversation_longer_than_the_model_takes_is_named(
+    chatml: PreTrainedTokenizerFast, shorter: dict[str, Any]
+) -> None:
+    renderer = ChatTemplateRenderer(chatml)
+    length = len(renderer.render(LONG, "last_assistant_message").tokens)
+    options: dict[str, Any] = {"train_on": "last_assistant_message", "max_length": None} | shorter
+    with pytest.raises(DataError, match=rf"a conversation: {length} tokens are more .* set max_length={length - 2},"):
+        build_dataset([SHORT, LONG], renderer, **options, max_context=length - 2)
+    assert len(build_dataset([SHORT, LONG], renderer, **options, max_context=length - 1).examples) == 2
 
 
 def test_truncation_keeps_the_beginning_and_is_counted(chatml: PreTrainedTokenizerFast) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tinsmith.data import ChatTokenizer
+from tinsmith.data import ChatTokenizer, DataError
 from tinsmith.kitchen import (
     RECIPES,
     CheckpointRecord,
@@ -263,6 +263,28 @@ def test_a_bad_pair_names_file_and_line(
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
     with pytest.raises(Exception, match=complaint):
         cook("dpo", "run", data=tmp_path / "pairs.jsonl", test_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("chat_sl", r"\d+ tokens are more than the model's context of 20; set max_length=20"),
+        ("dpo", r"\d+ tokens with 'chosen' do not fit into the model's context of 20"),
+        ("distillation", r"a prompt of \d+ tokens leaves no room for an answer in the model's context of 20"),
+        (
+            "off_policy_distillation",
+            r"a prompt of \d+ tokens leaves no room for an answer in the model's context of 20",
+        ),
+    ],
+)
+def test_what_the_model_cannot_take_is_found_before_anything_is_trained(
+    tiny_tokenizer: ChatTokenizer, cook: Callable[..., TrainingResult], tmp_path: Path, name: str, complaint: str
+) -> None:
+    backend = NoopBackend(chat_tokenizer=tiny_tokenizer, max_context=20)
+    with pytest.raises(DataError, match=r"\.jsonl:\d+: " + complaint):
+        cook(name, "run", backend)
+    assert not (tmp_path / "run").exists()
+    assert not backend.calls
 
 
 def test_keys_of_a_pair_that_are_not_read_are_counted(cook: Callable[..., TrainingResult], tmp_path: Path) -> None:

@@ -176,6 +176,9 @@ def test_ck_42_an_episode_without_room_for_another_answer_is_overlong(
     backend = ScriptedBackend(chat_tokenizer=tiny_tokenizer, says=moods("1", "1", "0", "0"))
     with pytest.raises(WorkflowError, match=r"no episode of the round was answered.*max_context=4"):
         train(Moods(), backend, tmp_path / "run", max_context=4)
+    backend.max_context = 5
+    with pytest.raises(WorkflowError, match=r"no episode of the round was answered.*max_context=4"):
+        train(Moods(), backend, tmp_path / "model")
 
 
 def test_ck_42_gae_reaches_the_tokens(tiny_tokenizer: ChatTokenizer, tmp_path: Path) -> None:

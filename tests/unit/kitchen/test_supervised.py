@@ -203,6 +203,15 @@ def test_bad_data_writes_nothing_and_closes_the_backend(train: Train, backend: N
     assert backend.closed
 
 
+def test_a_conversation_that_the_model_cannot_take_writes_nothing(
+    train: Train, new_backend: NewBackend, tmp_path: Path
+) -> None:
+    complaint = r"talk.jsonl:\d+: \d+ tokens are more than the model's context of 12; set max_length=12"
+    with pytest.raises(DataError, match=complaint):
+        train(new_backend(max_context=12))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_ends_the_run(
     train: Train, backend: NoopBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

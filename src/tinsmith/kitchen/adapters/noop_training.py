@@ -109,6 +109,8 @@ class NoopBackend(TrainingBackend):
 
     chat_tokenizer: ChatTokenizer | None = None
     """`None` takes that of tinsmith/tiny."""
+    max_context: int | None = None
+    """Tokens that the model is said to take; `None` says nothing."""
     fail_after_steps: int | None = None
     fail_after_submitted_steps: int | None = None
     store: dict[str, _Weights] = field(default_factory=dict)
@@ -162,6 +164,10 @@ class NoopSession:
     @property
     def tokenizer(self) -> ChatTokenizer:
         return self.backend.tokenizer
+
+    @property
+    def max_context(self) -> int | None:
+        return self.backend.max_context
 
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float | str] | None = None

@@ -88,16 +88,22 @@ class TinkerBackend(TrainingBackend):
         return self._location
 
     def start_session(self, spec: SessionSpec) -> TrainingSession:
-        metadata = dict(spec.metadata)
+        metadata, name = dict(spec.metadata), _served_name(spec.model, self.base_url)
         if spec.resume_from is not None:
             client = self._service.create_training_client_from_state_with_optimizer(
                 spec.resume_from, user_metadata=metadata
             ).result()
         else:
             client = self._service.create_lora_training_client(
-                _served_name(spec.model, self.base_url), rank=spec.lora_rank, seed=spec.seed, user_metadata=metadata
+                name, rank=spec.lora_rank, seed=spec.seed, user_metadata=metadata
             ).result()
-        return TinkerSession(client=client)
+        return TinkerSession(client=client, max_context=self._max_context(name))
+
+    def _max_context(self, name: str) -> int | None:
+        from tinsmith.client import RestClient
+
+        served = RestClient(self._service.holder).get_server_capabilities().result().supported_models
+        return next((model.max_context_length for model in served if model.model_name == name), None)
 
     def open_sampler(self, model: str) -> Sampler:
         if model.startswith("tinker://"):
@@ -117,6 +123,8 @@ def _served_name(model: str, base_url: str) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinkerSession:
     client: TrainingClient
+    max_context: int | None
+    """As the server says; `None` if it does not."""
 
     @property
     def run_id(self) -> str:

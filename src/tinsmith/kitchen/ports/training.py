@@ -88,7 +88,10 @@ class Sampler(Protocol):
 
 
 class TrainingSession(Protocol):
-    """One adapter in training. Operations take effect in the order they are submitted, whenever results are read."""
+    """One adapter in training. Operations take effect in the order they are submitted, whenever results are read.
+
+    One that also has a `max_context`, in tokens, is sent no data that is longer: it is refused while it is read.
+    """
 
     @property
     def run_id(self) -> str: ...

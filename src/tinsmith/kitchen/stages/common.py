@@ -65,7 +65,12 @@ class StartSession(Stage):
         )
         session = await asyncio.to_thread(client.start_session, spec)
         tokenizer = client.get_tokenizer(session)
-        return ctx.put(session=session, tokenizer=tokenizer, renderer=choose_renderer(tokenizer))
+        return ctx.put(
+            session=session,
+            tokenizer=tokenizer,
+            renderer=choose_renderer(tokenizer),
+            max_context=getattr(session, "max_context", None),
+        )
 
 
 class OpenRun(Stage):

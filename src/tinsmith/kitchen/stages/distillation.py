@@ -12,7 +12,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from tinsmith.data import BatchPlan, Conversation, ConversationFile, DataError, build_dataset
+from tinsmith.data import BatchPlan, Conversation, ConversationDataset, ConversationFile, DataError, build_dataset
 from tinsmith.data.jsonl import conversations_of
 from tinsmith.kitchen.advantages import Advantages
 from tinsmith.kitchen.context import Context
@@ -56,14 +56,36 @@ class ReadPrompts(Stage):
         found: dict[tuple[str, int], Conversation] = {}
         for conversation, (values, source) in zip(file.conversations, records, strict=True):
             prompt = _prompt(conversation)
-            ctx.state.renderer.generation_prompt(prompt.messages, tools=prompt.tools, source=source)
+            tokens = ctx.state.renderer.generation_prompt(prompt.messages, tools=prompt.tools, source=source)
+            if _room(ctx, len(tokens)) < 1:
+                raise DataError(
+                    f"{source}: a prompt of {len(tokens)} tokens leaves no room for an answer in the model's context "
+                    f"of {ctx.state.max_context}; shorten it"
+                )
             same = repr((prompt.messages, prompt.tools))
             found.setdefault((same, _owner(ctx.config, values, source)), prompt)
         return ctx.put(
-            conversations=file.conversations,
+            taught=_taught(ctx, file) if teacher_is_missing(ctx) else None,
             prompts=tuple(found.values()),
             prompt_owners=tuple(owner for _, owner in found) if ctx.config.teacher_of == "record" else (),
         )
+
+
+def _taught(ctx: Context, file: ConversationFile) -> ConversationDataset:
+    """What the teacher is to learn."""
+    return build_dataset(
+        file.conversations,
+        ctx.state.renderer,
+        train_on="all_assistant_messages",
+        max_length=None,
+        max_context=ctx.get_state("max_context", None),
+    )
+
+
+def _room(ctx: Context, num_prompt: int) -> int:
+    """Tokens that an answer may have. It is also scored as a prompt, which needs room for a token behind it."""
+    max_tokens, max_context = int(ctx.config.max_tokens), ctx.get_state("max_context", None)
+    return max_tokens if max_context is None else min(max_tokens, max_context - 1 - num_prompt)
 
 
 def _owner(config: Any, values: Mapping[str, Any], source: str) -> int:
@@ -94,9 +116,7 @@ class StartTeacher(Stage):
     async def execute(self, ctx: Context) -> Context:
         config, client = ctx.config, ctx.get_adapter("training_client")
         spec = SessionSpec(model=config.model, lora_rank=config.lora_rank, seed=config.seed, metadata={"role": TEACHER})
-        taught = build_dataset(
-            ctx.state.conversations, ctx.state.renderer, train_on="all_assistant_messages", max_length=None
-        )
+        taught = ctx.state.taught
         plan = BatchPlan(
             num_examples=len(taught.examples), batch_size=8, epochs=config.teacher_epochs, seed=config.seed
         )
@@ -228,7 +248,7 @@ async def _answers(ctx: Context, prompt: Conversation, number: int) -> list[Teac
     drawn: list[SampledSequence] = []
     for sampler, num_samples in reference.answering(number, config.group_size, rng):
         params = SamplingParams(
-            max_tokens=config.max_tokens, temperature=config.temperature, seed=seed, stop=renderer.stop
+            max_tokens=_room(ctx, len(tokens)), temperature=config.temperature, seed=seed, stop=renderer.stop
         )
         response = await sampler.sample(tokens, params, num_samples=num_samples)
         drawn += response.sequences

@@ -71,7 +71,8 @@ class BuildPairs(Stage):
 
     def execute(self, ctx: Context) -> Context:
         config, dataset = ctx.config, ctx.state.dataset
-        pairs = [_pair(record, ctx.state.renderer, config.max_length) for record in dataset]
+        max_context = ctx.get_state("max_context", None)
+        pairs = [_pair(record, ctx.state.renderer, config.max_length, max_context) for record in dataset]
         ignored = Counter(key for record in dataset for key in record.values if key not in PAIR_KEYS)
         if not pairs:
             raise DataError(f"{dataset.name} holds no pair")
@@ -100,7 +101,7 @@ def reference_name(config: Any) -> str:
     return str(config.reference or config.model)
 
 
-def _pair(record: Record, renderer: Renderer, max_length: int) -> Pair:
+def _pair(record: Record, renderer: Renderer, max_length: int, max_context: int | None) -> Pair:
     values = record.values
     for key in ("chosen", "rejected"):
         if not isinstance(values.get(key), str) or not values[key]:
@@ -117,6 +118,11 @@ def _pair(record: Record, renderer: Renderer, max_length: int) -> Pair:
         if len(rendered.tokens) > max_length:
             raise DataError(
                 f"{record.source}: {len(rendered.tokens)} tokens with {key!r} are more than max_length {max_length}"
+            )
+        if max_context is not None and len(rendered.tokens) >= max_context:  # the reference scores it as a prompt
+            raise DataError(
+                f"{record.source}: {len(rendered.tokens)} tokens with {key!r} do not fit into the model's context of "
+                f"{max_context}; shorten the prompt or the answer"
             )
         return to_datum(rendered.tokens, rendered.weights)
 

@@ -103,10 +103,15 @@ def rollout_spec(ctx: Context, source: EnvironmentSource) -> RolloutSpec:
         limits=RolloutLimits(
             max_turns=config.max_turns,
             max_tokens=config.max_tokens,
-            max_context=config.max_context,
+            max_context=_context(config, ctx.get_state("max_context", None)),
             timeout_s=config.rollout_timeout_s,
         ),
     )
+
+
+def _context(config: Any, of_model: int | None) -> int:
+    """What an episode may have. It may also be scored as a prompt, which needs room for a token behind it."""
+    return int(config.max_context) if of_model is None else min(config.max_context, of_model - 1)
 
 
 class StartRollouts(Stage):
@@ -186,7 +191,7 @@ class Assemble(Stage):
 
 def _tell_failures(ctx: Context, batch: Batch) -> None:
     if all(episode.rollout.ending == "overlong" and not episode.rollout.turns for episode in batch.episodes):
-        room = f"max_context={ctx.config.max_context} leaves no room after the prompts"
+        room = f"max_context={ctx.state.spec.limits.max_context} leaves no room after the prompts"
         raise WorkflowError(f"no episode of the round was answered: {room}")
     failed = [episode for episode in batch.episodes if episode.rollout.ending == "failed"]
     if not failed:

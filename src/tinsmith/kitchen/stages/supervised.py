@@ -50,10 +50,10 @@ class BuildDataset(Stage):
         dataset: Dataset = ctx.state.dataset
         records = [(record.values, record.source) for record in dataset]
         file = conversations_of(data_path(ctx), records, sha256=dataset.sha256)
-        return ctx.put(course=plan_course(ctx.config, file, ctx.state.renderer))
+        return ctx.put(course=plan_course(ctx.config, file, ctx.state.renderer, ctx.get_state("max_context", None)))
 
 
-def plan_course(config: Any, file: ConversationFile, renderer: Any) -> SupervisedCourse:
+def plan_course(config: Any, file: ConversationFile, renderer: Any, max_context: int | None = None) -> SupervisedCourse:
     try:
         training_indices, test_indices = hold_out(len(file.conversations), test_size=config.test_size, seed=config.seed)
     except ValueError as error:
@@ -66,6 +66,7 @@ def plan_course(config: Any, file: ConversationFile, renderer: Any) -> Supervise
             train_on=config.train_on,
             max_length=config.max_length,
             too_long=config.too_long,
+            max_context=max_context,
         )
 
     training = dataset(training_indices)
