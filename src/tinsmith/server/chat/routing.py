@@ -37,7 +37,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 class DialectRoute(APIRoute):
     """A subclass says how an error looks."""
 
-    def error_response(self, error: TinsmithError) -> Response:
+    def error_response(self, request: Request, error: TinsmithError) -> Response:
         raise NotImplementedError
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -49,11 +49,11 @@ class DialectRoute(APIRoute):
             except HTTPException as error:
                 if error.status_code != 400:
                     raise
-                return self.error_response(InvalidInput(str(error.detail)))
+                return self.error_response(request, InvalidInput(str(error.detail)))
             except CallerLeft:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             except Exception as error:  # noqa: BLE001 - the boundary of a request: nobody else knows its dialect
-                return self.error_response(as_tinsmith_error(error, request.method, request.url.path))
+                return self.error_response(request, as_tinsmith_error(error, request.method, request.url.path))
 
         return handle_in_dialect
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 from tinsmith.control.errors import Unauthorized
@@ -39,7 +40,7 @@ def error_status(error: TinsmithError) -> int:
 
 
 class OpenAIRoute(DialectRoute):
-    def error_response(self, error: TinsmithError) -> Response:
+    def error_response(self, request: Request, error: TinsmithError) -> Response:
         return error_response(error)
 
 

@@ -6,16 +6,24 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
 
 from tinsmith.server.chat.desk import CHECKPOINT_SCHEME
 from tinsmith.server.chat.fields import BadField
-from tinsmith.server.chat.routing import ERRORS
+from tinsmith.server.chat.routing import ERRORS, DialectRoute
+from tinsmith.server.dialects import refuse
 from tinsmith.server.errors import brief
-from tinsmith.server.openai.errors import OpenAIRoute
 from tinsmith.server.service import Service, ServiceDep
-from tinsmith.types.errors import InvalidInput, NotFound
+from tinsmith.types.errors import InvalidInput, NotFound, TinsmithError
 
-router = APIRouter(tags=["openai"], route_class=OpenAIRoute, responses=ERRORS)
+
+class _EitherRoute(DialectRoute):
+    def error_response(self, request: Request, error: TinsmithError) -> Response:
+        return refuse(request.headers, request.url.path, error)
+
+
+router = APIRouter(tags=["openai"], route_class=_EitherRoute, responses=ERRORS)
 
 MOST_CHECKPOINTS = 1000
 
