@@ -48,15 +48,18 @@ class Events:
 
     def watch(
         self,
-        work: Coroutine[Any, Any, T],
+        work: Callable[[], Coroutine[Any, Any, T]],
         span: Span,
         summary: Callable[[T], Mapping[str, Any]] | None = None,
     ) -> Coroutine[Any, Any, T]:
-        """The same work, its end told as `operation.finished` or `operation.failed`."""
-        return self._watched(work, span, summary) if self._sinks else work
+        """What `work` gives, its end told as `operation.finished` or `operation.failed`."""
+        return self._watched(work, span, summary) if self._sinks else work()
 
     async def _watched(
-        self, work: Coroutine[Any, Any, T], span: Span, summary: Callable[[T], Mapping[str, Any]] | None
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        span: Span,
+        summary: Callable[[T], Mapping[str, Any]] | None,
     ) -> T:
         with ExitStack() as traced:
             for sink in list(self._tracers):
@@ -67,7 +70,7 @@ class Events:
                     self._drop(sink, error)
             self.emit("operation.started", **span.fields)
             try:
-                result = await work
+                result = await work()
             except BaseException as error:
                 self.emit("operation.failed", **(span.measured() | describe(error)))
                 raise

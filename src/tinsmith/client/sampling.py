@@ -338,7 +338,7 @@ class SamplingClient:
             num_samples=request.body["num_samples"],
             prompt_tokens=request.prompt_tokens,
         )
-        return self._connection.link.events.watch(self._sample(request), span, _sampled)
+        return self._connection.link.events.watch(lambda: self._sample(request), span, _sampled)
 
     async def _sample(self, request: _Request) -> SampleResponse:
         async with self._in_flight:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -247,7 +248,7 @@ class TrainingClient:
         turn = self._line.reserve(1)
         body |= {"model_id": self.model_id, "seq_id": turn.seq_ids[0], "type": path}
         span = self._span(path, turn, **_told(body))
-        work = self._run_operation(turn, path, request_type, body, model, span)
+        work = partial(self._run_operation, turn, path, request_type, body, model, span)
         return self._connection.link.events.watch(work, span, _operated)
 
     async def _run_operation(
@@ -297,7 +298,7 @@ class TrainingClient:
         chunks = self._encoded(pieces, loss_fn, loss_fn_config, forward_only=forward_only)
         turn = self._line.reserve(len(chunks))
         span = self._span("forward" if forward_only else "forward_backward", turn, loss_fn=loss_fn, **_sizes(pieces))
-        work = self._run_pass(chunks, turn, span, forward_only=forward_only)
+        work = partial(self._run_pass, chunks, turn, span, forward_only=forward_only)
         return self._connection.link.events.watch(work, span, _losses)
 
     async def _run_pass(
@@ -378,7 +379,7 @@ class TrainingClient:
         chunks = self._surrogate_chunks(pieces, forward_only=True)
         turn = self._line.reserve(2 * len(chunks))
         span = self._span("forward_backward_custom", turn, loss_fn="custom", **_sizes(pieces))
-        work = self._run_custom(data, plain, function, chunks, turn)
+        work = partial(self._run_custom, data, plain, function, chunks, turn)
         return self._connection.link.events.watch(work, span, _losses)
 
     def _surrogate_chunks(self, pieces: Sequence[Sequence[Datum]], *, forward_only: bool) -> list[TrainChunk]:

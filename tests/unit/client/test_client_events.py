@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import csv
 import gc
 import io
 import json
 import sqlite3
+import threading
 import warnings
 from pathlib import Path
 
@@ -84,6 +86,26 @@ def test_every_operation_is_an_event_with_what_research_asks_for() -> None:
         "session.created", "session.finished"
     ]  # fmt: skip
     assert "tml-secret" not in json.dumps([event.as_row() for event in kept.events])
+
+
+def test_a_sample_taken_back_before_it_begins_leaves_no_warning() -> None:
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        ServiceClient(
+            base_url="http://fake.test", api_key="tml-k", timing=FAST, transport=FakeTinker(), telemetry=[Kept()]
+        ) as service,
+    ):
+        warnings.simplefilter("always")
+        sampler = service.create_sampling_client(base_model="m").result(5)
+        going_on = threading.Event()
+        service.holder.loop.call(lambda: going_on.wait(5))
+        sampling = sampler.sample(ModelInput.from_ints([1, 2]), 1, SamplingParams(max_tokens=3))
+        sampling.cancel()
+        going_on.set()
+        with pytest.raises(concurrent.futures.CancelledError):
+            sampling.result(5)
+        gc.collect()
+    assert [str(one.message) for one in caught if "never awaited" in str(one.message)] == []
 
 
 def test_a_sink_that_fails_stops_nothing_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
