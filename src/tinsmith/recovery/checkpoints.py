@@ -52,11 +52,16 @@ class CheckpointPolicy:
     ttl_seconds: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
-        if self.strategy == "epoch" and not self.steps_per_epoch:
+        for name in ("save_every", "keep_last", "steps_per_epoch"):
+            value = getattr(self, name)
+            if name == "steps_per_epoch" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.strategy == "epoch" and self.steps_per_epoch is None:
             raise ValueError("strategy 'epoch' needs steps_per_epoch")
+        if self.best_mode not in ("min", "max"):
+            raise ValueError(f"best_mode must be min or max, not {self.best_mode!r}")
         if self.strategy not in ("steps", "epoch", "best", "last", "all"):
             raise ValueError(f"strategy must be steps, epoch, best, last or all, not {self.strategy!r}")
 

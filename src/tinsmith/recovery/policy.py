@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tinsmith.recovery.diagnosis import Trigger
+from tinsmith.types.checkpoint import ParsedCheckpointTinkerPath
 
 if TYPE_CHECKING:
     from tinsmith.client.training import TrainingClient
@@ -58,11 +59,16 @@ class RecoveryPolicy:
             raise ValueError(f"stall_ms must be a positive integer or None, not {self.stall_ms!r}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must lie between 0 and 1, not {self.jitter!r}")
+        if unknown := sorted(map(str, set(self.triggers) - set(Trigger))):
+            raise ValueError(f"triggers has none called {', '.join(unknown)}; there are {', '.join(Trigger)}")
         match self.checkpoint_strategy:
             case "latest" | "best_loss" | "best":
                 pass
-            case ("specific", str()):
-                pass
+            case ("specific", str(path)):
+                try:
+                    ParsedCheckpointTinkerPath.from_tinker_path(path)
+                except ValueError as error:
+                    raise ValueError(f"checkpoint_strategy: {error}") from error
             case other:
                 raise ValueError(f"checkpoint_strategy must be latest, best_loss or ('specific', path), not {other!r}")
 

@@ -46,6 +46,8 @@ def checkpoint(step: int, loss: float | None = None, run: str = "r") -> Recorded
         {"jitter": 1.0},
         {"checkpoint_strategy": "newest"},
         {"checkpoint_strategy": ("specific",)},
+        {"checkpoint_strategy": ("specific", "runs/last")},
+        {"triggers": {"nan"}},
         {"stall_ms": 0},
     ],
 )
@@ -78,7 +80,19 @@ def test_each_strategy_saves_when_it_says(policy: CheckpointPolicy, due: list[in
     assert [step for step in range(1, 10) if policy.is_due(step)] == due
 
 
-@pytest.mark.parametrize("wrong", [{"save_every": 0}, {"keep_last": 0}, {"strategy": "epoch"}, {"strategy": "often"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"save_every": 0},
+        {"save_every": 2.5},
+        {"keep_last": 0},
+        {"keep_last": "3"},
+        {"strategy": "epoch"},
+        {"strategy": "often"},
+        {"steps_per_epoch": 0},
+        {"best_mode": "minimum"},
+    ],
+)
 def test_a_checkpoint_policy_names_what_cannot_work(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CheckpointPolicy(**wrong)
