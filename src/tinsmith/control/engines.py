@@ -22,6 +22,8 @@ class EngineSlot:
         self.is_recovering = False
         """It is dead, and will be started again."""
         self.num_deaths = 0
+        self.num_results = 0
+        """Requests that ended with a result of it, each counted once."""
         self._revived = asyncio.Event()
         self.on_death: Callable[[EngineSlot], None] = lambda slot: None
 

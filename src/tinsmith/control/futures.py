@@ -170,8 +170,6 @@ class FutureStore:
         self._retained_bytes = 0
         self._refused: OrderedDict[str, StorageError] = OrderedDict()
         """The newest requests that could not be written, for whoever has yet to ask."""
-        self.num_succeeded = 0
-        """Requests that ended with a result."""
         self.completions = Completions()
         self.on_open: Callable[[str, RequestType, str | None, str | None], None] = lambda *_: None
         """Told the id, type, session and subject of every request, in the context of whoever asked."""
@@ -410,7 +408,6 @@ class FutureStore:
             context=promise.context,
         )
         promise.num_bytes = result_bytes(result)
-        self.num_succeeded += error is None
         promise.on_poll = None
         promise.done.set()
         self._retained_bytes += promise.num_bytes

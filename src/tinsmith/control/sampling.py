@@ -229,6 +229,7 @@ class Sampling:
         finally:
             self._num_attended -= 1
             self._quotas.sample_ended(attended)
+        sampler.slot.num_results += 1
         self._count(sampler.session_id, sampler.slot.card.name, len(operation.prompt), response)
         return response
 
@@ -334,6 +335,7 @@ class Sampling:
         else:
             sample = self._open.get(request_id)
             if sample is not None and self._meter.is_first(request_id):
+                sample.slot.num_results += 1
                 self._count(sample.session_id, sample.slot.card.name, sample.prompt_tokens, answer.result())
             self._finish(request_id, _complete(answer.result(), request_id))
 

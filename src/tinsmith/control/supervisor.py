@@ -54,9 +54,9 @@ class Supervisor:
         self._clock = clock
         self._strikes = strikes
         self._deaths: dict[str, deque[float]] = {}
-        """Of each engine, those since the last result that anybody got."""
-        self._num_succeeded = 0
-        """Results there were at the last death."""
+        """Of each engine, those since the last result that anybody got of it."""
+        self._num_results: dict[str, int] = {}
+        """Of each engine, those there were at its last death."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -76,9 +76,9 @@ class Supervisor:
         if self._is_closed:
             return False
         deaths = self._deaths.setdefault(slot.card.name, deque())
-        if self._futures.num_succeeded > self._num_succeeded:
+        if slot.num_results > self._num_results.get(slot.card.name, 0):
             deaths.clear()
-        self._num_succeeded = self._futures.num_succeeded
+        self._num_results[slot.card.name] = slot.num_results
         now = self._clock.monotonic()
         while deaths and deaths[0] < now - _WINDOW_S:
             deaths.popleft()

@@ -126,6 +126,7 @@ class Training:
 
         def answered(model: Model, work: Work) -> None:
             if self._futures.has_succeeded(work.request_id) and self._meter.is_first(work.request_id):
+                slot_of(model).num_results += 1
                 self._note_use(model, work)
             on_answered(model, work)
 

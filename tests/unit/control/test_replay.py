@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -556,3 +557,26 @@ async def test_a_pass_that_failed_is_not_done_again(server: Server) -> None:
         await results(h, await train(h, model_id, 4, 1))
         assert len(h.asked(TrainItem)) == 2
         assert "out of memory" in str(await h.error(failed))
+
+
+async def test_an_engine_that_keeps_dying_is_given_up_whatever_another_achieves(open_control: OpenControl) -> None:
+    dying, busy = FakeEngine(), FakeEngine(replace(FAKE_CARD, name="tinsmith/busy"))
+    values = {"ledger": True, "max_engine_restarts": 2, "max_strikes": 9, "engine_backoff_s": 0.0}
+    async with open_control([dying, busy], **values) as h:
+        session_id = await h.session()
+        model_id, other = await h.model(session_id, 0), await h.model(session_id, 1, base_model="tinsmith/busy")
+        start, seqs = dying.start, itertools.count(1)
+
+        async def start_after_a_result_of_the_other() -> Any:
+            await h.result(h.submit(forward_backward(other, next(seqs))))
+            return await start()
+
+        def deadly(item: TrainItem) -> Any:
+            dying.die("killed by SIGSEGV")
+            raise EngineDied("killed by SIGSEGV")
+
+        dying.start = start_after_a_result_of_the_other  # type: ignore[method-assign]
+        dying._handlers[TrainItem] = deadly
+        error = await h.error(h.submit(forward_backward(model_id, 1)))
+        assert str(error) == "killed by SIGSEGV"
+        assert dying.num_starts == 3
