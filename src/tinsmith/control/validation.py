@@ -452,6 +452,10 @@ def _stops(stop: Any, card: BaseModelCard) -> tuple[tuple[int, ...], tuple[str, 
     for index, text in enumerate(strings):
         if not text:
             raise InvalidInput(f"sampling_params.stop[{index}] is an empty text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"sampling_params.stop[{index}] {text!r} holds half of a surrogate pair") from error
     for index, token in enumerate(tokens):
         if not 0 <= token < card.vocab_size:
             raise InvalidInput(

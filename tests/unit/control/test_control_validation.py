@@ -436,6 +436,7 @@ def test_any_integer_is_a_seed(given: int, folded: int) -> None:
         (ask(stop=[100]), "sampling_params.stop[0]: token 100 is outside the vocabulary"),
         (ask(stop=["a", ""]), "sampling_params.stop[1] is an empty text"),
         (ask(stop=""), "sampling_params.stop[0] is an empty text"),
+        (ask(stop=["a", "\ud800"]), "sampling_params.stop[1] '\\ud800' holds half of a surrogate pair"),
         (ask(topk_prompt_logprobs=129), "topk_prompt_logprobs must be 0..100, not 129"),
         (ask(topk_sample_logprobs=-1), "topk_sample_logprobs must be 0..100, not -1"),
         (ask(prompt_alt_tokens_k=129), "prompt_alt_tokens_k must be 0..128, not 129"),

@@ -189,6 +189,30 @@ async def test_what_cannot_be_done_is_refused_by_name(
     assert samples(chat) == []
 
 
+async def test_half_a_character_reaches_no_engine(chat: Client) -> None:
+    """It would be the death of a real one, and of everybody's samples in it."""
+    for path, fields in (
+        (CHAT, {"messages": HELLO, "stop": ["a\ud800"]}),
+        (COMPLETIONS, {"prompt": "Hi", "stop": "\ud800"}),
+        ("messages", {"messages": HELLO, "max_tokens": 2, "stop_sequences": ["b", "\udfff"]}),
+    ):
+        body = json.dumps({"model": chat.engine.card.name, **fields})
+        answer = await chat.http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, answer.text
+        assert "surrogate" in answer.json()["error"]["message"]
+    assert samples(chat) == []
+
+
+async def test_tools_that_are_nested_too_deeply_are_refused(chat: Client) -> None:
+    deep: list[Any] = []
+    for _ in range(500):
+        deep = [deep]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"enum": deep}}}
+    response = await post(chat.http, CHAT, {"messages": HELLO, "tools": [tool]})
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "nested" in response.json()["error"]["message"]
+
+
 async def test_options_of_a_stream_need_a_stream(chat: Client) -> None:
     response = await post(chat.http, CHAT, {"messages": HELLO, "stream_options": {"include_usage": True}})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "stream_options")

@@ -117,4 +117,8 @@ def check_stops(stops: list[str], field: str) -> tuple[str, ...]:
     for index, stop in enumerate(stops):
         if not stop:
             raise BadField(field, f"{field}[{index}] is an empty text")
+        try:
+            stop.encode()
+        except UnicodeEncodeError as error:
+            raise BadField(field, f"{field}[{index}] {stop!r} holds half of a surrogate pair") from error
     return tuple(stops)

@@ -107,6 +107,8 @@ class ModelText:
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise BadField("messages", f"the chat template of {self._card.name!r} refuses this: {error}") from error
+        except RecursionError as error:
+            raise BadField("messages", "the messages or tools are nested too deeply") from error
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Raises `BadField` for what is no variable of the template, or not the caller's to set."""
