@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx2
 
-from tinsmith.client.errors import ConfigurationError
+from tinsmith.client.errors import ClientClosedError, ConfigurationError
 from tinsmith.client.loop import LoopThread, wait_for_outcome
 from tinsmith.types.errors import TinsmithError
 
@@ -92,6 +92,9 @@ class LocalStack:
         return closed
 
     async def _shut_down(self) -> None:
+        """Of a server that is still starting, once it has: an engine that loads its model cannot be stopped."""
+        with contextlib.suppress(Exception):  # whoever waits for the server hears of that
+            await wait_for_outcome(self._opened)
         if self._close is not None:
             await self._close()
 
@@ -136,7 +139,7 @@ class LocalTransport(httpx2.AsyncBaseTransport):
     @property
     def _open_stack(self) -> LocalStack:
         if self._stack is None:
-            raise RuntimeError("this way into the embedded server is closed")
+            raise ClientClosedError("the client was closed before this request was sent")
         return self._stack
 
     async def aclose(self) -> None:

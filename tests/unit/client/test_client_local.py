@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Awaitable, Callable
 
 import httpx2
 import pytest
 
+import tinsmith
+from tinsmith.client import ClientClosedError
 from tinsmith.client.local import LocalTransport
 
 
@@ -64,6 +67,27 @@ async def test_clients_of_one_address_share_a_server(embedded: Embedded) -> None
     await first.aclose()
     assert (await second.handle_async_request(httpx2.Request("GET", "http://x/"))).status_code == 200
     await second.aclose()
+    assert embedded.noted == ["open local:", "closing local:", "closed local:"]
+
+
+@pytest.mark.anyio
+async def test_a_server_closed_while_it_starts_is_closed_once_it_has_started(
+    embedded: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, open_at_once = threading.Event(), embedded.open_local
+
+    async def open_slowly(url: str) -> tuple[httpx2.AsyncBaseTransport, Callable[[], Awaitable[None]]]:
+        await asyncio.to_thread(loaded.wait, 10)
+        return await open_at_once(url)
+
+    monkeypatch.setattr(embedded, "open_local", open_slowly)
+    client = tinsmith.RestClient(base_url="local:")
+    asked, closing = client.get_server_capabilities(), client.close()
+    await asyncio.sleep(0.05)
+    loaded.set()
+    await closing
+    with pytest.raises(ClientClosedError):
+        await asked
     assert embedded.noted == ["open local:", "closing local:", "closed local:"]
 
 
