@@ -20,7 +20,7 @@ from tinsmith.control.fairness import Fairness
 from tinsmith.control.futures import FutureStore, Pending
 from tinsmith.control.identity import Clock, Ids
 from tinsmith.control.journal import Journal, SampleRecord
-from tinsmith.control.ledger import Entry, put
+from tinsmith.control.ledger import Entry, mark_failed, put
 from tinsmith.control.quotas import Quotas
 from tinsmith.control.requests import DrawSamples, RejectedSample, SampleRequest, Submission
 from tinsmith.control.samplers import Sampler, SamplerBook
@@ -385,6 +385,8 @@ class Sampling:
     def _finish(self, request_id: str, answer: SampleResponse | BaseException) -> None:
         self._open.pop(request_id, None)
         if isinstance(answer, TinsmithError):
+            if isinstance(answer, UserError):  # cancelled, say: nobody wants it of the next server either
+                self._journal.note([mark_failed("sample", request_id, answer)])
             self._futures.fail(request_id, answer)
         elif isinstance(answer, BaseException):
             logger.error("sampling failed inside the engine", exc_info=answer)

@@ -580,3 +580,19 @@ async def test_an_engine_that_keeps_dying_is_given_up_whatever_another_achieves(
         error = await h.error(h.submit(forward_backward(model_id, 1)))
         assert str(error) == "killed by SIGSEGV"
         assert dying.num_starts == 3
+
+
+async def test_a_cancelled_sample_is_not_drawn_by_the_next_server(server: Server) -> None:
+    h = await server.start()
+    sampler_id = await h.control.create_sampling_session(await h.session(), 0, "tinsmith/fake", None)
+    h.engine.pause()
+    cancelled, wanted = h.sample(draw(sampler_id, 1)), h.sample(draw(sampler_id, 2))
+    for receipt in (cancelled, wanted):
+        await h.control.durable(receipt)
+    h.control.cancel(cancelled.request_id)
+    await h.settle()
+    await server.kill(h)
+    async with running(server) as h:
+        await h.result(wanted)
+        assert "cancelled" in str(await h.error(cancelled))
+        assert len(h.asked(Sample)) == 1
