@@ -16,7 +16,7 @@ from tinsmith.control.errors import ModelEnded
 from tinsmith.control.futures import ExternalSaved, FutureStore, SamplerSaved
 from tinsmith.control.identity import Clock
 from tinsmith.control.journal import Journal
-from tinsmith.control.ledger import Entry, mark_failed, put
+from tinsmith.control.ledger import Entry, put
 from tinsmith.control.models import Creation, Model, ModelOperation, ModelStatus, Work, slot_of
 from tinsmith.control.records import CheckpointRow, RunRow
 from tinsmith.control.registry import RUNS, SAMPLERS, Registry
@@ -41,7 +41,6 @@ from tinsmith.types.errors import (
     InvalidInput,
     PayloadConflict,
     ServerError,
-    StorageError,
     TinsmithError,
 )
 from tinsmith.types.operations import (
@@ -113,18 +112,10 @@ class Executor:
         if isinstance(error, AdapterCorrupted):
             self._note_corrupted(model)
         else:
-            await self._note_failed(work, error)
+            await self.journal.note_failed(work.request_id, error)  # one that met NaN meets it again
         self.futures.fail(work.request_id, error)
         if isinstance(work.operation, Creation):
             self.end_model(model, ModelEnded(f"model {model.model_id!r} could not be created: {error}"))
-
-    async def _note_failed(self, work: Work, error: TinsmithError) -> None:
-        """Before it is told: what failed for want of memory or of a checkpoint must not succeed in a replay. One that
-        met numbers that are not finite meets them again."""
-        try:
-            await self.journal.write([mark_failed("request", work.request_id, error)])
-        except StorageError as unwritten:
-            logger.warning("a replay may not know that request %s has failed: %s", work.request_id, unwritten)
 
     def _note_corrupted(self, model: Model) -> None:
         model.is_corrupted = True

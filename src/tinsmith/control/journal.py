@@ -21,11 +21,11 @@ from typing import Any
 
 from tinsmith.control.completions import Group
 from tinsmith.control.futures import Ended, FutureStore, RequestType
-from tinsmith.control.ledger import Change, Entry, Ledger, OnWritten, put, remove
+from tinsmith.control.ledger import Change, Entry, Ledger, OnWritten, mark_failed, put, remove
 from tinsmith.control.ledger_codec import recorded
 from tinsmith.control.requests import Deferred, ModelRequest, NewSession, Recipe, SampleRequest
 from tinsmith.types.custom_loss import CustomLoss
-from tinsmith.types.errors import StorageError
+from tinsmith.types.errors import StorageError, TinsmithError
 from tinsmith.types.operations import LoraSpec
 
 logger = logging.getLogger(__name__)
@@ -207,6 +207,13 @@ class Journal:
         """On disk when it returns. Raises `StorageError`."""
         if self.ledger is not None:
             await self.ledger.write(changes)
+
+    async def note_failed(self, request_id: str, error: TinsmithError) -> None:
+        """Before it is told: what failed for want of memory or of a checkpoint must not succeed in a replay."""
+        try:
+            await self.write([mark_failed("request", request_id, error)])
+        except StorageError as unwritten:
+            logger.warning("a replay may not know that request %s has failed: %s", request_id, unwritten)
 
     def keep_result(self, request_id: str, ended: Ended, on_written: OnWritten, at: float) -> None:
         """Of a request that failed before it got into any order."""

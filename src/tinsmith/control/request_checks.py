@@ -11,6 +11,7 @@ from typing import Any
 
 from tinsmith.control.admission import check_request
 from tinsmith.control.futures import FutureStore
+from tinsmith.control.journal import Journal
 from tinsmith.control.models import Model, Work, slot_of
 from tinsmith.control.requests import ForwardBackward, ModelRequest, Rejected
 from tinsmith.types.errors import ServerError, TinsmithError
@@ -22,9 +23,10 @@ INLINE_TOKENS = 1024
 
 
 class RequestChecks:
-    def __init__(self, futures: FutureStore, *, wake: Callable[[Model], None]) -> None:
+    def __init__(self, futures: FutureStore, journal: Journal, *, wake: Callable[[Model], None]) -> None:
         """`wake` is told of every model a request of which may be ready now."""
         self._futures = futures
+        self._journal = journal
         self._wake = wake
         self._tasks: set[asyncio.Task[None]] = set()
         self._validator = ThreadPoolExecutor(max_workers=1, thread_name_prefix="validator")
@@ -51,6 +53,12 @@ class RequestChecks:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
+    async def stop(self) -> None:
+        """Complete and check nothing more; the futures are failed by whoever closes their store."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def close(self) -> None:
         self._validator.shutdown()
 
@@ -69,17 +77,21 @@ class RequestChecks:
         try:
             request = await prepare()
         except TinsmithError as error:
-            self._settle(model, work, error)
+            await self._give_up(model, work, error)
             return
         except Exception as error:
             logger.exception("a training request could not be prepared")
             fault = ServerError(f"internal error: {error!r}; the server's log has the details")
-            self._settle(model, work, fault)
+            await self._give_up(model, work, fault)
             return
         if model.has_ended:  # the future has failed with the model
             return
         completed(request)
         self.check(model, work, request)
+
+    async def _give_up(self, model: Model, work: Work, fault: TinsmithError) -> None:
+        await self._journal.note_failed(work.request_id, fault)
+        self._settle(model, work, fault)
 
     async def _check_aside(self, model: Model, work: Work, request: ModelRequest) -> None:
         loop = asyncio.get_running_loop()

@@ -282,7 +282,7 @@ class Control:
         await self._sampling.close()
         await self._jobs.close()
         await self._engines.close()
-        await self._training.drain()
+        await self._training.stop()
         self._training.close()
         self.num_left = self._futures.num_open if self.keeps_requests else 0
         self._futures.fail_all(ServerError("the server was stopped"))

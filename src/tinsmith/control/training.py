@@ -96,7 +96,7 @@ class Training:
         self._ids = ids
         self._models: dict[str, Model] = {}
         self.entries = ModelEntries(journal, futures, clock, wake=self._wake)
-        self._checks = RequestChecks(futures, wake=self._wake)
+        self._checks = RequestChecks(futures, journal, wake=self._wake)
         self._executor = Executor(
             futures=futures,
             registry=registry,
@@ -532,6 +532,11 @@ class Training:
         for scheduler in self._schedulers.values():
             await scheduler.drain()
         await self._checks.drain()
+
+    async def stop(self) -> None:
+        """As `drain`, once the engines are closed; what is still being put together for a turn is left as it is."""
+        await self._checks.stop()
+        await self.drain()
 
     def close(self) -> None:
         self._checks.close()

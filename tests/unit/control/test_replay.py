@@ -521,44 +521,6 @@ async def test_a_request_that_named_an_unknown_loss_fails_alike(server: Server) 
         assert str(again.error) == str(error)
 
 
-@pytest.mark.parametrize("what_dies", ["server", "engine"])
-async def test_a_load_that_found_nothing_finds_nothing_when_it_is_done_again(server: Server, what_dies: str) -> None:
-    h = await server.start()
-    model_id = await h.model()
-    h.control._snapshots._max_requests = 10**9
-    await results(h, await train(h, model_id, 1, 1))
-    path = f"tinker://{model_id}/weights/a"
-    load = h.submit(LoadState(model_id=model_id, seq_id=3, path=path, optimizer=True))
-    told = await h.error(load)
-    await results(h, await train(h, model_id, 4, 1))
-    await h.result(h.submit(SaveState(model_id=model_id, seq_id=6, name="a")))
-    if what_dies == "server":
-        await server.kill(h)
-        h = await server.start()
-    else:
-        h.engine.die()
-        h.control._check_engines()
-    await results(h, await train(h, model_id, 7, 1))
-    assert not h.asked(LoadAdapter)
-    again = await h.error(load)
-    assert (type(again), str(again)) == (type(told), str(told))
-    await h.control.close()
-
-
-async def test_a_pass_that_failed_is_not_done_again(server: Server) -> None:
-    h = await server.start()
-    model_id = await h.model()
-    h.engine.fail_items(model_id, ServerError("the pass failed on the device: out of memory"))
-    failed = h.submit(forward_backward(model_id, 1, first=11))
-    assert isinstance(await h.error(failed), ServerError)
-    await results(h, await train(h, model_id, 2, 1))  # the client has sent it again
-    await server.kill(h)
-    async with running(server) as h:
-        await results(h, await train(h, model_id, 4, 1))
-        assert len(h.asked(TrainItem)) == 2
-        assert "out of memory" in str(await h.error(failed))
-
-
 async def test_an_engine_that_keeps_dying_is_given_up_whatever_another_achieves(open_control: OpenControl) -> None:
     dying, busy = FakeEngine(), FakeEngine(replace(FAKE_CARD, name="tinsmith/busy"))
     values = {"ledger": True, "max_engine_restarts": 2, "max_strikes": 9, "engine_backoff_s": 0.0}
@@ -580,19 +542,3 @@ async def test_an_engine_that_keeps_dying_is_given_up_whatever_another_achieves(
         error = await h.error(h.submit(forward_backward(model_id, 1)))
         assert str(error) == "killed by SIGSEGV"
         assert dying.num_starts == 3
-
-
-async def test_a_cancelled_sample_is_not_drawn_by_the_next_server(server: Server) -> None:
-    h = await server.start()
-    sampler_id = await h.control.create_sampling_session(await h.session(), 0, "tinsmith/fake", None)
-    h.engine.pause()
-    cancelled, wanted = h.sample(draw(sampler_id, 1)), h.sample(draw(sampler_id, 2))
-    for receipt in (cancelled, wanted):
-        await h.control.durable(receipt)
-    h.control.cancel(cancelled.request_id)
-    await h.settle()
-    await server.kill(h)
-    async with running(server) as h:
-        await h.result(wanted)
-        assert "cancelled" in str(await h.error(cancelled))
-        assert len(h.asked(Sample)) == 1
