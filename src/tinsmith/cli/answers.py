@@ -50,7 +50,10 @@ def pages(fetch: Callable[[int, int], Sequence[T]], limit: int) -> list[T]:
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_json: bool, empty: str) -> None:
-    """Rows as JSON, whole, or as a table of `columns` (field to heading)."""
+    """Rows as JSON, whole, or as a table of `columns` (field to heading).
+
+    Where a terminal is too narrow for the table each row is a paragraph: a path that is cut off names nothing.
+    """
     if as_json:
         typer.echo(json.dumps(list(rows), default=str, ensure_ascii=False))
         return
@@ -59,6 +62,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_js
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -68,7 +72,19 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, as_js
     console = Console()
     if not console.is_terminal:
         console.width = UNBOUNDED  # whoever reads this is a program, or pages by itself
-    console.print(table)
+    if Measurement.get(console, console.options.update(width=UNBOUNDED), table).maximum <= console.width:
+        console.print(table)
+        return
+    for row in rows:
+        _show_paragraph([(heading, cell(row.get(field))) for field, heading in columns.items()])
+
+
+def _show_paragraph(cells: Sequence[tuple[str, str]]) -> None:
+    (_, first), *rest = cells
+    typer.echo(first)
+    for heading, text in rest:
+        if text:
+            typer.echo(f"  {heading:<{max(len(heading) for heading, _ in rest)}}  {text}")
 
 
 def show_one(row: Mapping[str, Any], *, as_json: bool) -> None:

@@ -26,7 +26,7 @@ def runs(
 
     table = Table("", box=None, pad_edge=False)
     for folder in folders:
-        table.add_column(Text(str(folder)))
+        table.add_column(Text(str(folder)), overflow="fold")
     for name, values in compare(folders):
         table.add_row(Text(name, style="bold"), *map(Text, values))
     Console().print(table)
