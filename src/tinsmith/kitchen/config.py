@@ -56,7 +56,7 @@ def config_keys(config_type: type[RecipeConfig], defaults: Mapping[str, Any] | N
             name=name,
             type=_type_text(field.annotation),
             default=None if field.is_required() and name not in own else _value_text(own.get(name, field.default)),
-            doc=field.description or "",
+            doc=" ".join((field.description or "").split()),
         )
         for name, field in config_type.model_fields.items()
     ]

@@ -10,7 +10,7 @@ from tinsmith.kitchen.run_folder import RunFolder
 from tinsmith.observe import StepRow
 from tinsmith.observe.plots import running_mean
 
-WIDTH, HEIGHT, MARGIN = 640, 220, 46
+WIDTH, HEIGHT, MARGIN = 640, 220, 64
 SAMPLES_SHOWN: Final = 24
 STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#1c2733;background:#fff}

@@ -133,9 +133,9 @@ class RunFolder:
         _write_json(self.config_file, config)
 
     def read_config(self) -> dict[str, Any]:
-        """Raises `RunFolderError` if there is no run to go on with."""
+        """Raises `RunFolderError` if there is no run."""
         if not self.is_run(self.path):
-            raise RunFolderError(f"{str(self.path)!r} holds no run to resume: it has no {CONFIG}")
+            raise RunFolderError(f"{str(self.path)!r} holds no run: it has no {CONFIG}")
         return _read_json(self.config_file)
 
     def read_manifest(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from tinsmith.kitchen import ConfigError, SupervisedConfig
 from tinsmith.kitchen.adapters.tinker_training import _complete
 from tinsmith.kitchen.config import config_keys, make_config
+from tinsmith.kitchen.recipes import RECIPES
 from tinsmith.kitchen.schedules import learning_rate
 
 
@@ -106,6 +107,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_every_key_is_documented() -> None:
     keys = {key.name: key for key in config_keys(SupervisedConfig)}
     assert all(key.doc for key in keys.values())
+    every = [key for recipe in RECIPES.values() if recipe.config_type for key in config_keys(recipe.config_type)]
+    assert all(key.doc and "\n" not in key.doc for key in every), "a terminal breaks lines where it ends"
     assert (keys["data"].type, keys["data"].default) == ("path", None)
     assert (keys["lr_schedule"].type, keys["lr_schedule"].default) == (
         "linear|cosine|constant|exponential|polynomial",

@@ -157,7 +157,7 @@ def test_a_folder_of_splits_is_not_trained_on_as_a_whole(train: Train, data: Pat
 
 
 def test_there_must_be_a_run_to_resume(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"none' holds no run to resume: it has no config.json"):
+    with pytest.raises(RunFolderError, match=r"none' holds no run: it has no config.json"):
         train(resume=True, output=tmp_path / "none")
 
 

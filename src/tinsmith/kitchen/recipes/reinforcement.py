@@ -43,7 +43,8 @@ class RolloutConfig(TrainingConfig):
     rollout_timeout_s: float | None = Field(default=None, gt=0)
     """Seconds that an episode may take; one that takes longer is left out and counted."""
     max_context: int = Field(default=32_768, ge=2)
-    """Tokens of a prompt and its answer together; an episode without room for another answer ends as overlong."""
+    """Tokens of a prompt and its answer together, as far as the model takes so many; an episode without room for
+    another answer ends as overlong."""
 
     def bound_keys(self) -> frozenset[str]:
         return frozenset({"save_every"}) if self.max_staleness else frozenset()
