@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tinsmith.client.errors import ConfigurationError
 from tinsmith.types.events import EventSink
@@ -17,8 +17,11 @@ def chosen_sinks(
 ) -> tuple[EventSink, ...]:
     """`TINSMITH_TELEMETRY=off` silences every client, whatever it was given.
 
-    Raises `ConfigurationError` if a text names a kind of sink that does not exist.
+    Raises `ConfigurationError` if a text names a kind of sink that does not exist or a file that cannot be written, or
+    if it is neither text nor several sinks.
     """
+    if telemetry and not isinstance(telemetry, Iterable):
+        raise ConfigurationError(f"telemetry must be a text or a list of sinks, not {telemetry!r}")
     env = os.environ if environ is None else environ
     switch = env.get(SWITCH, "").strip()
     if switch.lower() in _OFF:

@@ -92,6 +92,9 @@ class SqliteEvents:
         self._end()
 
 
+_SINKS: dict[str, type[JsonlEvents | SqliteEvents]] = {"jsonl": JsonlEvents, "sqlite": SqliteEvents}
+
+
 def open_sinks(wanted: str) -> tuple[EventSink, ...]:
     """Sinks from a text such as `console,jsonl:run.jsonl,sqlite:runs.db,otel`. Raises `ValueError` for anything else.
 
@@ -109,7 +112,10 @@ def open_sinks(wanted: str) -> tuple[EventSink, ...]:
             raise ValueError(
                 f"{part!r}: {kind} takes {'no path' if kind == 'console' else 'a path, as in ' + kind + ':PATH'}"
             )
-        sinks.append(ConsoleEvents() if kind == "console" else (JsonlEvents if kind == "jsonl" else SqliteEvents)(path))
+        try:
+            sinks.append(_SINKS[kind](path) if path else ConsoleEvents())
+        except (OSError, sqlite3.Error) as error:
+            raise ValueError(f"{path!r} cannot be written: {error}") from error
     return tuple(sinks)
 
 

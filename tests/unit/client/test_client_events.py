@@ -200,6 +200,16 @@ def test_one_switch_turns_everything_off_and_one_turns_it_on(tmp_path: Path) -> 
         open_sinks("jsonl")
 
 
+def test_sinks_that_cannot_be_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("no database, and longer than the head of one " * 9)
+    with pytest.raises(ConfigurationError, match=r"text\.db' cannot be written: file is not a database"):
+        chosen_sinks(f"sqlite:{tmp_path / 'text.db'}", {})
+    with pytest.raises(ConfigurationError, match=r"cannot be written: .*Is a directory"):
+        chosen_sinks(f"jsonl:{tmp_path}", {})
+    with pytest.raises(ConfigurationError, match=r"must be a text or a list of sinks, not .*Kept"):
+        chosen_sinks(Kept(), {})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("switch", "reports"), [(None, 0), ("0", 0), ("1", 1)])
 def test_the_server_is_told_only_if_the_user_says_so(
     switch: str | None, reports: int, monkeypatch: pytest.MonkeyPatch
