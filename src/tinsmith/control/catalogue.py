@@ -136,4 +136,4 @@ def _check_page(limit: int, offset: int) -> None:
     if not 0 <= limit <= MAX_PAGE:
         raise InvalidInput(f"limit must be 0..{MAX_PAGE}, not {limit!r}")
     if not 0 <= offset < 2**63:
-        raise InvalidInput(f"offset must be at least 0, not {offset!r}")
+        raise InvalidInput(f"offset must be 0..2**63 - 1, not {offset!r}")

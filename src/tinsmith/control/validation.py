@@ -340,6 +340,8 @@ def lora_spec(config: LoraConfig, alpha: float | None, card: BaseModelCard, draw
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise InvalidInput(f"lora_config.alpha must be finite and above 0, not {alpha!r}")
+    if alpha is not None and alpha / config.rank > float(np.finfo(np.float32).max):
+        raise InvalidInput(f"lora_config.alpha {alpha!r} over rank {config.rank} is beyond fp32")
     spec = LoraSpec(
         rank=config.rank,
         seed=draw_seed() if config.seed is None else config.seed % _SEED_RANGE,

@@ -212,3 +212,7 @@ def check_csr(shape: Sequence[int], crow: np.ndarray, col: np.ndarray, num_value
         raise ValueError(f"sparse TensorData: row offsets must rise from 0 to {num_values}")
     if num_values and (col.min() < 0 or col.max() >= columns):
         raise ValueError(f"sparse TensorData: a column index lies outside 0..{columns - 1}")
+    row = np.repeat(np.arange(rows), np.diff(crow))
+    order = np.lexsort((col, row))
+    if ((np.diff(row[order]) == 0) & (np.diff(col[order]) == 0)).any():
+        raise ValueError("sparse TensorData: a row names one column twice")

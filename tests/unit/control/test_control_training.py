@@ -77,6 +77,7 @@ async def test_a_base_model_is_found_by_its_name_before_a_suffix(h: Harness) -> 
             "nothing would train",
         ),
         ({"alpha": 0.0}, InvalidInput, r"lora_config\.alpha must be finite and above 0, not 0\.0"),
+        ({"alpha": 1e300}, InvalidInput, r"lora_config\.alpha 1e\+300 over rank \d+ is beyond fp32"),
         ({"optimizer_type": "dimuon"}, Unsupported, "'dimuon' is not supported"),
         ({"n": -1}, InvalidInput, "model_seq_id must be at least 0, not -1"),
     ],

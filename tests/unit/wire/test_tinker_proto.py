@@ -193,6 +193,18 @@ def test_the_number_of_sequence_ids_must_match() -> None:
             ),
             "column index lies outside 0..2",
         ),
+        (
+            pb.Tensor(
+                sparse_csr=pb.SparseCsr(
+                    values=np.array([1, 2], "<f4").tobytes(),
+                    crow_indices=np.array([0, 2], "<i8").tobytes(),
+                    col_indices=np.array([1, 1], "<i8").tobytes(),
+                ),
+                dtype=pb.DTYPE_FLOAT32,
+                shape=[1, 3],
+            ),
+            "names one column twice",
+        ),
     ],
 )
 def test_a_malformed_tensor_is_named(tensor: pb.Tensor, message: str) -> None:
