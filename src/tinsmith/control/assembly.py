@@ -263,7 +263,6 @@ def _paging(
             journal=ground.journal,
             registry=ground.registry,
             samplers=samplers,
-            clock=ground.clock,
         ),
         fairness=fairness,
         clock=ground.clock,

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _COST_WEIGHT = 0.3
 """Of the newest page in the running mean of what a page costs."""
 _RETRY_S = 5.0
-"""After a page could not be written, before the same model is chosen again."""
+"""After a page could not be written, before the same model is chosen again; or could not be read, and must be."""
 _LEAST_WAIT_S = 0.001
 
 
@@ -121,6 +121,8 @@ class Pager:
         """What is being put out."""
         self._refused: dict[str, float] = {}
         """Until when it is not tried again to put out what could not be written."""
+        self._resting: set[str] = set()
+        """Models that have something to do again and could not be brought back a moment ago."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._parking = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
@@ -143,7 +145,7 @@ class Pager:
     def _admit(self, model: Model) -> bool:
         if model.residence is Residence.RESIDENT:
             return True
-        if model.residence in (Residence.ABSENT, Residence.PARKED):
+        if model.residence in (Residence.ABSENT, Residence.PARKED) and model.model_id not in self._resting:
             head = model.queue.head()
             if head is not None and isinstance(head.operation, UnloadModel):
                 return True
@@ -208,6 +210,13 @@ class Pager:
         logger.warning("model %r could not be brought back: %s", model.model_id, error)
         refusal = type(error)(f"the adapter of model {model.model_id!r} could not be brought into memory: {error}")
         self._refusals.fail_waiting(model, refusal)
+        if any(not work.is_void for work in model.queue.run()):
+            self._resting.add(model.model_id)
+            asyncio.get_running_loop().call_later(_RETRY_S, self._try_again, model.model_id)
+
+    def _try_again(self, model_id: str) -> None:
+        self._resting.discard(model_id)
+        self._training.scheduler(self._slot).wake()
 
     # ---- room ----
 
@@ -453,6 +462,7 @@ class Pager:
         self._parked.clear()
         self._outs.clear()
         self._refused.clear()
+        self._resting.clear()
         self._parking = asyncio.Lock()
 
     def engine_died(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.unit.control.conftest import OpenControl
 from tests.unit.control.harness import Harness, draw, forward_backward, optim
+from tinsmith.control import paging
 from tinsmith.control.paging import PageLost, PagingStats
 from tinsmith.control.requests import LoadState, SaveForSampler, SaveState, UnloadModel
 from tinsmith.runtime.fake import FAKE_CARD, FakeEngine
@@ -371,3 +372,31 @@ async def test_weights_that_are_read_outlive_as_many_deaths_as_a_request_that_ki
         assert num_deaths == 3
         assert again.sequences[0].tokens == drawn
         assert stats(h).used_bytes <= ADAPTER_BYTES
+
+
+@pytest.mark.parametrize("has_snapshot", [False, True])
+async def test_a_model_that_cannot_be_brought_back_after_a_death_loses_no_step(
+    open_control: OpenControl, monkeypatch: pytest.MonkeyPatch, has_snapshot: bool
+) -> None:
+    monkeypatch.setattr(paging, "_RETRY_S", 0.01)
+    async with open_control([engine_for(2)], ledger=True, engine_backoff_s=0.0) as h:
+        model = await h.model()
+        await train(h, model, range(2))
+        if has_snapshot:
+            h.clock.advance(61)
+            await h.control.sweep()
+            await h.control._snapshots.drain()
+        await train(h, model, range(2, 5))
+        pager = h.control._paging._pagers["tinsmith/fake"]
+        make_room, refused = pager._make_room, StorageError("the disk refuses those that would make room")
+
+        async def refuse_once(*args: Any) -> None:
+            monkeypatch.setattr(pager, "_make_room", make_room)
+            raise refused
+
+        monkeypatch.setattr(pager, "_make_room", refuse_once)
+        h.engine.die()
+        h.control._check_engines()
+        assert isinstance(await h.error(h.submit(forward_backward(model, 11))), StorageError)
+        await h.result(h.submit(forward_backward(model, 12)))
+        assert h.engine._adapters[model].weights.step == 5
