@@ -21,8 +21,12 @@ _TINSMITH = str(Path(sys.executable).with_name("tinsmith"))
 
 
 def admin(folder: Path, *words: str, **environment: str) -> Any:
+    return command(folder, "admin", *words, **environment)
+
+
+def command(folder: Path, *words: str, **environment: str) -> Any:
     env = {**serve_environment(folder / "data"), **environment}
-    done = subprocess.run([_TINSMITH, "admin", *words], capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run([_TINSMITH, *words], capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout) if "--json" in words else done.stdout.strip()
 
@@ -89,6 +93,7 @@ def test_keys_over_tls_on_an_open_address(tmp_path: Path) -> None:
             assert http.get("/api/v1/sessions", headers={"x-api-key": made["secret"]}).status_code == 200
             listed = admin(tmp_path, "users", "list", "--base-url", url, "--json", **remote)
             assert [user["user_id"] for user in listed] == ["anna", "ben"]
+            assert command(tmp_path, "checkpoint", "list", "--base-url", url, "--json", **remote) == []
 
 
 def test_a_key_that_another_process_revokes_stops_within_a_second(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class NetworkTransport(httpx2.AsyncBaseTransport):
                 headers=[(name.decode("ascii"), value.decode("latin-1")) for name, value in request.headers.raw],
                 data=body or None,
                 allow_redirects=False,
-                ssl=_ssl_context(self._trust_env) if request.url.scheme == "https" else True,
+                ssl=_ssl_context() if request.url.scheme == "https" else True,
                 timeout=aiohttp.ClientTimeout(sock_connect=limits.get("connect"), sock_read=limits.get("read")),
             )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
@@ -81,8 +81,9 @@ class NetworkTransport(httpx2.AsyncBaseTransport):
 
 
 @cache
-def _ssl_context(trust_env: bool) -> ssl.SSLContext:
-    return httpx2.create_ssl_context(trust_env=trust_env)
+def _ssl_context() -> ssl.SSLContext:
+    """With the certificates that `SSL_CERT_FILE` names: a server on this machine may have one of its own, too."""
+    return httpx2.create_ssl_context()
 
 
 class _Body(httpx2.AsyncByteStream):
