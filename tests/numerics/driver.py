@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ class Driver:
     def __init__(self, folder: Path, **options: Any) -> None:
         source = ModelSource(name="test/model", location=str(folder))
         chosen = EngineOptions(**{"dtype": "float32", "device": "cpu", **options})
-        self._settings = process_settings(chosen)  # left when the driver is collected
-        self._settings.__enter__()
+        settings = ExitStack()
+        settings.enter_context(process_settings(chosen))
+        weakref.finalize(self, settings.close)
         self.engine = Engine(source, chosen)
 
     def __call__(self, operation: Any) -> Any:

@@ -138,10 +138,10 @@ def test_answers_survive_interruptions(vision_folder: Path, plain: Any) -> None:
     sampler = driver.engine._sampler
     preempt = sampler._preempt_youngest
 
-    def counted() -> None:
+    def counted() -> Any:
         nonlocal preempted
         preempted += 1
-        preempt()
+        return preempt()
 
     sampler._preempt_youngest = counted  # type: ignore[method-assign]
     answer = driver(operation(driver, asked, num_samples=24, max_tokens=200))
