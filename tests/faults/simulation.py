@@ -21,6 +21,8 @@ from tinsmith.control.registry import Registry, _Job
 
 ResultT = TypeVar("ResultT")
 START_S = 1_800_000_000.0
+ANSWER_S = 30.0
+"""Longer than any poll."""
 
 
 class _NoWaiting(selectors.SelectSelector):
@@ -152,7 +154,12 @@ class Wire:
         if self.server is None or self._chance.random() < self._loss:
             raise Unreachable
         server = self.server
-        answer = await ask(server)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                answer = await ask(server)
+        except TimeoutError as error:
+            assert self.server is not server, "a server that lives answers"
+            raise Unreachable from error  # what waits in a killed server waits for ever
         await asyncio.sleep(self._chance.expovariate(1 / 0.02))
         if self.server is not server or self._chance.random() < self._loss:
             raise Unreachable
