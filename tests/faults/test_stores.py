@@ -59,10 +59,8 @@ def test_a_crash_while_a_checkpoint_goes_to_the_bucket(
 def test_a_restart_of_the_database_is_no_more_than_a_pause(
     undisturbed: dict[int, Ended], tmp_path: Path, stores: Stores
 ) -> None:
-    """Between two operations: what is asked while it is away is answered with an error."""
-
     def restart(line: str) -> None:
-        if line == "step 3":
+        if line == "save 4":
             stores.postgres.stop()
             stores.postgres.start()
 

@@ -12,6 +12,7 @@ import logging
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,9 @@ ResultT = TypeVar("ResultT")
 
 _MAX_GROUP = 256
 """Writes committed together at most."""
+_RESTART_S = 5.0
+"""For how long writes wait for a database that has just gone."""
+_RETRY_S = 0.1
 
 # Whoever changes a table adds a revision to `migrations/versions`.
 METADATA = sa.MetaData()
@@ -201,7 +205,8 @@ QUOTAS = sa.Table(
 class Registry:
     """Raises `StorageError` from every call if the database refuses; `fault` then says why until a write succeeds.
 
-    A database that cannot be reached is tried again by every write and by `probe`; reads meanwhile fail at once.
+    A database that goes is waited for a few seconds by the writes that need it, then tried again by every write and by
+    `probe`; reads meanwhile fail at once.
     """
 
     def __init__(self, location: Path | str) -> None:
@@ -361,16 +366,24 @@ class Registry:
             job.done.set_exception(failed) if failed is not None else job.done.set_result(result)
 
     def _transact(self, jobs: list[_Job]) -> list[_Answer]:
-        """Once more over a new connection if the old one turns out to be lost before anything was committed."""
+        """Over new connections if the old one turns out to be lost before anything was committed: a database that is
+        started again is back in a moment.
+        """
         was_connected = self._connection is not None
-        try:
-            return _transact(self._connect(), jobs)
-        except (_DatabaseFailed, sa.exc.SQLAlchemyError) as error:
-            in_commit = isinstance(error, _DatabaseFailed) and error.in_commit
-            if in_commit or not was_connected or not self._database.is_lost(_cause(error)):
-                raise
-        self._disconnect()
-        return _transact(self._connect(), jobs)
+        give_up_at = time.monotonic() + _RESTART_S
+        num_failed = 0
+        while True:
+            try:
+                return _transact(self._connect(), jobs)
+            except (_DatabaseFailed, sa.exc.SQLAlchemyError) as error:
+                in_commit = isinstance(error, _DatabaseFailed) and error.in_commit
+                if in_commit or not was_connected or not self._database.is_lost(_cause(error)):
+                    raise
+                if num_failed and (self._closed or time.monotonic() > give_up_at):
+                    raise
+            self._disconnect()
+            time.sleep(_RETRY_S if num_failed else 0)
+            num_failed += 1
 
     def _note_failure(self, error: Exception) -> StorageError:
         cause = _cause(error)

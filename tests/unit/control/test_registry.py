@@ -203,6 +203,20 @@ async def test_a_restart_of_the_database_between_two_writes_is_not_noticed(
     assert remote.fault is None
 
 
+async def test_a_write_waits_for_a_database_that_is_being_started_again(
+    remote: Registry, postgres: PostgresServer, url: str
+) -> None:
+    await remote.write(insert("before"))
+    postgres.stop()
+    writes = [asyncio.create_task(remote.write(insert(name))) for name in ("meanwhile", "too")]
+    await asyncio.sleep(0.3)
+    assert not any(write.done() for write in writes)
+    await asyncio.to_thread(postgres.start)
+    await asyncio.gather(*writes)
+    assert session_ids(url) == ["before", "meanwhile", "too"]
+    assert remote.fault is None
+
+
 async def test_reads_that_find_the_database_gone_turn_readiness_off(remote: Registry, postgres: PostgresServer) -> None:
     assert await remote.read(lambda c: records.sessions(c, 9, 0)) == ([], 0)
     postgres.stop()
