@@ -205,15 +205,16 @@ QUOTAS = sa.Table(
 class Registry:
     """Raises `StorageError` from every call if the database refuses; `fault` then says why until a write succeeds.
 
-    A database that goes is waited for a few seconds by the writes that need it, then tried again by every write and by
-    `probe`; reads meanwhile fail at once.
+    A database that goes is waited for, a few seconds, then tried again by every write and by `probe`; reads meanwhile
+    fail at once.
     """
 
     def __init__(self, location: Path | str) -> None:
         """A path is a SQLite file, a string the URL of a PostgreSQL database."""
         self._database = database_at(location)
         self.fault: str | None = None
-        self._is_unreachable = False
+        self._gone_at: float | None = None
+        """When it was first not reached, by the monotonic clock; `None` while it is."""
         self._is_beside = self._is_shared = False
         self._reading = self._database.make_engine(pooled=True)
         self._writing = self._database.make_engine(pooled=False)
@@ -361,7 +362,7 @@ class Registry:
             return
         if self.fault is not None:
             logger.warning("the registry can be written again")
-        self.fault, self._is_unreachable = None, False
+        self.fault, self._gone_at = None, None
         for job, result, failed in answers:
             job.done.set_exception(failed) if failed is not None else job.done.set_result(result)
 
@@ -370,7 +371,6 @@ class Registry:
         started again is back in a moment.
         """
         was_connected = self._connection is not None
-        give_up_at = time.monotonic() + _RESTART_S
         num_failed = 0
         while True:
             try:
@@ -379,11 +379,16 @@ class Registry:
                 in_commit = isinstance(error, _DatabaseFailed) and error.in_commit
                 if in_commit or not was_connected or not self._database.is_lost(_cause(error)):
                     raise
-                if num_failed and (self._closed or time.monotonic() > give_up_at):
+                if num_failed and self._is_gone_for_long():
                     raise
             self._disconnect()
             time.sleep(_RETRY_S if num_failed else 0)
             num_failed += 1
+
+    def _is_gone_for_long(self) -> bool:
+        """Called when the database was not reached."""
+        self._gone_at = self._gone_at or time.monotonic()
+        return self._closed or time.monotonic() > self._gone_at + _RESTART_S
 
     def _note_failure(self, error: Exception) -> StorageError:
         cause = _cause(error)
@@ -393,7 +398,7 @@ class Registry:
             logger.error("%s", reason)
         self.fault = reason
         if is_lost:
-            self._is_unreachable = True
+            self._gone_at = self._gone_at or time.monotonic()
             self._disconnect()
         if is_lost and isinstance(error, _DatabaseFailed) and error.in_commit:
             return Unsettled(f"{reason}; whether the last write was done is not known")
@@ -405,20 +410,32 @@ class Registry:
         """Run `work` on what has been committed."""
         if self._closed:
             raise StorageError("the registry is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self.read_now, work)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, work)
 
     def read_now(self, work: Callable[[sa.Connection], ResultT]) -> ResultT:
-        """As `read`, in the caller's thread: for single rows by primary key."""
-        if self._is_unreachable:
-            raise StorageError(self.fault or f"the registry {self._database.label} cannot be reached")
-        try:
-            with self._reading.connect() as connection:
-                return work(connection)
-        except sa.exc.SQLAlchemyError as error:
-            reason = f"cannot read the registry {self._database.label}: {_reason(error)}"
-            if self._database.is_lost(error):
-                self.fault, self._is_unreachable = reason, True
-            raise StorageError(reason) from error
+        """As `read`, in the caller's thread: for single rows by primary key. Waits for no database."""
+        return self._read(work, patient=False)
+
+    def _read(self, work: Callable[[sa.Connection], ResultT], *, patient: bool = True) -> ResultT:
+        while True:
+            if self._gone_at is not None and (self.fault is not None or not patient):
+                raise StorageError(self.fault or f"the registry {self._database.label} cannot be reached")
+            try:
+                with self._reading.connect() as connection:
+                    result = work(connection)
+            except sa.exc.SQLAlchemyError as error:
+                reason = f"cannot read the registry {self._database.label}: {_reason(error)}"
+                if not self._database.is_lost(error):
+                    raise StorageError(reason) from error
+                if self._is_gone_for_long():
+                    self.fault = reason
+                if not patient or self.fault is not None:
+                    raise StorageError(reason) from error
+                time.sleep(_RETRY_S)
+            else:
+                if self.fault is None:
+                    self._gone_at = None
+                return result
 
 
 class _Job:

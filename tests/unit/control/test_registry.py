@@ -210,9 +210,13 @@ async def test_a_write_waits_for_a_database_that_is_being_started_again(
     postgres.stop()
     writes = [asyncio.create_task(remote.write(insert(name))) for name in ("meanwhile", "too")]
     await asyncio.sleep(0.3)
+    found = asyncio.create_task(remote.read(lambda c: sorted(records.sessions(c, 9, 0)[0])))
+    await asyncio.sleep(0.3)
+    assert not found.done()
     assert not any(write.done() for write in writes)
     await asyncio.to_thread(postgres.start)
     await asyncio.gather(*writes)
+    assert "before" in await found
     assert session_ids(url) == ["before", "meanwhile", "too"]
     assert remote.fault is None
 
