@@ -106,7 +106,13 @@ def test_result_on_the_clients_own_thread_is_an_error_and_no_deadlock(
         except BaseException as error:  # noqa: BLE001
             caught.set_result(error)
 
-    training._connection.begin(nothing).add_done_callback(callback)
+    attached = threading.Event()
+
+    async def end_once_attached() -> None:
+        attached.wait(5)
+
+    training._connection.begin(end_once_attached).add_done_callback(callback)
+    attached.set()  # what is done already calls back in this thread
     error = caught.result(5)
     gate.set()
     assert isinstance(error, RuntimeError)
